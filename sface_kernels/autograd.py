@@ -1,0 +1,61 @@
+"""The one autograd Function behind every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import BACKENDS
+from .types import HyperParameters
+
+
+class SFaceRowLoss(torch.autograd.Function):
+    """Row losses `[N]` of equation (5), differentiable in the embeddings and the weight; statistics beside them.
+
+    A backend's forward leaves ∂l_i/∂x_i complete, as the coefficients of (6) are constants; the upstream gradient
+    u_i enters only in the backward, per row, so any reduction and any number of backward calls are right.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
+    ) -> tuple[Tensor, ...]:
+        need_x, need_w = ctx.needs_input_grad[:2]
+        # the products below choose their own precision
+        with torch.autocast(embeddings.device.type, enabled=False):
+            result = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
+        ctx.backend, ctx.hp = backend, hp
+        ctx.has_unit_grad = result.unit_grad_x is not None
+        saved = (result.unit_grad_x,) if ctx.has_unit_grad else ()
+        if need_w:
+            saved += (embeddings, weight, target, *result.saved)
+        ctx.save_for_backward(*saved)
+        ctx.x_dtype = embeddings.dtype
+        outputs = (result.row_loss, *result.rows, result.active_pairs, result.dense_blocks)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_row: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        need_x, need_w = ctx.needs_input_grad[:2]
+        if grad_row is None:
+            return None, None, None, None, None
+        saved = list(ctx.saved_tensors)
+        grad_x = grad_w = None
+        with torch.autocast(grad_row.device.type, enabled=False):
+            if ctx.has_unit_grad:
+                unit_grad_x = saved.pop(0)
+                if need_x:
+                    grad_x = (unit_grad_x * grad_row.unsqueeze(1)).to(ctx.x_dtype)  # [N, D], (7)
+            if need_w:
+                embeddings, weight, target, *rest = saved
+                grad_w = BACKENDS[ctx.backend].grad_weight(
+                    embeddings, weight, target, ctx.hp, grad_row, tuple(rest)
+                )  # [C, D], (8)
+                grad_w = grad_w.to(weight.dtype)
+        return grad_x, grad_w, None, None, None

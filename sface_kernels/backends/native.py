@@ -1,0 +1,55 @@
+"""The C++ backend for a CPU. This file only sizes buffers and calls the operators that `csrc/` registers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Forward, HyperParameters, RowStats
+
+try:
+    from .. import _C  # noqa: F401  registers the operators
+
+    _missing: str | None = None
+except ImportError as error:
+    _missing = f"the C++ extension is not built ({error}); install the package where a C++ compiler is"
+
+ARENA_WORDS = 12 << 20  # 48 MiB: active pairs take 2 words each, entries of dense blocks 1
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on a CPU, not on {device.type}"
+    if dtype not in DTYPES or weight_dtype not in DTYPES:
+        return f"it computes in float32 and takes no {dtype if dtype not in DTYPES else weight_dtype}"
+    return _missing
+
+
+def _inner_contiguous(w: Tensor) -> Tensor:
+    return w if w.stride(1) == 1 else w.contiguous()
+
+
+def forward(
+    x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool
+) -> Forward:
+    arena_words = min(x.shape[0] * w.shape[0], ARENA_WORDS)
+    row_loss, row_stats, counts, unit_grad_x, *saved = torch.ops.sface.native_forward(
+        x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, arena_words
+    )
+    return Forward(
+        row_loss=row_loss,
+        rows=RowStats(*row_stats.unbind(0)),
+        active_pairs=counts[0],
+        dense_blocks=counts[1],
+        unit_grad_x=unit_grad_x if need_x else None,
+        saved=tuple(saved) if need_w else (),
+    )
+
+
+def grad_weight(
+    x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
+) -> Tensor:
+    return torch.ops.sface.native_grad_weight(
+        x.float().contiguous(), _inner_contiguous(w), target, grad_row.contiguous(), *hp, *saved
+    )

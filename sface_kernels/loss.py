@@ -1,0 +1,195 @@
+"""The public loss, as a function and as a module: validate → autograd → reduce."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor, nn
+
+from . import validation
+from .autograd import SFaceRowLoss
+from .dispatch import select
+from .ops import prepare_labels
+from .types import IGNORED, RowStats, SFaceStats
+
+
+def sface_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    s: float = 64.0,
+    k: float = 80.0,
+    a: float = 0.80,
+    b: float = 1.23,
+    k_inter: float | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    filter_eps: float | None = None,
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, SFaceStats]:
+    """SFace, the sigmoid-constrained hypersphere loss, without any N×C tensor.
+
+    With θ_ij = arccos(x̂_i · ŵ_j), p_i = s·sigmoid(k (θ_iy − a)) and q_ij = s·sigmoid(−k_inter (θ_ij − b)) taken as
+    constants, row i costs `−p_i cos θ_iy + Σ_{j≠y} q_ij cos θ_ij`. Equivalent PyTorch, which builds N×C tensors::
+
+        cos = F.normalize(embeddings) @ F.normalize(weight).t()
+        theta = cos.clamp(-1, 1).acos().detach()
+        p, q = s * torch.sigmoid(k * (theta - a)), s * torch.sigmoid(-k_inter * (theta - b))
+        own = F.one_hot(labels, len(weight)).bool()
+        loss = torch.where(own, -p * cos, q * cos).sum(1).mean()
+
+    The loss starts near 0, turns negative as training goes well, and need not fall monotonically.
+
+    Args:
+        embeddings: `[N, D]`, float32, float16, bfloat16 or float64. Need not be normalised.
+        weight: `[C, D]` class centres, float32 or the dtype of the embeddings. Need not be normalised.
+        labels: `[N]` or `[N, 1]`, any integer dtype, in [0, C) or `ignore_index`.
+        s: scale of both terms, > 0.
+        k: slope of the intra-class sigmoid (and of the inter-class one unless `k_inter` is given), > 0.
+        a: angle in radians around which the pull to the own class fades.
+        b: angle in radians around which the push from other classes sets in.
+        k_inter: slope of the inter-class sigmoid; `k` if None.
+        reduction: "mean" over the rows that are not ignored, "sum", or "none" for the row losses `[N]`.
+        ignore_index: rows with this label count neither in the loss nor in the mean.
+        filter_eps: gradient entries with q_ij < filter_eps·s are dropped; the loss always counts every pair. None
+            drops only what the dtype's own arithmetic would lose (2⁻²⁴ for float32, see docs/accuracy.md), 0 nothing.
+        backend: "auto", "native", "chunked" or "reference" (see `explain`); a name never falls back.
+        return_stats: also return `SFaceStats`.
+
+    Returns:
+        The loss, at least float32: 0-d, or `[N]` for reduction="none"; with `return_stats` the pair (loss, stats).
+        With every row ignored, or N = 0, it is 0 and the gradients are zeros.
+
+    Raises:
+        TypeError, ValueError: an argument is off; the text names it, what was expected and what came. A label out of
+            range raises on the CPU; on a GPU its row's loss is NaN unless the environment has SFACE_CHECK_LABELS=1.
+        RuntimeError: the named backend cannot run here, or the loss is differentiated twice.
+
+    Source: Zhong et al., "SFace: Sigmoid-Constrained Hypersphere Loss for Robust Face Recognition", IEEE TIP 2021.
+    """
+    validation.check_tensors(embeddings, weight, labels)
+    validation.check_reduction(reduction)
+    validation.check_ignore_index(ignore_index)
+    hp = validation.make_hyperparameters(
+        s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1]
+    )
+    chosen = select(backend, embeddings.device, embeddings.dtype, weight.dtype)
+
+    check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
+    target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
+    row_loss, *stats = SFaceRowLoss.apply(embeddings, weight, target, chosen, hp)  # [N]
+    counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
+
+    loss = row_loss
+    if reduction != "none":
+        loss = row_loss.sum()
+        if reduction == "mean":
+            loss = loss / counted
+    if not return_stats:
+        return loss
+    rows, (active_pairs, dense_blocks) = RowStats(*stats[:6]), stats[6:]
+    return loss, _summarise(rows, target, counted, weight.shape[0], active_pairs, dense_blocks)
+
+
+def _summarise(
+    rows: RowStats, target: Tensor, counted: Tensor, classes: int, active_pairs: Tensor, dense_blocks: Tensor
+) -> SFaceStats:
+    correct = (rows.cos_target > rows.hardest) & (target != IGNORED)
+    return SFaceStats(
+        intra=rows.intra.sum() / counted,
+        inter=rows.inter.sum() / counted,
+        cos_target=rows.cos_target.sum() / counted,
+        cos_other=rows.cos_other_sum.sum() / (counted * classes),
+        accuracy=correct.sum() / counted,
+        active_pairs=active_pairs,
+        dropped=rows.dropped.sum() / counted,
+        dense_blocks=dense_blocks,
+    )
+
+
+class SFaceLoss(nn.Module):
+    """The SFace head: class centres `weight` `[out_features, in_features]` and the loss of `sface_loss` on them.
+
+    The only parameter is `weight`, initialised N(0, 2·√(2/C)) as the reference module does.
+
+    Args:
+        in_features: D, size of an embedding.
+        out_features: C, number of classes.
+        device, dtype: of the weight; dtype float32 by default.
+        s, k, a, b, k_inter, reduction, ignore_index, filter_eps, backend: as in `sface_loss`.
+
+    Example::
+
+        head = SFaceLoss(512, 85_742)
+        loss = head(embeddings, labels)
+        loss, stats = head(embeddings, labels, return_stats=True)
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        s: float = 64.0,
+        k: float = 80.0,
+        a: float = 0.80,
+        b: float = 1.23,
+        k_inter: float | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        filter_eps: float | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+            if value <= 0:
+                raise ValueError(f"{name}: expected an int > 0, got {value}")
+        validation.check_reduction(reduction)
+        validation.check_ignore_index(ignore_index)
+        validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, torch.float32, in_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.s, self.k, self.a, self.b, self.k_inter = s, k, a, b, k_inter
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.filter_eps, self.backend = filter_eps, backend
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, 2·√(2/C)): xavier normal with gain 2 over the fan-out, the reference module's."""
+        nn.init.normal_(self.weight, std=2 * math.sqrt(2 / self.out_features))
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, SFaceStats]:
+        """The loss of `embeddings` `[N, D]` with `labels` `[N]`; with `return_stats`, (loss, SFaceStats)."""
+        return sface_loss(
+            embeddings,
+            self.weight,
+            labels,
+            s=self.s,
+            k=self.k,
+            a=self.a,
+            b=self.b,
+            k_inter=self.k_inter,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            filter_eps=self.filter_eps,
+            backend=self.backend,
+            return_stats=return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, s={self.s}, k={self.k}, "
+            f"a={self.a}, b={self.b}, filter_eps={self.filter_eps}, backend={self.backend!r}"
+        )

@@ -1,0 +1,61 @@
+"""Small records and codes that every layer shares. A leaf: imports torch only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Codes that `ops.prepare_labels` writes beside the class numbers 0 … C−1.
+NO_TARGET = -1  # the row's class lies outside this range of classes (a shard)
+IGNORED = -2  # the label was ignore_index: the row counts nowhere
+INVALID = -3  # the label was out of range and could not be raised: the row's loss is NaN
+
+
+class HyperParameters(NamedTuple):
+    """The constants of equations (3) and (4), and the filter of the gradient."""
+
+    s: float
+    k_intra: float
+    k_inter: float
+    a: float  # radians
+    b: float  # radians
+    filter_eps: float  # gradient entries with q_ij < filter_eps·s are dropped; 0 keeps every entry
+
+
+class RowStats(NamedTuple):
+    """Per-row results, each `[N]`, all detached. Rows without a loss (ignored ones) hold 0."""
+
+    intra: Tensor  # −p_i c_iy
+    inter: Tensor  # Σ_{j≠y} q_ij c_ij over every pair, filtered or not
+    cos_target: Tensor  # c_iy
+    cos_other_sum: Tensor  # Σ_{j≠y} c_ij
+    hardest: Tensor  # max_{j≠y} c_ij, −inf with no other class
+    dropped: Tensor  # Σ of the q_ij that the filter dropped, which bounds what ∂l_i/∂x̂_i lacks
+
+
+class Forward(NamedTuple):
+    """What a backend's forward hands to the autograd Function."""
+
+    row_loss: Tensor  # [N], l_i of equation (5)
+    rows: RowStats
+    active_pairs: Tensor  # 0-d int64, gradient entries kept, targets not counted
+    dense_blocks: Tensor  # 0-d int64, class blocks computed with dense products
+    unit_grad_x: Tensor | None  # [N, D], ∂l_i/∂x_i (equation 7 without u_i); None where not needed
+    saved: tuple[Tensor, ...]  # whatever the backend's own grad_weight wants back
+
+
+class SFaceStats(NamedTuple):
+    """Statistics of one step: 0-d tensors on the device of the embeddings, reading them is what synchronises.
+
+    `loss = intra + inter` under `reduction="mean"`. Means run over the rows that are not ignored.
+    """
+
+    intra: Tensor  # mean of −p_i c_iy
+    inter: Tensor  # mean over rows of the sum over other classes
+    cos_target: Tensor  # mean cosine to the own class centre
+    cos_other: Tensor  # mean cosine to the others: divides by N·C, the target counted as 0 (as the reference does)
+    accuracy: Tensor  # share of rows whose own centre is strictly the nearest, 0 … 1
+    active_pairs: Tensor  # int64, non-target pairs that got a gradient
+    dropped: Tensor  # mean over rows of Σ dropped q_ij, the bound on the missing gradient of §2 in docs/math.md
+    dense_blocks: Tensor  # int64, blocks of classes computed with dense products

@@ -1,0 +1,111 @@
+"""Metadata checks. Each error names the argument, what was expected and what came; nothing here reads tensor data."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .types import HyperParameters
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """Shapes, dtypes and devices of the three tensors."""
+    for name, value in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if embeddings.dim() != 2:
+        raise ValueError(f"embeddings: expected shape [N, D], got {list(embeddings.shape)}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [C, D], got {list(weight.shape)}")
+    if embeddings.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"embeddings: expected a dtype of {_names(FLOAT_DTYPES)}, got {embeddings.dtype}")
+    if weight.dtype not in (torch.float32, embeddings.dtype):
+        raise TypeError(
+            f"weight: expected float32 or the dtype of the embeddings ({embeddings.dtype}), got {weight.dtype}"
+        )
+    if weight.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"weight: expected [C, {embeddings.shape[1]}] to match embeddings {list(embeddings.shape)}, "
+            f"got {list(weight.shape)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight: expected at least one class and one feature, got shape {list(weight.shape)}")
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"labels: expected an integer dtype ({_names(LABEL_DTYPES)}), got {labels.dtype}")
+    rows = embeddings.shape[0]
+    if list(labels.shape) not in ([rows], [rows, 1]):
+        raise ValueError(f"labels: expected shape [{rows}] or [{rows}, 1], got {list(labels.shape)}")
+    for name, value in (("weight", weight), ("labels", labels)):
+        if value.device != embeddings.device:
+            raise ValueError(f"{name}: expected device {embeddings.device} (that of embeddings), got {value.device}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
+
+
+def _positive(name: str, value: float) -> float:
+    number = _number(name, value)
+    if number <= 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+    return number
+
+
+def default_filter_eps(dtype: torch.dtype, features: int) -> float:
+    """The coefficient below which `dtype` arithmetic loses an entry beside one of size s (docs/accuracy.md)."""
+    if dtype == torch.float64:
+        return 2.0**-53
+    if dtype == torch.float32:
+        return 2.0**-24
+    return 2.0**-12 if features < 256 else 2.0**-16
+
+
+def make_hyperparameters(
+    s: float,
+    k: float,
+    a: float,
+    b: float,
+    k_inter: float | None,
+    filter_eps: float | None,
+    dtype: torch.dtype,
+    features: int,
+) -> HyperParameters:
+    """Checked constants, with the two defaults that depend on something resolved."""
+    if filter_eps is None:
+        eps = default_filter_eps(dtype, features)
+    else:
+        eps = _number("filter_eps", filter_eps)
+        if not 0 <= eps < 1:
+            raise ValueError(f"filter_eps: expected None or a number in [0, 1), got {filter_eps!r}")
+    return HyperParameters(
+        s=_positive("s", s),
+        k_intra=_positive("k", k),
+        k_inter=_positive("k" if k_inter is None else "k_inter", k if k_inter is None else k_inter),
+        a=_number("a", a),
+        b=_number("b", b),
+        filter_eps=eps,
+    )
