@@ -4,5 +4,5 @@ from .dispatch import available_backends, explain
 from .loss import SFaceLoss, sface_loss
 from .types import SFaceStats
 
-__version__ = "0.1.0"
+from ._version import __version__
 __all__ = ["SFaceLoss", "SFaceStats", "available_backends", "explain", "sface_loss"]

@@ -29,6 +29,7 @@ _library.define(
     " Tensor target_coef, Tensor arena, Tensor segments) -> Tensor"
 )
 _library.define("native_instruction_sets() -> str[]")
+_library.define("native_release_memory() -> ()")
 _library.define(
     f"chunked_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, int chunk)"
     " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor unit_grad_x, Tensor pairs, Tensor pair_values,"

@@ -1,0 +1,142 @@
+// What one instruction set must provide, and the plain records that go between the drivers and the kernels.
+//
+// Sizes: N samples, C classes, D features. The drivers (forward.cpp, backward.cpp) own memory and threads; the kernels
+// (kernels.inl, compiled once per instruction set) own arithmetic.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+// The arithmetic on vectors: a call would pass each of them through memory.
+#define SFACE_INLINE inline __attribute__((always_inline))
+
+namespace sface {
+
+constexpr int kBlockClasses = 48;   // classes handled together: their rows stay in the L2 cache
+constexpr int kGroupSamples = 256;  // samples handled together
+constexpr int kFeaturePad = 32;     // feature rows in scratch memory are padded to a multiple of this
+constexpr float kScale = 32766.0f;  // fixed point: a unit row times this, rounded to int16, never overflows
+constexpr float kNormEps = 1e-12f;  // torch.nn.functional.normalize's
+
+// Codes in `target`, as in sface_kernels/types.py.
+constexpr int64_t kIgnored = -2;
+constexpr int64_t kInvalid = -3;
+
+// Second word of a segment: a count of active pairs, or one of these.
+constexpr int64_t kDenseStored = -1;  // the block's coefficients stand in the arena as a dense tile
+constexpr int64_t kRecompute = -2;    // the arena was full: the backward computes the tile again
+
+struct Hyper {
+  float s, k_intra, k_inter, a, b, filter_eps;
+};
+
+// How the loss of a pair and its filter are evaluated; derived once per call from Hyper and D.
+struct Rules {
+  Hyper hyper;
+  float slope_log2;       // k_inter·log2(e)
+  float keep_above;       // an entry has a gradient where its sigmoid is ≥ this
+  bool screen;            // false: every block is dense
+  int32_t candidate_min;  // a screened product ≥ this may be active
+  bool cheap_below;       // inter_weight_below is accurate for everything that is no candidate
+};
+
+// A sample whose own class lies in the block: it is no "other class" there.
+struct OwnClass {
+  int32_t sample;  // within the group
+  int32_t row;     // within the block
+};
+
+// The samples of one group, prepared once per call.
+struct Group {
+  int first, count;        // samples [first, first + count)
+  int panels;              // panels of Kernels::panel_samples samples, the last one padded with zeros
+  const float* rows;       // [count][padded D] unit rows, fp32
+  const float* columns;    // [panels][D][panel] the same transposed, for dense blocks
+  const int32_t* pairs;    // [panels][padded D / 2][panel] int16 pairs, for the screen
+  const uint32_t* counts;  // [panels] a bit per sample that takes part (not ignored, finite)
+};
+
+// What a task adds up for each sample of its group, over its range of classes.
+struct RowSums {
+  double* inter;        // [count] Σ sigmoid·c over other classes
+  double* dropped;      // [count] Σ sigmoid over pairs without a gradient
+  float* hardest;       // [count] the largest cosine computed in fp32
+  int32_t* best;        // [count] the largest screened product among the rest
+  int32_t* best_class;  // [count] and its class
+  float* grad;          // [count][padded D] Σ g ŵ, or null
+  uint8_t* touched;     // [count] whether grad holds anything yet
+};
+
+struct Block {
+  int64_t first;  // class of the first row
+  int rows;
+  const float* w;  // [rows] with row_stride
+  int64_t row_stride;
+  const float* next;       // the first row of the block after, to prefetch; null at the end
+  const OwnClass* own;     // samples of this group with their class in this block
+  int own_count;
+};
+
+// The block's part of the list of active pairs.
+struct Arena {
+  int32_t* words;  // null: no list wanted
+  int64_t used, capacity;
+};
+
+// Scratch memory of one thread, sized by make_workspace.
+struct Workspace {
+  std::vector<int32_t> pairs;        // [block][padded D / 2] screened rows
+  std::vector<float> inv_norm;       // [block] 1/‖w_j‖, NaN where the row is not finite
+  std::vector<float> tile;           // [block][group] cosines, then coefficients
+  std::vector<float> packed;         // [block][panel] a part of the unit rows for Σ g ŵ
+  std::vector<float> dense_grad;     // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
+  bool has_dense_grad = false;
+  int skip_screens = 0;              // blocks still taken to be dense, as the one before was
+  std::vector<float> class_sum;      // [padded D] Σ ŵ_j of the task
+  std::vector<uint32_t> candidates;  // [block][panels] bits
+  std::vector<uint8_t> own_tiles;    // [strips][panels] tiles that hold an own class
+  std::vector<float> below, below_weight;  // [group] sums of one block, before they go to double
+  std::vector<float> raw;                  // [block][padded D] Σ u g x̂ of the backward
+  std::vector<float> converted;            // [block][D] rows of a half-precision weight as fp32
+};
+
+struct Kernels {
+  const char* name;
+  int panel_samples;  // samples in a panel
+  int strip_rows;     // classes in a register tile
+
+  // Unit rows of a group: fills the three layouts of Group. `rows` holds x on entry, x̂ on return.
+  void (*pack_group)(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms);
+
+  // One block of classes against one group: sums, active pairs, Σ g ŵ. Returns what the segment record says.
+  int64_t (*forward_block)(const Rules&, const Group&, const Block&, int d, int padded_d, bool sum_classes,
+                           RowSums&, Arena&, Workspace&, int64_t* active);
+
+  // After the last block of a task: what its dense blocks added joins RowSums::grad.
+  void (*flush_dense_grad)(const Group&, int padded_d, RowSums&, Workspace&);
+
+  // Coefficients of a block, again: tile[row][panels·panel] = sigmoid where kept, 0 elsewhere.
+  void (*recompute_tile)(const Rules&, const Group&, const Block&, int d, Workspace&);
+
+  // raw[rows][padded D] += tile[rows][count] · x̂ of the group, with `columns` = x̂ as [padded D / panel][count][panel].
+  void (*add_dense)(const float* tile, int tile_stride, int rows, const float* columns, int count, int padded_d,
+                    float* raw);
+  // `rows` x̂ [count][padded D] as [padded D / panel][count][panel]
+  void (*pack_features)(const float* rows, int count, int padded_d, float* columns);
+
+  float (*dot)(const float*, const float*, int d);
+  void (*axpy)(float scale, const float* x, float* y, int d);  // y += scale·x
+  // out = scale·raw + along·w, the tangent of (8)
+  void (*combine)(float scale, const float* raw, float along, const float* w, float* out, int d);
+  void (*zero)(float* out, int d);                             // past the caches where that is possible
+  void (*intra)(const Hyper&, float cosine, float* p);         // (3)
+};
+
+// Of the instruction sets this build holds, those that this CPU runs, best first.
+std::vector<const Kernels*> usable_kernels();
+// The first of them, or the one that the environment variable SFACE_CPU_ISA names.
+const Kernels& kernels();
+
+}  // namespace sface

@@ -1,0 +1,94 @@
+// A block of classes from start to end, and the table of kernels of this instruction set.
+// Included last, inside the namespace and the target region of one instruction set.
+
+// Share of candidates above which products beat rescoring pair by pair (docs/performance.md, density sweep).
+constexpr double kDenseShare = 0.25;
+// After a dense block this many are taken to be dense without a screen to tell.
+constexpr int kBlindBlocks = 15;
+
+inline void prepare_rows(const Block& block, int d, int padded_d, bool sum_classes, bool screen, Workspace& work) {
+  for (int row = 0; row < block.rows; ++row) {
+    const float* w = block.w + row * block.row_stride;
+    const double norm = row_norm(w, d);
+    const float inv = static_cast<float>(1.0 / (norm < kNormEps ? kNormEps : norm));
+    work.inv_norm[row] = finite(norm) ? inv : __builtin_nanf("");
+    int16_t* fixed = reinterpret_cast<int16_t*>(work.pairs.data() + static_cast<int64_t>(row) * (padded_d / 2));
+    if (!finite(norm)) {
+      std::memset(fixed, 0, sizeof(int16_t) * padded_d);
+    } else if (screen) {
+      to_fixed_point(w, d, padded_d, inv, fixed, sum_classes ? work.class_sum.data() : nullptr);
+    } else if (sum_classes) {
+      axpy(inv, w, work.class_sum.data(), d);
+    }
+  }
+}
+
+inline int64_t count_candidates(const Group& group, const Block& block, const Workspace& work) {
+  int64_t found = 0;
+  for (int row = 0; row < block.rows; ++row)
+    for (int panel = 0; panel < group.panels; ++panel)
+      found += __builtin_popcount(work.candidates[row * group.panels + panel] & group.counts[panel]);
+  return found;
+}
+
+inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
+                           RowSums& sums, Arena& arena, Workspace& work, int64_t* active) {
+  for (int row = 0; row < block.rows; ++row)
+    if (!finite(work.inv_norm[row])) work.inv_norm[row] = 0;  // NaN reaches the results through the drivers
+  cosine_tile(group, block, d, work);
+  *active += coefficient_tile<true>(rules, group, block, work, &sums);
+  if (sums.grad) add_unit_rows(group, block, d, padded_d, work);
+  const int64_t words = static_cast<int64_t>(block.rows) * group.count;
+  if (!arena.words || arena.used + words > arena.capacity) return kRecompute;
+  for (int row = 0; row < block.rows; ++row, arena.used += group.count)
+    std::memcpy(arena.words + arena.used, work.tile.data() + row * group.panels * kPanel, sizeof(float) * group.count);
+  return kDenseStored;
+}
+
+int64_t forward_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
+                      bool sum_classes, RowSums& sums, Arena& arena, Workspace& work, int64_t* active) {
+  prepare_rows(block, d, padded_d, sum_classes, rules.screen && work.skip_screens == 0, work);
+  if (!rules.screen || work.skip_screens > 0) {
+    work.skip_screens -= rules.screen;
+    return dense_block(rules, group, block, d, padded_d, sums, arena, work, active);
+  }
+  const int stride = group.panels * kPanel;
+  std::memset(work.below.data(), 0, sizeof(float) * stride);
+  std::memset(work.below_weight.data(), 0, sizeof(float) * stride);
+  if (rules.cheap_below) {
+    screen_block<true>(rules, group, block, padded_d, sums, work);
+  } else {
+    screen_block<false>(rules, group, block, padded_d, sums, work);
+  }
+  if (count_candidates(group, block, work) > kDenseShare * block.rows * group.count) {
+    work.skip_screens = kBlindBlocks;
+    return dense_block(rules, group, block, d, padded_d, sums, arena, work, active);
+  }
+
+  for (int i = 0; i < group.count; ++i) {
+    sums.inter[i] += work.below[i];
+    sums.dropped[i] += work.below_weight[i];
+  }
+  const int64_t begin = arena.used;
+  if (rescore_block(rules, group, block, d, padded_d, sums, arena, work, active) || !arena.words)
+    return (arena.used - begin) / 2;
+  arena.used = begin;
+  return kRecompute;
+}
+
+const Kernels kTable = {
+    .name = kName,
+    .panel_samples = kPanel,
+    .strip_rows = kStripRows,
+    .pack_group = pack_group,
+    .forward_block = forward_block,
+    .flush_dense_grad = flush_dense_grad,
+    .recompute_tile = recompute_tile,
+    .add_dense = add_dense,
+    .pack_features = pack_features,
+    .dot = dot,
+    .axpy = axpy,
+    .combine = combine,
+    .zero = zero,
+    .intra = intra,
+};

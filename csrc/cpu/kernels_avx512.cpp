@@ -1,0 +1,29 @@
+// The kernels for AVX-512 with VNNI. The headers come before the target region: nothing of theirs may be compiled for it,
+// or the linker could pick that copy for a CPU without it.
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "target.h"
+SFACE_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace sface::avx512 {
+namespace {
+#include "isa_avx512.h"
+
+#include "pack.inl"
+
+#include "../device_math.h"
+#include "vectors.inl"
+
+#include "dense.inl"
+#include "screen.inl"
+
+#include "kernels.inl"
+}  // namespace
+extern const Kernels* const table = &kTable;
+}  // namespace sface::avx512
+SFACE_TARGET_END
+#endif

@@ -1,0 +1,142 @@
+// Cutting a call into tasks, and the samples' layouts.
+#include "problem.h"
+
+namespace sface {
+
+namespace {
+
+// Each range of classes keeps a partial Σ g ŵ [N, D]: as many ranges as fit, but 4, so that there is something to share.
+constexpr int64_t kPartialBytes = 8 << 20;
+constexpr int64_t kMinRanges = 4, kMaxRanges = 32;
+
+// fp32 rounding of the two normalisations and of the products with 1/norm, in cosine; a few times what can occur
+constexpr double kRoundingSlack = 4e-6;
+// The loss of what is no candidate uses a form that is accurate to here.
+constexpr double kCandidateShare = 1.0 / 1024;
+
+}  // namespace
+
+Problem::Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& target_)
+    : n(x_.size(0)),
+      c(w_.size(0)),
+      d(x_.size(1)),
+      padded_d(ceil_div(d, kFeaturePad) * kFeaturePad),
+      groups(ceil_div(n, kGroupSamples)),
+      blocks(ceil_div(c, kBlockClasses)),
+      x(x_),
+      w(w_),
+      target(target_) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous(), "x: expected contiguous float32 [N, D]");
+  TORCH_CHECK(w.dim() == 2 && w.size(1) == d && w.stride(1) == 1, "w: expected [C, ", d, "] with contiguous rows");
+  TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() && target.numel() == n,
+              "target: expected contiguous int64 [", n, "]");
+  TORCH_CHECK(c < INT32_MAX && n < INT32_MAX, "sizes: expected fewer than 2^31 classes and samples");
+  const int64_t partial = std::max<int64_t>(1, n * padded_d * static_cast<int64_t>(sizeof(float)));
+  ranges = std::min(blocks, std::clamp(kPartialBytes / partial, kMinRanges, kMaxRanges));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t code = codes()[i];
+    TORCH_CHECK(code < c, "target: expected classes below ", c, ", got ", code);
+    if (code >= 0) targets.push_back({code, i});
+  }
+  std::sort(targets.begin(), targets.end(),
+            [](const Target& a, const Target& b) { return a.cls != b.cls ? a.cls < b.cls : a.sample < b.sample; });
+}
+
+const float* Problem::rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const {
+  const int64_t from = w.stride(0);
+  if (w.scalar_type() == at::kFloat) {
+    *stride = from;
+    return w.const_data_ptr<float>() + first * from;
+  }
+  converted.resize(kBlockClasses * d);
+  const auto convert = [&](const auto* data) {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t k = 0; k < d; ++k) converted[r * d + k] = static_cast<float>(data[(first + r) * from + k]);
+  };
+  if (w.scalar_type() == at::kHalf) {
+    convert(w.const_data_ptr<at::Half>());
+  } else {
+    TORCH_CHECK(w.scalar_type() == at::kBFloat16, "w: expected float32, float16 or bfloat16");
+    convert(w.const_data_ptr<at::BFloat16>());
+  }
+  *stride = d;
+  return converted.data();
+}
+
+void Problem::own_classes(int64_t group, int64_t block, std::vector<OwnClass>& out) const {
+  out.clear();
+  const int64_t first = block * kBlockClasses, end = first + kBlockClasses;
+  const auto begin = std::lower_bound(targets.begin(), targets.end(), first,
+                                      [](const Target& t, int64_t cls) { return t.cls < cls; });
+  const int64_t sample = group_first(group);
+  for (auto t = begin; t != targets.end() && t->cls < end; ++t)
+    if (t->sample >= sample && t->sample < sample + kGroupSamples)
+      out.push_back({static_cast<int32_t>(t->sample - sample), static_cast<int32_t>(t->cls - first)});
+}
+
+Samples::Samples(const Problem& problem, const Kernels& kernels) {
+  const int64_t panel = kernels.panel_samples, d = problem.d, padded = problem.padded_d;
+  const int64_t panels = kGroupSamples / panel * problem.groups;
+  rows.resize(problem.n * padded);
+  columns.resize(panels * panel * d);
+  pairs.resize(panels * panel * (padded / 2));
+  counts.assign(panels, 0);
+  norms.resize(problem.n);
+  groups.resize(problem.groups);
+  const float* x = problem.x.const_data_ptr<float>();
+  at::parallel_for(0, problem.groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = problem.group_first(g), count = problem.group_count(g);
+      const int64_t first_panel = g * (kGroupSamples / panel);
+      for (int64_t i = first; i < first + count; ++i) std::memcpy(&rows[i * padded], x + i * d, sizeof(float) * d);
+      float* group_columns = columns.data() + first_panel * panel * d;
+      int32_t* group_pairs = pairs.data() + first_panel * panel * (padded / 2);
+      kernels.pack_group(&rows[first * padded], static_cast<int>(count), static_cast<int>(d),
+                         static_cast<int>(padded), group_columns, group_pairs, &norms[first]);
+      for (int64_t i = 0; i < count; ++i)
+        if (usable(first + i) && !problem.ignored(first + i)) counts[first_panel + i / panel] |= 1u << (i % panel);
+      groups[g] = {static_cast<int>(first),       static_cast<int>(count), static_cast<int>(ceil_div(count, panel)),
+                   &rows[first * padded],         group_columns,           group_pairs,
+                   counts.data() + first_panel};
+    }
+  });
+}
+
+Rules make_rules(const Hyper& hyper, int64_t d) {
+  Rules rules{};
+  rules.hyper = hyper;
+  rules.slope_log2 = hyper.k_inter * 1.44269504088896340736f;
+  rules.keep_above = hyper.filter_eps;
+  const double k = hyper.k_inter, b = hyper.b;
+  const double share = std::min<double>(hyper.filter_eps, kCandidateShare);
+  // the angle at which the sigmoid of (4) reaches `share`
+  const double angle = share > 0 ? b + std::log((1 - share) / share) / k : INFINITY;
+  // rounding to int16 moves a cosine by at most this: |x̂·f| + |e·ŵ| + |e·f| with |e|, |f| ≤ √D/2 (docs/math.md)
+  const double bound = (std::sqrt(static_cast<double>(d)) + d / (4.0 * kScale)) / kScale + kRoundingSlack;
+  const double threshold = angle < M_PI ? std::cos(std::max(angle, 0.0)) - bound : -2.0;
+  rules.screen = threshold > -1;
+  rules.candidate_min = rules.screen ? static_cast<int32_t>(std::floor(threshold * kScale * kScale)) : 0;
+  // where its series is not accurate, the weight must be below 2⁻⁶⁰
+  const double far_exponent = k * (std::acos(-0.5) - b) / std::log(2.0);
+  rules.cheap_below = threshold + 2 * bound <= 0.26 && far_exponent > 60;
+  return rules;
+}
+
+Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
+  Workspace work;
+  const int64_t padded = problem.padded_d, panels = kGroupSamples / kernels.panel_samples;
+  work.pairs.resize(kBlockClasses * padded / 2);
+  work.inv_norm.resize(kBlockClasses);
+  work.tile.resize((kBlockClasses + 1) * kGroupSamples);  // one more: a strip may read past the last sample
+  work.packed.resize(kBlockClasses * kernels.panel_samples);
+  work.dense_grad.resize(padded * kGroupSamples);
+  work.class_sum.assign(padded, 0);
+  work.candidates.resize(kBlockClasses * panels);
+  work.own_tiles.assign(kBlockClasses / kernels.strip_rows * panels, 0);
+  work.below.resize(kGroupSamples);
+  work.below_weight.resize(kGroupSamples);
+  work.raw.resize(kBlockClasses * padded);
+  return work;
+}
+
+}  // namespace sface

@@ -1,0 +1,74 @@
+// How a call is cut into work, the same in the forward and the backward and for any number of threads.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace sface {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A sample and its class, sorted by class.
+struct Target {
+  int64_t cls;
+  int64_t sample;
+};
+
+struct Problem {
+  int64_t n, c, d, padded_d;
+  int64_t groups, blocks;
+  int64_t ranges;  // the classes are cut into this many ranges of blocks; a task is a range and a group
+  at::Tensor x, w, target;
+  std::vector<Target> targets;  // rows with a class, by class
+
+  Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& target_);
+
+  int64_t range_begin(int64_t range) const { return blocks * range / ranges; }  // first block
+  int64_t group_first(int64_t group) const { return group * kGroupSamples; }
+  int64_t group_count(int64_t group) const { return std::min<int64_t>(kGroupSamples, n - group_first(group)); }
+  int block_rows(int64_t block) const {
+    return static_cast<int>(std::min<int64_t>(kBlockClasses, c - block * kBlockClasses));
+  }
+  const int64_t* codes() const { return target.const_data_ptr<int64_t>(); }
+
+  // Rows of w as fp32: in place for a float weight, else converted into `converted`.
+  const float* rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const;
+  // The samples of a group with their class in a block.
+  void own_classes(int64_t group, int64_t block, std::vector<OwnClass>& out) const;
+  bool ignored(int64_t sample) const { return codes()[sample] == kIgnored; }
+};
+
+// Unit rows of every sample in the layouts that the kernels read.
+struct Samples {
+  std::vector<float> rows;     // [N][padded D]
+  std::vector<float> columns;  // per group [panels][D][panel]
+  std::vector<int32_t> pairs;  // per group [panels][padded D / 2][panel]
+  std::vector<uint32_t> counts;
+  std::vector<float> norms;  // [N], not finite where the row is not
+  std::vector<Group> groups;
+
+  Samples(const Problem& problem, const Kernels& kernels);
+  bool usable(int64_t sample) const { return std::isfinite(norms[sample]); }
+};
+
+Rules make_rules(const Hyper& hyper, int64_t d);
+Workspace make_workspace(const Problem& problem, const Kernels& kernels);
+
+// Runs body(next_task) on each of PyTorch's threads; next_task() hands out 0 … count − 1, to whoever is free. Tasks own
+// their results, so what comes out does not depend on which thread ran what.
+template <typename Body>
+void for_each_worker(int64_t count, const Body& body) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    body([&] { return next.fetch_add(1, std::memory_order_relaxed); });
+  });
+}
+
+}  // namespace sface

@@ -1,0 +1,212 @@
+// The streamed pass over a block of classes: screen every pair in fixed point, rescore the candidates in fp32.
+//
+// Reads each row of w from memory once (the next block is prefetched meanwhile); cosines exist only in registers.
+// Included per instruction set, after dense.inl.
+
+// Screened products of kStripRows classes with one panel of samples, exact integers.
+struct Products {
+  I32 sum[kStripRows][kPanelVectors];
+};
+
+SFACE_INLINE void multiply(const int32_t* w_pairs, const int32_t* x_pairs, int pairs, const char*& next, int prefetches,
+                     Products& out) {
+  I32 sum[kStripRows][kPanelVectors] = {};
+  const int per_prefetch = prefetches > 0 ? (pairs + prefetches - 1) / prefetches : pairs;
+  for (int start = 0; start < pairs; start += per_prefetch) {
+    const int end = start + per_prefetch < pairs ? start + per_prefetch : pairs;
+    if (prefetches > 0) {
+      __builtin_prefetch(next, 0, 2);
+      next += 64;
+    }
+    for (int k = start; k < end; ++k) {
+      I32 x[kPanelVectors];
+      for (int v = 0; v < kPanelVectors; ++v) x[v] = load_int(x_pairs + k * kPanel + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kStripRows; ++r) {
+        const I32 w = broadcast_int(w_pairs[static_cast<int64_t>(r) * pairs + k]);
+        for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = dot_pairs(sum[r][v], x[v], w);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kStripRows; ++r)
+    for (int v = 0; v < kPanelVectors; ++v) out.sum[r][v] = sum[r][v];
+}
+
+// An own class, or a row past the last class, reads as the largest product: a candidate, so that it counts in no sum.
+// The rescoring skips both.
+inline void mask_absent_rows(int rows, Products& products) {
+  for (int r = rows; r < kStripRows; ++r)
+    for (int v = 0; v < kPanelVectors; ++v) products.sum[r][v] = broadcast_int(INT32_MAX);
+}
+
+inline void mask_own_classes(const Block& block, int strip, int panel, Products& products) {
+  int32_t values[kStripRows][kPanel];
+  for (int r = 0; r < kStripRows; ++r)
+    for (int v = 0; v < kPanelVectors; ++v) store_int(values[r] + v * kLanes, products.sum[r][v]);
+  for (int i = 0; i < block.own_count; ++i) {
+    const int row = block.own[i].row - strip * kStripRows, sample = block.own[i].sample - panel * kPanel;
+    if (row >= 0 && row < kStripRows && sample >= 0 && sample < kPanel) values[row][sample] = INT32_MAX;
+  }
+  for (int r = 0; r < kStripRows; ++r)
+    for (int v = 0; v < kPanelVectors; ++v) products.sum[r][v] = load_int(values[r] + v * kLanes);
+}
+
+// Sums over the pairs of a tile that are no candidates, and the candidates' bits. Two classes at a time.
+template <bool kCheap>
+SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, int panel, int panels,
+                     const Products& products, RowSums& sums, Workspace& work) {
+  constexpr float kToCosine = 1.0f / (kScale * kScale);
+  constexpr int kPairs = 2 * kPanelVectors;  // vectors of two classes
+  static_assert(kStripRows % 2 == 0);
+  const int first_row = strip * kStripRows, at = panel * kPanel;
+  const I32 below_candidates = broadcast_int(rules.candidate_min - 1);
+  const BelowSeries series(rules.slope_log2, rules.hyper.b);
+  F32 loss[kPanelVectors], weights[kPanelVectors];
+  I32 best[kPanelVectors], best_class[kPanelVectors];
+  for (int v = 0; v < kPanelVectors; ++v) {
+    loss[v] = load(work.below.data() + at + v * kLanes);
+    weights[v] = load(work.below_weight.data() + at + v * kLanes);
+    best[v] = load_int(sums.best + at + v * kLanes);
+    best_class[v] = load_int(sums.best_class + at + v * kLanes);
+  }
+  for (int row = 0; row < kStripRows; row += 2) {
+    const I32* product = products.sum[row];  // [2][kPanelVectors]
+    const auto c = each<kPairs>([&](int i) { return __builtin_convertvector(product[i], F32) * kToCosine; });
+    Pack<kPairs> weight;
+    if constexpr (kCheap) {
+      weight = inter_weight_below(c, series);
+    } else {
+      weight = sigmoid_of_angle(arccos(clamp(c, -1.0f, 1.0f)), rules.slope_log2, rules.hyper.b);
+    }
+    uint32_t found[2] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; ++i) {
+      const int v = i % kPanelVectors, r = i / kPanelVectors;
+      const I32 candidate = I32(product[i] > below_candidates);
+      const F32 counted = select(candidate, F32{}, weight.v[i]);
+      loss[v] += counted * c.v[i];
+      weights[v] += counted;
+      const I32 rest = select(candidate, broadcast_int(INT32_MIN), product[i]);
+      const I32 cls = broadcast_int(static_cast<int32_t>(block.first) + first_row + row + r);
+      best_class[v] = select(I32(rest > best[v]), cls, best_class[v]);
+      best[v] = select(I32(rest > best[v]), rest, best[v]);
+      found[r] |= bits(candidate) << (v * kLanes);
+    }
+    work.candidates[(first_row + row) * panels + panel] = found[0];
+    work.candidates[(first_row + row + 1) * panels + panel] = found[1];
+  }
+  for (int v = 0; v < kPanelVectors; ++v) {
+    store(work.below.data() + at + v * kLanes, loss[v]);
+    store(work.below_weight.data() + at + v * kLanes, weights[v]);
+    store_int(sums.best + at + v * kLanes, best[v]);
+    store_int(sums.best_class + at + v * kLanes, best_class[v]);
+  }
+}
+
+template <bool kCheap>
+inline void screen_block(const Rules& rules, const Group& group, const Block& block, int padded_d, RowSums& sums,
+                         Workspace& work) {
+  const int pairs = padded_d / 2, strips = (block.rows + kStripRows - 1) / kStripRows;
+  const int64_t lines = block.next ? block.rows * block.row_stride * 4 / 64 : 0;
+  const int prefetches = static_cast<int>((lines + strips * group.panels - 1) / (strips * group.panels));
+  const char* next = reinterpret_cast<const char*>(block.next);
+  for (int i = 0; i < block.own_count; ++i)
+    work.own_tiles[block.own[i].row / kStripRows * group.panels + block.own[i].sample / kPanel] = 1;
+  for (int panel = 0; panel < group.panels; ++panel)
+    for (int strip = 0; strip < strips; ++strip) {
+      Products products;
+      multiply(work.pairs.data() + static_cast<int64_t>(strip) * kStripRows * pairs,
+               group.pairs + static_cast<int64_t>(panel) * pairs * kPanel, pairs, next, prefetches, products);
+      uint8_t& own = work.own_tiles[strip * group.panels + panel];
+      if (__builtin_expect(own, 0)) {
+        mask_own_classes(block, strip, panel, products);
+        own = 0;
+      }
+      const int rows = block.rows - strip * kStripRows;
+      if (__builtin_expect(rows < kStripRows, 0)) mask_absent_rows(rows, products);
+      sum_tile<kCheap>(rules, block, strip, panel, group.panels, products, sums, work);
+    }
+}
+
+// The candidates of one class: cosines in fp32 from the original row, then (4) and the filter.
+struct Candidates {
+  int count = 0;
+  int sample[kGroupSamples];
+  float cosine[kGroupSamples + kLanes], weight[kGroupSamples + kLanes];
+};
+
+inline void rescore(const Rules& rules, const Group& group, const float* w, float inv, int d, int padded_d,
+                    Candidates& list) {
+  const int count = list.count;
+  for (int n = 0; n < count; n += 4) {
+    const float* x[4];
+    for (int i = 0; i < 4; ++i)
+      x[i] = group.rows + static_cast<int64_t>(list.sample[n + i < count ? n + i : n]) * padded_d;
+    float product[4];
+    dot4(w, x, d, product);
+    for (int i = 0; i < 4 && n + i < count; ++i) {
+      const float c = product[i] * inv;
+      list.cosine[n + i] = c < -1 ? -1 : c > 1 ? 1 : c;
+    }
+  }
+  for (int n = count; n % kLanes; ++n) list.cosine[n] = 0;
+  for (int n = 0; n < count; n += kLanes)
+    store(list.weight + n, sigmoid_of_angle(arccos(load(list.cosine + n)), rules.slope_log2, rules.hyper.b));
+}
+
+// Takes the candidates' bits of one class apart, own classes left out.
+inline void list_candidates(const Group& group, const Block& block, int row, const Workspace& work,
+                            Candidates& list) {
+  list.count = 0;
+  for (int panel = 0; panel < group.panels; ++panel) {
+    uint32_t found = work.candidates[row * group.panels + panel] & group.counts[panel];
+    for (; found; found &= found - 1) list.sample[list.count++] = panel * kPanel + __builtin_ctz(found);
+  }
+  for (int i = 0; i < block.own_count; ++i) {
+    if (block.own[i].row != row) continue;
+    int kept = 0;
+    for (int n = 0; n < list.count; ++n)
+      if (list.sample[n] != block.own[i].sample) list.sample[kept++] = list.sample[n];
+    list.count = kept;
+  }
+}
+
+// Rescores every candidate of the block; lists the active ones. False where the arena was too small for the list.
+inline bool rescore_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
+                          RowSums& sums, Arena& arena, Workspace& work, int64_t* active) {
+  Candidates list;
+  bool listed = true;
+  for (int row = 0; row < block.rows; ++row) {
+    const float* w = block.w + row * block.row_stride;
+    const float inv = work.inv_norm[row];
+    if (!finite(inv)) continue;  // the drivers turn every loss into NaN
+    list_candidates(group, block, row, work, list);
+    if (list.count == 0) continue;
+    rescore(rules, group, w, inv, d, padded_d, list);
+    for (int n = 0; n < list.count; ++n) {
+      const int i = list.sample[n];
+      const float weight = list.weight[n];
+      sums.inter[i] += static_cast<double>(weight) * list.cosine[n];
+      if (list.cosine[n] > sums.hardest[i]) sums.hardest[i] = list.cosine[n];
+      if (weight < rules.keep_above) {
+        sums.dropped[i] += weight;
+        continue;
+      }
+      ++*active;
+      if (sums.grad) {
+        float* grad = sums.grad + static_cast<int64_t>(i) * padded_d;
+        if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * padded_d);
+        sums.touched[i] = 1;
+        axpy(weight * inv, w, grad, d);
+      }
+      if (arena.words && arena.used + 2 <= arena.capacity) {
+        arena.words[arena.used++] = row << 16 | i;
+        std::memcpy(arena.words + arena.used++, &weight, sizeof(weight));
+      } else {
+        listed = false;
+      }
+    }
+  }
+  return listed;
+}

@@ -1,0 +1,119 @@
+// Loops over feature rows that every kernel uses. Included per instruction set, after isa_*.h and device_math.h.
+
+constexpr int kPanel = kPanelVectors * kLanes;  // samples in a panel
+
+SFACE_INLINE F32 load(const float* p) { return *reinterpret_cast<const F32*>(p); }
+SFACE_INLINE void store(float* p, F32 v) { *reinterpret_cast<F32*>(p) = v; }
+SFACE_INLINE I32 load_int(const int32_t* p) { return *reinterpret_cast<const I32*>(p); }
+SFACE_INLINE void store_int(int32_t* p, I32 v) { *reinterpret_cast<I32*>(p) = v; }
+SFACE_INLINE float sum_lanes(F32 v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+float dot(const float* x, const float* y, int d) {
+  F32 sum[4] = {};
+  int k = 0;
+  for (; k + 4 * kLanes <= d; k += 4 * kLanes)
+    for (int i = 0; i < 4; ++i) sum[i] += load(x + k + i * kLanes) * load(y + k + i * kLanes);
+  for (; k + kLanes <= d; k += kLanes) sum[0] += load(x + k) * load(y + k);
+  float total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; k < d; ++k) total += x[k] * y[k];
+  return total;
+}
+
+// Four dot products with one row: each element of `w` is loaded once.
+inline void dot4(const float* w, const float* const x[4], int d, float out[4]) {
+  F32 sum[4] = {}, more[4] = {};
+  int k = 0;
+  for (; k + 2 * kLanes <= d; k += 2 * kLanes) {
+    const F32 w0 = load(w + k), w1 = load(w + k + kLanes);
+    for (int i = 0; i < 4; ++i) {
+      sum[i] += load(x[i] + k) * w0;
+      more[i] += load(x[i] + k + kLanes) * w1;
+    }
+  }
+  for (; k + kLanes <= d; k += kLanes)
+    for (int i = 0; i < 4; ++i) sum[i] += load(x[i] + k) * load(w + k);
+  for (int i = 0; i < 4; ++i) {
+    out[i] = sum_lanes(sum[i] + more[i]);
+    for (int r = k; r < d; ++r) out[i] += x[i][r] * w[r];
+  }
+}
+
+void axpy(float scale, const float* x, float* y, int d) {
+  int k = 0;
+  for (; k + kLanes <= d; k += kLanes) store(y + k, load(y + k) + scale * load(x + k));
+  for (; k < d; ++k) y[k] += scale * x[k];
+}
+
+void combine(float scale, const float* raw, float along, const float* w, float* out, int d) {
+  int k = 0;
+  if (can_stream(out))
+    for (; k + kLanes <= d; k += kLanes) stream(out + k, scale * load(raw + k) + along * load(w + k));
+  for (; k < d; ++k) out[k] = scale * raw[k] + along * w[k];
+}
+
+void zero(float* out, int d) {
+  int k = 0;
+  if (can_stream(out))
+    for (; k + kLanes <= d; k += kLanes) stream(out + k, F32{});
+  for (; k < d; ++k) out[k] = 0;
+}
+
+void intra(const Hyper& hyper, float cosine, float* p) {
+  const F32 theta = arccos(broadcast(cosine));
+  *p = hyper.s * sigmoid_of_angle(theta, -hyper.k_intra * kLog2E, hyper.a)[0];
+}
+
+// Length of a row, in double where the fp32 sum of squares leaves the range that keeps its accuracy.
+inline double row_norm(const float* row, int d) {
+  const float square = dot(row, row, d);
+  if (square > 1e-30f && square < 1e37f) return __builtin_sqrt(static_cast<double>(square));
+  double sum = 0;
+  for (int k = 0; k < d; ++k) sum += static_cast<double>(row[k]) * row[k];
+  return __builtin_sqrt(sum);
+}
+
+inline bool finite(double v) { return v - v == 0; }
+
+// row·scale rounded to int16, `padded_d` of them; `class_sum` += row·inv where it is wanted.
+inline void to_fixed_point(const float* row, int d, int padded_d, float inv, int16_t* out, float* class_sum) {
+  constexpr float kRound = 12582912.0f;  // leaves round(v) in the low bits, two's complement
+  const float scale = inv * kScale;
+  int k = 0;
+  for (; k + kLanes <= d; k += kLanes) {
+    const F32 v = load(row + k);
+    *reinterpret_cast<I16*>(out + k) = __builtin_convertvector(I32(v * scale + kRound), I16);
+    if (class_sum) store(class_sum + k, load(class_sum + k) + inv * v);
+  }
+  for (; k < d; ++k) {
+    const F32 shifted = broadcast(row[k] * scale) + kRound;
+    out[k] = static_cast<int16_t>(I32(shifted)[0]);
+    if (class_sum) class_sum[k] += inv * row[k];
+  }
+  for (; k < padded_d; ++k) out[k] = 0;
+}
+
+void pack_group(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms) {
+  const int panels = (count + kPanel - 1) / kPanel;
+  std::memset(columns, 0, sizeof(float) * panels * kPanel * d);
+  std::memset(pairs, 0, sizeof(int32_t) * panels * kPanel * (padded_d / 2));
+  for (int i = 0; i < count; ++i) {
+    float* row = rows + static_cast<int64_t>(i) * padded_d;
+    const double norm = row_norm(row, d);
+    norms[i] = static_cast<float>(norm);
+    const bool usable = finite(norm);
+    const double inv = 1.0 / (norm < kNormEps ? kNormEps : norm);
+    for (int k = 0; k < d; ++k) row[k] = usable ? static_cast<float>(row[k] * inv) : 0.0f;
+    for (int k = d; k < padded_d; ++k) row[k] = 0;
+    int16_t fixed[2];
+    const int64_t panel = i / kPanel, lane = i % kPanel;
+    for (int k = 0; k < d; ++k) columns[(panel * d + k) * kPanel + lane] = row[k];
+    for (int k = 0; k < padded_d; k += 2) {
+      to_fixed_point(row + k, 2, 2, 1.0f, fixed, nullptr);
+      std::memcpy(pairs + (panel * (padded_d / 2) + k / 2) * kPanel + lane, fixed, sizeof(fixed));
+    }
+  }
+}

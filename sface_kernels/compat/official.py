@@ -1,0 +1,324 @@
+"""The interface of the reference project's PyTorch head, so that its training script changes one import.
+
+    from sface_kernels.compat.official import SFaceLoss
+
+Six values come back in its order. The first, s·cos `[N, C]`, is there to read the accuracy from: by default
+it is a `LazyLogits`, which answers `topk`, `max` and `argmax` from blocks of classes and never holds N×C.
+What differs:
+
+- Gradients flow from the loss alone. The four means are statistics, as are the logits without `logits=True`.
+- A sample equal to a class centre costs a finite loss (the reference's arccos makes it NaN).
+- The weight lives where the module is moved. The reference keeps it on the host whatever `device_id` says;
+  left there with embeddings on a GPU it works here too, copied each step, with a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import loss as _loss
+from ..ops import compute_dtype
+from ..types import SFaceStats
+
+BLOCK_ELEMENTS = 1 << 20  # of N·block and D·block: 4 MiB each of fp32 cosines and of unit rows at a time
+WATCHED_ROWS = 16  # of the weight, compared to find out that it changed
+ADVICE = (
+    "the logits are not in memory; shape, size(), dim(), dtype, device, data, detach(), topk, max and argmax "
+    "over the classes, dense() and stats work. For the [N, C] tensor construct SFaceLoss(..., logits=True)"
+)
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version  # inference tensors count no versions
+
+
+class LazyLogits:
+    """s·cos `[N, C]` of one forward, detached, computed in blocks of classes when it is asked for.
+
+    Equivalent to `s * F.linear(F.normalize(input), F.normalize(weight))`, cosines not clamped. Each question
+    costs one product `[N, D] × [D, C]` and about 8 MiB of scratch memory.
+
+    The tensors of the forward are kept, not copied, so ask before the optimizer changes the weight. The
+    widest `topk` is remembered: it, a smaller one, `max` and `argmax` can be asked again later; any other
+    question then raises. A change shows in PyTorch's version counters or, as fused optimizers and writes
+    through `.data` do not count, in a few rows of the weight, those of the batch's first classes.
+
+    Attributes:
+        shape: torch.Size([N, C]).
+        dtype: what the cosines are computed in, at least float32.
+        device: that of the input.
+        stats: SFaceStats of the forward. `100 * stats.accuracy` is Prec@1 and costs nothing more.
+    """
+
+    def __init__(
+        self, embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, stats: SFaceStats
+    ) -> None:
+        self._embeddings, self._weight, self._scale = embeddings.detach(), weight.detach(), scale
+        self._versions = _version(embeddings), _version(weight)
+        self._watched = labels.reshape(-1)[:WATCHED_ROWS].long().clamp(0, weight.shape[0] - 1)
+        self._watched_rows = self._weight[self._watched]  # [≤ WATCHED_ROWS, D], a copy
+        self._widest: tuple[Tensor, Tensor] | None = None  # values and classes [N, k] of a topk, the widest
+        self.stats = stats
+        self.shape = torch.Size((embeddings.shape[0], weight.shape[0]))
+        self.dtype = compute_dtype(embeddings, weight)
+        self.device = embeddings.device
+
+    @property
+    def data(self) -> LazyLogits:
+        return self
+
+    def detach(self) -> LazyLogits:
+        return self
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    def dim(self) -> int:
+        return 2
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def topk(
+        self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+    ) -> torch.return_types.topk:
+        """The k largest (or smallest) logits of each row, as `torch.topk`; in order whatever `sorted` says.
+
+        Returns:
+            values: `[N, k]`, in the dtype of the logits.
+            indices: `[N, k]`, int64 classes.
+
+        Raises:
+            ValueError: `dim` is not that of the classes, or there are fewer than k of them.
+            RuntimeError: the weight or the input was modified since the forward.
+        """
+        self._check_dim(dim)
+        if not 0 <= k <= self.shape[1]:
+            raise ValueError(f"k: expected 0 to {self.shape[1]} (the number of classes), got {k}")
+        if not largest:
+            return torch.return_types.topk(self._stream_topk(k, largest=False))
+        if self._widest is None or self._widest[0].shape[1] < k:
+            self._widest = self._stream_topk(k, largest=True)
+        # copies, so that the caller may write to them
+        values, classes = (t[:, :k].clone() for t in self._widest)
+        return torch.return_types.topk((values, classes))
+
+    def max(self, dim: int = -1, keepdim: bool = False) -> torch.return_types.max:
+        """The largest logit of each row and its class, `[N]` (`[N, 1]` with `keepdim`), as `torch.max`."""
+        values, classes = self.topk(1, dim)
+        if not keepdim:
+            values, classes = values.squeeze(1), classes.squeeze(1)
+        return torch.return_types.max((values, classes))
+
+    def argmax(self, dim: int = -1, keepdim: bool = False) -> Tensor:
+        """The nearest class of each row, int64 `[N]` (`[N, 1]` with `keepdim`), as `torch.argmax`."""
+        return self.max(dim, keepdim)[1]
+
+    def dense(self) -> Tensor:
+        """The tensor itself, `[N, C]`, detached: here N·C elements are allocated."""
+        logits = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        x_unit = self._unit_input()
+        for classes in self._blocks():
+            logits[:, classes] = self._block(x_unit, classes)
+        return logits
+
+    def _check_dim(self, dim: int) -> None:
+        if dim not in (1, -1):
+            raise ValueError(f"dim: expected 1 or -1 (the classes), got {dim!r}: {ADVICE}")
+
+    def _modified(self) -> bool:
+        if self._versions != (_version(self._embeddings), _version(self._weight)):
+            return True
+        now, then = self._weight[self._watched], self._watched_rows
+        return not torch.equal(now.view(torch.uint8), then.view(torch.uint8))  # as bytes, NaN equals itself
+
+    def _unit_input(self) -> Tensor:
+        if self._modified():
+            raise RuntimeError(
+                "outputs: the weight or the input was modified since the forward (by optimizer.step()?), so "
+                "its logits are lost. Ask before that: a topk asked once can be repeated. Or construct "
+                "SFaceLoss(..., logits=True)"
+            )
+        return F.normalize(self._embeddings.to(self.dtype))  # [N, D]
+
+    def _blocks(self) -> list[slice]:
+        rows, classes = self.shape
+        size = max(256, BLOCK_ELEMENTS // max(rows, self._weight.shape[1]))
+        return [slice(start, min(start + size, classes)) for start in range(0, classes, size)]
+
+    def _block(self, x_unit: Tensor, classes: slice) -> Tensor:
+        # the caller may ask under autocast, the forward did not compute so
+        with torch.autocast(self.device.type, enabled=False):
+            w_unit = F.normalize(self._weight[classes].to(self.dtype))  # [block, D]
+            return (x_unit @ w_unit.t()).mul_(self._scale)  # [N, block]
+
+    def _stream_topk(self, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+        x_unit = self._unit_input()
+        values = torch.empty(self.shape[0], 0, dtype=self.dtype, device=self.device)
+        classes = torch.empty(self.shape[0], 0, dtype=torch.int64, device=self.device)
+        for block in self._blocks():
+            logits = self._block(x_unit, block)  # [N, block]
+            found, place = logits.topk(min(k, logits.shape[1]), 1, largest)  # [N, ≤ k]
+            values, classes = torch.cat([values, found], 1), torch.cat([classes, place + block.start], 1)
+            values, order = values.topk(min(k, values.shape[1]), 1, largest)
+            classes = classes.gather(1, order)
+        return values, classes
+
+    def __repr__(self) -> str:
+        return f"LazyLogits(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"outputs.{name}: {ADVICE}")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.topk, torch.max, torch.argmax) and args and isinstance(args[0], cls):
+            return getattr(args[0], func.__name__)(*args[1:], **(kwargs or {}))
+        raise TypeError(f"torch.{getattr(func, '__name__', func)} of outputs: {ADVICE}")
+
+
+def _refuse(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"outputs.{name}: {ADVICE}")
+
+    return refuse
+
+
+# Python looks these up on the class, past __getattr__. Without them some would quietly answer something wrong
+# (==, bool) and the others raise an error that does not help.
+for _name in (
+    *("getitem", "setitem", "iter", "contains", "array", "bool", "int", "float"),
+    *("abs", "neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow"),
+    *("matmul", "rmatmul", "eq", "ne", "lt", "le", "gt", "ge"),
+):
+    setattr(LazyLogits, f"__{_name}__", _refuse(f"__{_name}__"))
+
+
+class SFaceLoss(_loss.SFaceLoss):
+    """The reference project's `SFaceLoss` on the fused kernels: same arguments, results and checkpoints.
+
+    The state dict has one key, `weight` `[out_features, in_features]` float32, initialised N(0, 2·√(2/C))
+    with the random numbers that the reference draws from the same seed.
+
+    Args:
+        in_features: D, size of an embedding.
+        out_features: C, number of classes.
+        device_id: the GPUs of the reference's model parallelism: None, or a list of ids, empty or not. An
+            attribute and nothing else here: one device computes the loss, the one that holds the input. Move
+            the module there (`head.to(device)`) before building the optimizer.
+        s, k, a, b: as in `sface_kernels.sface_loss`.
+        filter_eps, backend: as in `sface_kernels.sface_loss`.
+        logits: return s·cos as a differentiable tensor `[N, C]`, at its cost in memory and time.
+
+    Example, in the reference's own order of calls::
+
+        outputs, loss, intra_loss, inter_loss, WyiX, WjX = HEAD(features, labels)
+        prec1 = train_accuracy(outputs.data, labels, topk=(1,))
+        OPTIMIZER.zero_grad()
+        loss.backward()
+        OPTIMIZER.step()
+
+    `100 * outputs.stats.accuracy` is the same Prec@1 without its second pass over the weight.
+
+    Source: the interface of zhongyy/SFace, `SFace_torch/head/metrics.py`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device_id: Sequence[int] | None,
+        s: float = 64.0,
+        k: float = 80.0,
+        a: float = 0.80,
+        b: float = 1.23,
+        *,
+        filter_eps: float | None = None,
+        backend: str = "auto",
+        logits: bool = False,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            s=s,
+            k=k,
+            a=a,
+            b=b,
+            filter_eps=filter_eps,
+            backend=backend,
+            dtype=torch.float32,
+        )
+        self.device_id, self.logits = device_id, logits
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, label: Tensor
+    ) -> tuple[LazyLogits | Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The results of a step, in the reference's order.
+
+        Args:
+            input: embeddings `[N, D]`, any float dtype. Need not be normalised.
+            label: classes `[N]` or `[N, 1]`, any integer dtype.
+
+        Returns:
+            Six values, all but the loss (and the logits of `logits=True`) detached; all but the first 0-d:
+            s·cos `[N, C]`, a `LazyLogits`, or a tensor with `logits=True`;
+            the loss, the sum of the next two;
+            the mean over rows of −p_i cos θ_iy;
+            the mean over rows of Σ q_ij cos θ_ij over the other classes;
+            the mean cosine to the own class centre;
+            the mean cosine to the others, divided by N·C with the own class counted as 0.
+
+        Raises:
+            TypeError, ValueError: as `sface_kernels.sface_loss`.
+        """
+        weight = self._weight_beside(input)
+        loss, stats = _loss.sface_loss(
+            input,
+            weight,
+            label,
+            s=self.s,
+            k=self.k,
+            a=self.a,
+            b=self.b,
+            filter_eps=self.filter_eps,
+            backend=self.backend,
+            return_stats=True,
+        )
+        outputs: LazyLogits | Tensor
+        if self.logits:
+            outputs = self._dense_logits(input, weight)
+        else:
+            outputs = LazyLogits(input, weight, label, self.s, stats)
+        return outputs, loss, stats.intra, stats.inter, stats.cos_target, stats.cos_other
+
+    def _dense_logits(self, input: Tensor, weight: Tensor) -> Tensor:
+        dtype = compute_dtype(input, weight)
+        with torch.autocast(input.device.type, enabled=False):
+            cos = F.linear(F.normalize(input.to(dtype)), F.normalize(weight.to(dtype)))  # [N, C]
+            return self.s * cos
+
+    def _weight_beside(self, input: Tensor) -> Tensor:
+        if self.weight.device.type != "cpu" or input.device.type == "cpu":
+            return self.weight
+        warnings.warn(
+            f"SFaceLoss: the weight is on the CPU and the input on {input.device}: every step copies the "
+            "weight there and its gradient back, as the reference project does. To avoid it, call "
+            "head.to(device) before building the optimizer.",
+            stacklevel=5,  # the line that called the module
+        )
+        return self.weight.to(input.device)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, device_id={self.device_id}, logits={self.logits}"
