@@ -23,7 +23,12 @@ def extensions() -> list:
     headers = [str(path) for pattern in ("*.h", "*.inl") for path in sorted(Path("csrc").rglob(pattern))]
     return [
         CppExtension(
-            "sface_kernels._C", sources, depends=headers, extra_compile_args=FLAGS, extra_link_args=OPENMP, optional=True
+            "sface_kernels._C",
+            sources,
+            depends=headers,
+            extra_compile_args=FLAGS,
+            extra_link_args=OPENMP,
+            optional=True,
         )
     ]
 

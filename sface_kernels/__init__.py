@@ -5,4 +5,5 @@ from .loss import SFaceLoss, sface_loss
 from .types import SFaceStats
 
 from ._version import __version__
+
 __all__ = ["SFaceLoss", "SFaceStats", "available_backends", "explain", "sface_loss"]

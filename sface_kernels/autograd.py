@@ -20,16 +20,23 @@ class SFaceRowLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
+    def forward(
+        ctx: Any,
+        embeddings: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        backend: str,
+        hp: HyperParameters,
+        grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
-        need_x, need_w = ctx.needs_input_grad[:2]
+        # needs_input_grad does not know of no_grad, and inside forward grad mode is always off
+        need_x, need_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         # the products below choose their own precision
         with torch.autocast(embeddings.device.type, enabled=False):
             result = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
         ctx.backend, ctx.hp = backend, hp
         ctx.has_unit_grad = result.unit_grad_x is not None
-        saved = (result.unit_grad_x,) if ctx.has_unit_grad else ()
+        saved: tuple[Tensor | None, ...] = (result.unit_grad_x,) if ctx.has_unit_grad else ()
         if need_w:
             saved += (embeddings, weight, target, *result.saved)
         ctx.save_for_backward(*saved)
@@ -41,10 +48,10 @@ class SFaceRowLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_row: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_row: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         need_x, need_w = ctx.needs_input_grad[:2]
         if grad_row is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         saved = list(ctx.saved_tensors)
         grad_x = grad_w = None
         with torch.autocast(grad_row.device.type, enabled=False):
@@ -58,4 +65,4 @@ class SFaceRowLoss(torch.autograd.Function):
                     embeddings, weight, target, ctx.hp, grad_row, tuple(rest)
                 )  # [C, D], (8)
                 grad_w = grad_w.to(weight.dtype)
-        return grad_x, grad_w, None, None, None
+        return grad_x, grad_w, None, None, None, None

@@ -85,7 +85,5 @@ def explain(
     for name, entry in BACKENDS.items():
         reason = entry.unavailable(device, dtype, weight_dtype)
         mark = "->" if name == chosen else "  "
-        lines.append(
-            f"{mark} {name:<10} {entry.summary}" + (f" (not available: {reason})" if reason else "")
-        )
+        lines.append(f"{mark} {name:<10} {entry.summary}" + (f" (not available: {reason})" if reason else ""))
     return "\n".join(lines)

@@ -74,14 +74,14 @@ def sface_loss(
     validation.check_tensors(embeddings, weight, labels)
     validation.check_reduction(reduction)
     validation.check_ignore_index(ignore_index)
-    hp = validation.make_hyperparameters(
-        s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1]
-    )
+    hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
     chosen = select(backend, embeddings.device, embeddings.dtype, weight.dtype)
 
     check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
     target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
-    row_loss, *stats = SFaceRowLoss.apply(embeddings, weight, target, chosen, hp)  # [N]
+    row_loss, *stats = SFaceRowLoss.apply(
+        embeddings, weight, target, chosen, hp, torch.is_grad_enabled()
+    )  # [N], six [N], two 0-d
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 
     loss = row_loss

@@ -1,4 +1,4 @@
-"""Operator schemas and fake (meta) implementations. A leaf: imports torch only, so tracing needs no compiler and no GPU.
+"""Operator schemas and fake (meta) implementations. A leaf: torch only, so tracing needs no compiler and no GPU.
 
 C++ and Triton only register implementations of what is declared here.
 """
@@ -57,8 +57,6 @@ def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: 
     return torch.where(ignored, torch.full_like(target, IGNORED), target)
 
 
-
-
 def implement(name: str, function: Callable[..., Any]) -> None:
     """Register a Python implementation for every device."""
     _library.impl(name, function, "CompositeExplicitAutograd")
@@ -106,9 +104,7 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
 
 
 @torch.library.register_fake(f"{NAMESPACE}::native_grad_weight", lib=_library)
-def _(
-    x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_coef, arena, segments
-):
+def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_coef, arena, segments):
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 

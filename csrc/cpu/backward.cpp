@@ -2,8 +2,6 @@
 //
 // Writes each row of ∂w once; reads only the rows of w that have a gradient. A task is a range of class blocks, and no
 // two tasks write the same row.
-#include <torch/library.h>
-
 #include "ops.h"
 #include "problem.h"
 
@@ -12,9 +10,9 @@ namespace sface {
 namespace {
 
 struct Upstream {
-  std::vector<float> u;        // [N], 0 for rows that do not count
-  std::vector<float> coef;     // [N], u_i times the target's coefficient −p_i / s
-  bool poisoned = false;       // a NaN row is active with every class
+  std::vector<float> u;     // [N], 0 for rows that do not count
+  std::vector<float> coef;  // [N], u_i times the target's coefficient −p_i / s
+  bool poisoned = false;    // a NaN row is active with every class
 };
 
 Upstream read_upstream(const Problem& problem, const at::Tensor& grad_row, const at::Tensor& target_coef, float s) {
@@ -36,8 +34,14 @@ class BlockSums {
  public:
   BlockSums(const Problem& problem, const Kernels& kernels, const Rules& rules, const Samples& samples,
             const Upstream& up, const std::vector<float>& columns, Workspace& work)
-      : problem_(problem), kernels_(kernels), rules_(rules), samples_(samples), up_(up), columns_(columns),
-        work_(work), scaled_(kBlockClasses * kGroupSamples) {}
+      : problem_(problem),
+        kernels_(kernels),
+        rules_(rules),
+        samples_(samples),
+        up_(up),
+        columns_(columns),
+        work_(work),
+        scaled_(kBlockClasses * kGroupSamples) {}
 
   bool touched[kBlockClasses];
 
@@ -70,8 +74,7 @@ class BlockSums {
 
   void recompute(int64_t g, const Block& block, const float* inv_norm) {
     const Group& group = samples_.groups[g];
-    for (int row = 0; row < block.rows; ++row)
-      work_.inv_norm[row] = std::isnan(inv_norm[row]) ? 0.0f : inv_norm[row];
+    for (int row = 0; row < block.rows; ++row) work_.inv_norm[row] = std::isnan(inv_norm[row]) ? 0.0f : inv_norm[row];
     kernels_.recompute_tile(rules_, group, block, static_cast<int>(problem_.d), work_);
     add_tile(group, block.rows, work_.tile.data(), group.panels * kernels_.panel_samples);
   }
@@ -115,8 +118,8 @@ void write_row(const Kernels& kernels, const float* raw, const float* w, float i
 }  // namespace
 
 at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
-                              const at::Tensor& grad_row, double s, double k_intra, double k_inter, double a,
-                              double b, double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_coef,
+                              const at::Tensor& grad_row, double s, double k_intra, double k_inter, double a, double b,
+                              double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_coef,
                               const at::Tensor& arena, const at::Tensor& segments) {
   const Problem problem(x, w, target);
   const Kernels& kernels = sface::kernels();
@@ -165,7 +168,8 @@ at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at
           } else {
             sums.add_pairs(group, words + record[0], record[1]);
           }
-          for (const OwnClass& target : own) sums.add(target.row, group.first + target.sample, up.coef[group.first + target.sample]);
+          for (const OwnClass& target : own)
+            sums.add(target.row, group.first + target.sample, up.coef[group.first + target.sample]);
         }
         for (int r = 0; r < block.rows; ++r) {
           const int64_t cls = block.first + r;

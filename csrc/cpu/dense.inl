@@ -38,8 +38,7 @@ inline void gemm_panel(int rows, const float* a, int64_t a_row, int64_t a_k, con
   int r = 0;
   for (; r + kStripRows <= rows; r += kStripRows)
     gemm_rows<kStripRows>(a + r * a_row, a_row, a_k, b, k, c + r * c_row, c_row, accumulate);
-  if (r < rows)
-    gemm_tail<kStripRows - 1>(rows - r, a + r * a_row, a_row, a_k, b, k, c + r * c_row, c_row, accumulate);
+  if (r < rows) gemm_tail<kStripRows - 1>(rows - r, a + r * a_row, a_row, a_k, b, k, c + r * c_row, c_row, accumulate);
 }
 
 void add_dense(const float* tile, int tile_stride, int rows, const float* columns, int count, int padded_d,

@@ -25,7 +25,9 @@ std::vector<const Kernels*> usable_kernels() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
     usable.push_back(avx512::table);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(avx2::table);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
+      __builtin_cpu_supports("bmi"))
+    usable.push_back(avx2::table);
 #endif
   usable.push_back(baseline::table);
   return usable;

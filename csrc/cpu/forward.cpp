@@ -2,7 +2,8 @@
 //
 // Never materialises N×C; reads w from memory once, and again only the rows of the targets. A task is a range of
 // classes and a group of samples; it owns its partial sums, which are added in a fixed order afterwards.
-#include <torch/library.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include "ops.h"
 #include "problem.h"
@@ -26,8 +27,8 @@ struct Partials {
   std::vector<int32_t> best, best_class;
   std::vector<uint8_t> touched;
   Uninitialised<float> grad;
-  std::vector<float> class_sum;     // [ranges][padded D]
-  std::vector<int64_t> active, dense;  // per task
+  std::vector<float> class_sum;  // [ranges][padded D]
+  std::vector<Work> work;        // per task
   bool need_grad;
 
   Partials(const Problem& problem, bool need_grad_)
@@ -41,8 +42,7 @@ struct Partials {
         touched(problem.ranges * stride, 0),
         grad(need_grad_ ? problem.ranges * problem.n * problem.padded_d : 0),
         class_sum(problem.ranges * problem.padded_d, 0.0f),
-        active(problem.ranges * problem.groups, 0),
-        dense(problem.ranges * problem.groups, 0),
+        work(problem.ranges * problem.groups),
         need_grad(need_grad_) {}
 
   RowSums sums(const Problem& problem, int64_t range, int64_t first) {
@@ -66,13 +66,13 @@ int64_t arena_before(const Problem& p, int64_t group, int64_t first_class, int64
   return static_cast<int64_t>(pairs / (static_cast<double>(p.n) * p.c) * words);
 }
 
-void run_task(const Problem& problem, const Kernels& kernels, const Rules& rules, const Samples& samples,
-              int64_t range, int64_t g, Partials& partials, Workspace& work, const Results& out) {
+void run_task(const Problem& problem, const Kernels& kernels, const Rules& rules, const Samples& samples, int64_t range,
+              int64_t g, Partials& partials, Workspace& work, const Results& out) {
   const Group& group = samples.groups[g];
   const int64_t begin = problem.range_begin(range), end = problem.range_begin(range + 1);
   RowSums sums = partials.sums(problem, range, group.first);
   const int64_t arena_begin = arena_before(problem, g, begin * kBlockClasses, out.arena_words);
-  Arena arena{out.arena ? out.arena + arena_begin : nullptr, 0,
+  Arena arena{out.segments != nullptr, out.arena + arena_begin, 0,
               arena_before(problem, g, end * kBlockClasses, out.arena_words) - arena_begin};
   const bool float_weight = problem.w.scalar_type() == at::kFloat;
   const int64_t task = range * problem.groups + g;
@@ -93,10 +93,9 @@ void run_task(const Problem& problem, const Kernels& kernels, const Rules& rules
     const int64_t used = arena.used;
     const int64_t record =
         kernels.forward_block(rules, group, block, static_cast<int>(problem.d), static_cast<int>(problem.padded_d),
-                              g == 0, sums, arena, work, &partials.active[task]);
-    partials.dense[task] += record < 0;
+                              g == 0, sums, arena, work, partials.work[task]);
     if (g == 0) std::memcpy(out.inv_norm + block.first, work.inv_norm.data(), sizeof(float) * block.rows);
-    if (out.arena) {
+    if (out.segments) {
       out.segments[(g * problem.blocks + b) * 2] = arena_begin + used;
       out.segments[(g * problem.blocks + b) * 2 + 1] = record;
     }
@@ -193,8 +192,7 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
   at::Tensor unit_grad_x = at::empty({need_grad_x ? problem.n : 0, problem.d}, options);
   at::Tensor inv_norm = at::empty({problem.c}, options), target_coef = at::empty({problem.n}, options);
   at::Tensor arena = at::empty({need_grad_w ? arena_words : 0}, options.dtype(at::kInt));
-  at::Tensor segments =
-      at::empty({need_grad_w ? problem.groups : 0, problem.blocks, 2}, options.dtype(at::kLong));
+  at::Tensor segments = at::empty({need_grad_w ? problem.groups : 0, problem.blocks, 2}, options.dtype(at::kLong));
   const Results out{row_loss.mutable_data_ptr<float>(),
                     row_stats.mutable_data_ptr<float>(),
                     need_grad_x ? unit_grad_x.mutable_data_ptr<float>() : nullptr,
@@ -229,8 +227,8 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
   at::Tensor counts = at::zeros({2}, options.dtype(at::kLong));
   int64_t* totals = counts.mutable_data_ptr<int64_t>();
   for (int64_t task = 0; task < tasks; ++task) {
-    totals[0] += partials.active[task];
-    totals[1] += partials.dense[task];
+    totals[0] += partials.work[task].active;
+    totals[1] += partials.work[task].dense_blocks;
   }
   return {row_loss, row_stats, counts, unit_grad_x, inv_norm, target_coef, arena, segments};
 }

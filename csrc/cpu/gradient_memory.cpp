@@ -1,6 +1,8 @@
 // Memory for ∂w [C, D]. A fresh block of that size costs more in page faults than the whole loss (measured: 65 ms for
 // 175 MB against 10 ms for writing it), so the last one that was freed is kept for the next step.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <mutex>
 

@@ -2,7 +2,7 @@
 
 constexpr const char* kName = "avx2";
 constexpr int kLanes = 8;
-constexpr int kStripRows = 6;     // 6 × 2 accumulators, 2 sample vectors, 1 broadcast, 1 product: 16 registers
+constexpr int kStripRows = 6;  // 6 × 2 accumulators, 2 sample vectors, 1 broadcast, 1 product: 16 registers
 constexpr int kPanelVectors = 2;
 
 typedef float F32 __attribute__((vector_size(32), aligned(4), may_alias));

@@ -3,7 +3,7 @@
 
 constexpr const char* kName = "avx512_vnni";
 constexpr int kLanes = 16;
-constexpr int kStripRows = 12;    // 12 × 2 accumulators, 2 sample vectors, 1 broadcast of 32 registers
+constexpr int kStripRows = 12;  // 12 × 2 accumulators, 2 sample vectors, 1 broadcast of 32 registers
 constexpr int kPanelVectors = 2;
 
 typedef float F32 __attribute__((vector_size(64), aligned(4), may_alias));

@@ -30,9 +30,7 @@ SFACE_INLINE I32 dot_pairs(I32 acc, I32 x, I32 w) {
   return acc + ((x << 16) >> 16) * ((w << 16) >> 16) + (x >> 16) * (w >> 16);
 #endif
 }
-SFACE_INLINE uint32_t bits(I32 mask) {
-  return (mask[0] & 1u) | (mask[1] & 2u) | (mask[2] & 4u) | (mask[3] & 8u);
-}
+SFACE_INLINE uint32_t bits(I32 mask) { return (mask[0] & 1u) | (mask[1] & 2u) | (mask[2] & 4u) | (mask[3] & 8u); }
 SFACE_INLINE F32 square_root(F32 v) {
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;

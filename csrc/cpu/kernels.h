@@ -74,29 +74,36 @@ struct Block {
   int rows;
   const float* w;  // [rows] with row_stride
   int64_t row_stride;
-  const float* next;       // the first row of the block after, to prefetch; null at the end
-  const OwnClass* own;     // samples of this group with their class in this block
+  const float* next;    // the first row of the block after, to prefetch; null at the end
+  const OwnClass* own;  // samples of this group with their class in this block
   int own_count;
 };
 
 // The block's part of the list of active pairs.
 struct Arena {
-  int32_t* words;  // null: no list wanted
+  bool wanted;  // false: no gradient of w is needed
+  int32_t* words;
   int64_t used, capacity;
+};
+
+// What a task did, for the statistics.
+struct Work {
+  int64_t active = 0;        // pairs with a gradient
+  int64_t dense_blocks = 0;  // blocks computed with dense products
 };
 
 // Scratch memory of one thread, sized by make_workspace.
 struct Workspace {
-  std::vector<int32_t> pairs;        // [block][padded D / 2] screened rows
-  std::vector<float> inv_norm;       // [block] 1/‖w_j‖, NaN where the row is not finite
-  std::vector<float> tile;           // [block][group] cosines, then coefficients
-  std::vector<float> packed;         // [block][panel] a part of the unit rows for Σ g ŵ
-  std::vector<float> dense_grad;     // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
+  std::vector<int32_t> pairs;     // [block][padded D / 2] screened rows
+  std::vector<float> inv_norm;    // [block] 1/‖w_j‖, NaN where the row is not finite
+  std::vector<float> tile;        // [block][group] cosines, then coefficients
+  std::vector<float> packed;      // [block][panel] a part of the unit rows for Σ g ŵ
+  std::vector<float> dense_grad;  // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
   bool has_dense_grad = false;
-  int skip_screens = 0;              // blocks still taken to be dense, as the one before was
-  std::vector<float> class_sum;      // [padded D] Σ ŵ_j of the task
-  std::vector<uint32_t> candidates;  // [block][panels] bits
-  std::vector<uint8_t> own_tiles;    // [strips][panels] tiles that hold an own class
+  int skip_screens = 0;                    // blocks still taken to be dense, as the one before was
+  std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task
+  std::vector<uint32_t> candidates;        // [block][panels] bits
+  std::vector<uint8_t> own_tiles;          // [strips][panels] tiles that hold an own class
   std::vector<float> below, below_weight;  // [group] sums of one block, before they go to double
   std::vector<float> raw;                  // [block][padded D] Σ u g x̂ of the backward
   std::vector<float> converted;            // [block][D] rows of a half-precision weight as fp32
@@ -111,8 +118,8 @@ struct Kernels {
   void (*pack_group)(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms);
 
   // One block of classes against one group: sums, active pairs, Σ g ŵ. Returns what the segment record says.
-  int64_t (*forward_block)(const Rules&, const Group&, const Block&, int d, int padded_d, bool sum_classes,
-                           RowSums&, Arena&, Workspace&, int64_t* active);
+  int64_t (*forward_block)(const Rules&, const Group&, const Block&, int d, int padded_d, bool sum_classes, RowSums&,
+                           Arena&, Workspace&, Work&);
 
   // After the last block of a task: what its dense blocks added joins RowSums::grad.
   void (*flush_dense_grad)(const Group&, int padded_d, RowSums&, Workspace&);
@@ -130,8 +137,8 @@ struct Kernels {
   void (*axpy)(float scale, const float* x, float* y, int d);  // y += scale·x
   // out = scale·raw + along·w, the tangent of (8)
   void (*combine)(float scale, const float* raw, float along, const float* w, float* out, int d);
-  void (*zero)(float* out, int d);                             // past the caches where that is possible
-  void (*intra)(const Hyper&, float cosine, float* p);         // (3)
+  void (*zero)(float* out, int d);                      // past the caches where that is possible
+  void (*intra)(const Hyper&, float cosine, float* p);  // (3)
 };
 
 // Of the instruction sets this build holds, those that this CPU runs, best first.

@@ -32,25 +32,26 @@ inline int64_t count_candidates(const Group& group, const Block& block, const Wo
 }
 
 inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
-                           RowSums& sums, Arena& arena, Workspace& work, int64_t* active) {
+                           RowSums& sums, Arena& arena, Workspace& work, Work& done) {
   for (int row = 0; row < block.rows; ++row)
     if (!finite(work.inv_norm[row])) work.inv_norm[row] = 0;  // NaN reaches the results through the drivers
   cosine_tile(group, block, d, work);
-  *active += coefficient_tile<true>(rules, group, block, work, &sums);
+  ++done.dense_blocks;
+  done.active += coefficient_tile<true>(rules, group, block, work, &sums);
   if (sums.grad) add_unit_rows(group, block, d, padded_d, work);
   const int64_t words = static_cast<int64_t>(block.rows) * group.count;
-  if (!arena.words || arena.used + words > arena.capacity) return kRecompute;
+  if (arena.used + words > arena.capacity) return kRecompute;
   for (int row = 0; row < block.rows; ++row, arena.used += group.count)
     std::memcpy(arena.words + arena.used, work.tile.data() + row * group.panels * kPanel, sizeof(float) * group.count);
   return kDenseStored;
 }
 
-int64_t forward_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
-                      bool sum_classes, RowSums& sums, Arena& arena, Workspace& work, int64_t* active) {
+int64_t forward_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d, bool sum_classes,
+                      RowSums& sums, Arena& arena, Workspace& work, Work& done) {
   prepare_rows(block, d, padded_d, sum_classes, rules.screen && work.skip_screens == 0, work);
   if (!rules.screen || work.skip_screens > 0) {
     work.skip_screens -= rules.screen;
-    return dense_block(rules, group, block, d, padded_d, sums, arena, work, active);
+    return dense_block(rules, group, block, d, padded_d, sums, arena, work, done);
   }
   const int stride = group.panels * kPanel;
   std::memset(work.below.data(), 0, sizeof(float) * stride);
@@ -62,7 +63,7 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& block
   }
   if (count_candidates(group, block, work) > kDenseShare * block.rows * group.count) {
     work.skip_screens = kBlindBlocks;
-    return dense_block(rules, group, block, d, padded_d, sums, arena, work, active);
+    return dense_block(rules, group, block, d, padded_d, sums, arena, work, done);
   }
 
   for (int i = 0; i < group.count; ++i) {
@@ -70,8 +71,7 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& block
     sums.dropped[i] += work.below_weight[i];
   }
   const int64_t begin = arena.used;
-  if (rescore_block(rules, group, block, d, padded_d, sums, arena, work, active) || !arena.words)
-    return (arena.used - begin) / 2;
+  if (rescore_block(rules, group, block, d, padded_d, sums, arena, work, done)) return (arena.used - begin) / 2;
   arena.used = begin;
   return kRecompute;
 }

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "target.h"
-SFACE_TARGET_BEGIN("avx2,fma")
+SFACE_TARGET_BEGIN("avx2,fma,popcnt,bmi")
 namespace sface::avx2 {
 namespace {
 #include "isa_avx2.h"

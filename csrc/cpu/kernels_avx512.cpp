@@ -1,5 +1,5 @@
-// The kernels for AVX-512 with VNNI. The headers come before the target region: nothing of theirs may be compiled for it,
-// or the linker could pick that copy for a CPU without it.
+// The kernels for AVX-512 with VNNI. The headers come before the target region: nothing of theirs may be compiled for
+// it, or the linker could pick that copy for a CPU without it.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "target.h"
-SFACE_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+SFACE_TARGET_BEGIN("avx2,fma,popcnt,bmi,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace sface::avx512 {
 namespace {
 #include "isa_avx512.h"

@@ -1,7 +1,7 @@
 // The operators of this folder, as module.cpp registers them. Schemas: sface_kernels/ops.py.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <string>
 #include <tuple>
@@ -11,16 +11,16 @@
 
 namespace sface {
 
-using ForwardTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                                  at::Tensor>;
+using ForwardTensors =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target, double s,
                               double k_intra, double k_inter, double a, double b, double filter_eps, bool need_grad_x,
                               bool need_grad_w, int64_t arena_words);
 
 at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
-                              const at::Tensor& grad_row, double s, double k_intra, double k_inter, double a,
-                              double b, double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_coef,
+                              const at::Tensor& grad_row, double s, double k_intra, double k_inter, double a, double b,
+                              double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_coef,
                               const at::Tensor& arena, const at::Tensor& segments);
 
 // Uninitialised [C, D] for a gradient. Its memory is kept for the next one when it is freed.

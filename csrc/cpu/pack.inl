@@ -1,7 +1,7 @@
 // A few vectors that go through the same steps, so that one's latency hides behind the others'. Included per
 // instruction set, after isa_*.h and before device_math.h.
 
-SFACE_INLINE F32 broadcast(float value) { return F32{} + value; }
+SFACE_INLINE F32 broadcast(float value) { return value - F32{}; }  // unlike 0 + value, free of an addition
 SFACE_INLINE I32 broadcast_int(int32_t value) { return I32{} + value; }
 SFACE_INLINE F32 absolute(F32 a) { return F32(I32(a) & broadcast_int(0x7fffffff)); }
 SFACE_INLINE F32 at_least(F32 a, float low) { return larger(a, broadcast(low)); }
@@ -24,31 +24,57 @@ SFACE_INLINE Pack<kCount> each(const Step& step) {
 }
 
 template <int K>
-SFACE_INLINE Pack<K> operator+(Pack<K> a, Pack<K> b) { return each<K>([&](int i) { return a.v[i] + b.v[i]; }); }
+SFACE_INLINE Pack<K> operator+(Pack<K> a, Pack<K> b) {
+  return each<K>([&](int i) { return a.v[i] + b.v[i]; });
+}
 template <int K>
-SFACE_INLINE Pack<K> operator+(Pack<K> a, float b) { return each<K>([&](int i) { return a.v[i] + b; }); }
+SFACE_INLINE Pack<K> operator+(Pack<K> a, float b) {
+  return each<K>([&](int i) { return a.v[i] + b; });
+}
 template <int K>
-SFACE_INLINE Pack<K> operator+(float a, Pack<K> b) { return b + a; }
+SFACE_INLINE Pack<K> operator+(float a, Pack<K> b) {
+  return b + a;
+}
 template <int K>
-SFACE_INLINE Pack<K> operator-(Pack<K> a, Pack<K> b) { return each<K>([&](int i) { return a.v[i] - b.v[i]; }); }
+SFACE_INLINE Pack<K> operator-(Pack<K> a, Pack<K> b) {
+  return each<K>([&](int i) { return a.v[i] - b.v[i]; });
+}
 template <int K>
-SFACE_INLINE Pack<K> operator-(Pack<K> a, float b) { return a + -b; }
+SFACE_INLINE Pack<K> operator-(Pack<K> a, float b) {
+  return a + -b;
+}
 template <int K>
-SFACE_INLINE Pack<K> operator-(float a, Pack<K> b) { return each<K>([&](int i) { return a - b.v[i]; }); }
+SFACE_INLINE Pack<K> operator-(float a, Pack<K> b) {
+  return each<K>([&](int i) { return a - b.v[i]; });
+}
 template <int K>
-SFACE_INLINE Pack<K> operator*(Pack<K> a, Pack<K> b) { return each<K>([&](int i) { return a.v[i] * b.v[i]; }); }
+SFACE_INLINE Pack<K> operator*(Pack<K> a, Pack<K> b) {
+  return each<K>([&](int i) { return a.v[i] * b.v[i]; });
+}
 template <int K>
-SFACE_INLINE Pack<K> operator*(Pack<K> a, float b) { return each<K>([&](int i) { return a.v[i] * b; }); }
+SFACE_INLINE Pack<K> operator*(Pack<K> a, float b) {
+  return each<K>([&](int i) { return a.v[i] * b; });
+}
 template <int K>
-SFACE_INLINE Pack<K> operator*(float a, Pack<K> b) { return b * a; }
+SFACE_INLINE Pack<K> operator*(float a, Pack<K> b) {
+  return b * a;
+}
 template <int K>
-SFACE_INLINE Pack<K> operator/(float a, Pack<K> b) { return each<K>([&](int i) { return a / b.v[i]; }); }
+SFACE_INLINE Pack<K> operator/(float a, Pack<K> b) {
+  return each<K>([&](int i) { return a / b.v[i]; });
+}
 template <int K>
-SFACE_INLINE Pack<K> absolute(Pack<K> a) { return each<K>([&](int i) { return absolute(a.v[i]); }); }
+SFACE_INLINE Pack<K> absolute(Pack<K> a) {
+  return each<K>([&](int i) { return absolute(a.v[i]); });
+}
 template <int K>
-SFACE_INLINE Pack<K> square_root(Pack<K> a) { return each<K>([&](int i) { return square_root(a.v[i]); }); }
+SFACE_INLINE Pack<K> square_root(Pack<K> a) {
+  return each<K>([&](int i) { return square_root(a.v[i]); });
+}
 template <int K>
-SFACE_INLINE Pack<K> at_least(Pack<K> a, float low) { return each<K>([&](int i) { return at_least(a.v[i], low); }); }
+SFACE_INLINE Pack<K> at_least(Pack<K> a, float low) {
+  return each<K>([&](int i) { return at_least(a.v[i], low); });
+}
 template <int K>
 SFACE_INLINE Pack<K> clamp(Pack<K> a, float low, float high) {
   return each<K>([&](int i) { return clamp(a.v[i], low, high); });

@@ -5,12 +5,13 @@ namespace sface {
 
 namespace {
 
-// Each range of classes keeps a partial Σ g ŵ [N, D]: as many ranges as fit, but 4, so that there is something to share.
+// Each range of classes keeps a partial Σ g ŵ [N, D]: as many ranges as fit, but 4, so that there is something to
+// share.
 constexpr int64_t kPartialBytes = 8 << 20;
 constexpr int64_t kMinRanges = 4, kMaxRanges = 32;
 
-// fp32 rounding of the two normalisations and of the products with 1/norm, in cosine; a few times what can occur
-constexpr double kRoundingSlack = 4e-6;
+// fp32 rounding in a rescored cosine: of norms and products, and of a sum in at least 8 partial sums over D
+double rounding_slack(int64_t d) { return 2e-6 + d / 8.0 * 0x1p-24; }
 // The loss of what is no candidate uses a form that is accurate to here.
 constexpr double kCandidateShare = 1.0 / 1024;
 
@@ -66,8 +67,8 @@ const float* Problem::rows(int64_t first, int64_t count, std::vector<float>& con
 void Problem::own_classes(int64_t group, int64_t block, std::vector<OwnClass>& out) const {
   out.clear();
   const int64_t first = block * kBlockClasses, end = first + kBlockClasses;
-  const auto begin = std::lower_bound(targets.begin(), targets.end(), first,
-                                      [](const Target& t, int64_t cls) { return t.cls < cls; });
+  const auto begin =
+      std::lower_bound(targets.begin(), targets.end(), first, [](const Target& t, int64_t cls) { return t.cls < cls; });
   const int64_t sample = group_first(group);
   for (auto t = begin; t != targets.end() && t->cls < end; ++t)
     if (t->sample >= sample && t->sample < sample + kGroupSamples)
@@ -91,12 +92,12 @@ Samples::Samples(const Problem& problem, const Kernels& kernels) {
       for (int64_t i = first; i < first + count; ++i) std::memcpy(&rows[i * padded], x + i * d, sizeof(float) * d);
       float* group_columns = columns.data() + first_panel * panel * d;
       int32_t* group_pairs = pairs.data() + first_panel * panel * (padded / 2);
-      kernels.pack_group(&rows[first * padded], static_cast<int>(count), static_cast<int>(d),
-                         static_cast<int>(padded), group_columns, group_pairs, &norms[first]);
+      kernels.pack_group(&rows[first * padded], static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded),
+                         group_columns, group_pairs, &norms[first]);
       for (int64_t i = 0; i < count; ++i)
         if (usable(first + i) && !problem.ignored(first + i)) counts[first_panel + i / panel] |= 1u << (i % panel);
-      groups[g] = {static_cast<int>(first),       static_cast<int>(count), static_cast<int>(ceil_div(count, panel)),
-                   &rows[first * padded],         group_columns,           group_pairs,
+      groups[g] = {static_cast<int>(first),    static_cast<int>(count), static_cast<int>(ceil_div(count, panel)),
+                   &rows[first * padded],      group_columns,           group_pairs,
                    counts.data() + first_panel};
     }
   });
@@ -112,7 +113,7 @@ Rules make_rules(const Hyper& hyper, int64_t d) {
   // the angle at which the sigmoid of (4) reaches `share`
   const double angle = share > 0 ? b + std::log((1 - share) / share) / k : INFINITY;
   // rounding to int16 moves a cosine by at most this: |x̂·f| + |e·ŵ| + |e·f| with |e|, |f| ≤ √D/2 (docs/math.md)
-  const double bound = (std::sqrt(static_cast<double>(d)) + d / (4.0 * kScale)) / kScale + kRoundingSlack;
+  const double bound = (std::sqrt(static_cast<double>(d)) + d / (4.0 * kScale)) / kScale + rounding_slack(d);
   const double threshold = angle < M_PI ? std::cos(std::max(angle, 0.0)) - bound : -2.0;
   rules.screen = threshold > -1;
   rules.candidate_min = rules.screen ? static_cast<int32_t>(std::floor(threshold * kScale * kScale)) : 0;

@@ -1,7 +1,7 @@
 // How a call is cut into work, the same in the forward and the backward and for any number of threads.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -66,9 +66,8 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels);
 template <typename Body>
 void for_each_worker(int64_t count, const Body& body) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    body([&] { return next.fetch_add(1, std::memory_order_relaxed); });
-  });
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1,
+                   [&](int64_t, int64_t) { body([&] { return next.fetch_add(1, std::memory_order_relaxed); }); });
 }
 
 }  // namespace sface

@@ -9,7 +9,7 @@ struct Products {
 };
 
 SFACE_INLINE void multiply(const int32_t* w_pairs, const int32_t* x_pairs, int pairs, const char*& next, int prefetches,
-                     Products& out) {
+                           Products& out) {
   I32 sum[kStripRows][kPanelVectors] = {};
   const int per_prefetch = prefetches > 0 ? (pairs + prefetches - 1) / prefetches : pairs;
   for (int start = 0; start < pairs; start += per_prefetch) {
@@ -55,7 +55,7 @@ inline void mask_own_classes(const Block& block, int strip, int panel, Products&
 // Sums over the pairs of a tile that are no candidates, and the candidates' bits. Two classes at a time.
 template <bool kCheap>
 SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, int panel, int panels,
-                     const Products& products, RowSums& sums, Workspace& work) {
+                           const Products& products, RowSums& sums, Workspace& work) {
   constexpr float kToCosine = 1.0f / (kScale * kScale);
   constexpr int kPairs = 2 * kPanelVectors;  // vectors of two classes
   static_assert(kStripRows % 2 == 0);
@@ -156,8 +156,7 @@ inline void rescore(const Rules& rules, const Group& group, const float* w, floa
 }
 
 // Takes the candidates' bits of one class apart, own classes left out.
-inline void list_candidates(const Group& group, const Block& block, int row, const Workspace& work,
-                            Candidates& list) {
+inline void list_candidates(const Group& group, const Block& block, int row, const Workspace& work, Candidates& list) {
   list.count = 0;
   for (int panel = 0; panel < group.panels; ++panel) {
     uint32_t found = work.candidates[row * group.panels + panel] & group.counts[panel];
@@ -174,7 +173,7 @@ inline void list_candidates(const Group& group, const Block& block, int row, con
 
 // Rescores every candidate of the block; lists the active ones. False where the arena was too small for the list.
 inline bool rescore_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
-                          RowSums& sums, Arena& arena, Workspace& work, int64_t* active) {
+                          RowSums& sums, Arena& arena, Workspace& work, Work& done) {
   Candidates list;
   bool listed = true;
   for (int row = 0; row < block.rows; ++row) {
@@ -193,14 +192,15 @@ inline bool rescore_block(const Rules& rules, const Group& group, const Block& b
         sums.dropped[i] += weight;
         continue;
       }
-      ++*active;
+      ++done.active;
       if (sums.grad) {
         float* grad = sums.grad + static_cast<int64_t>(i) * padded_d;
         if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * padded_d);
         sums.touched[i] = 1;
         axpy(weight * inv, w, grad, d);
       }
-      if (arena.words && arena.used + 2 <= arena.capacity) {
+      if (!arena.wanted) continue;
+      if (arena.used + 2 <= arena.capacity) {
         arena.words[arena.used++] = row << 16 | i;
         std::memcpy(arena.words + arena.used++, &weight, sizeof(weight));
       } else {

@@ -7,6 +7,9 @@ with too many of them, or past the list's capacity, takes matrix products instea
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from ..types import IGNORED, INVALID, Forward, HyperParameters, RowStats
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's
 CHUNK_ELEMENTS = 1 << 18  # N·chunk: 1 MiB of fp32 cosines stays in a CPU's cache
 DENSE_FRACTION = 0.02  # active share of a block above which a product beats gathering rows (measured, D=512)
+HUGE_BYTES = 32 << 20
 SCATTER_PAIRS = 4096  # pairs whose [pairs, D] terms exist at once
 DENSE = -1  # in chunk_pairs: this block is recomputed with products
 
@@ -29,9 +33,7 @@ def chunk_size(rows: int) -> int:
     return max(256, min(8192, CHUNK_ELEMENTS // max(rows, 1)))
 
 
-def forward(
-    x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool
-) -> Forward:
+def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
     row_loss, row_stats, counts, unit_grad_x, *saved = torch.ops.sface.chunked_forward(
         x, w, target, *hp, need_x, need_w, chunk_size(x.shape[0])
     )
@@ -48,9 +50,7 @@ def forward(
 def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:
-    return torch.ops.sface.chunked_grad_weight(
-        x, w, target, grad_row, *hp, chunk_size(x.shape[0]), *saved
-    )
+    return torch.ops.sface.chunked_grad_weight(x, w, target, grad_row, *hp, chunk_size(x.shape[0]), *saved)
 
 
 def _unit_rows(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,26 +66,53 @@ def _tangent(grad_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
 
 
 class _Block:
-    """Cosines and coefficients of one block of classes, (1), (2), (4), with the targets taken out."""
+    """One block of classes: cosines (1) and weights q_ij/s (4), the own classes taken out of both."""
 
     def __init__(self, x_unit: Tensor, w: Tensor, start: int, chunk: int, target: Tensor, hp: HyperParameters):
-        self.w_unit, self.w_norm = _unit_rows(w[start : start + chunk].to(x_unit.dtype))  # [chunk, D], [chunk]
-        cos = (x_unit @ self.w_unit.t()).clamp_(-1, 1)  # [N, chunk], (1)
+        self.w = w[start : start + chunk].to(x_unit.dtype)  # [chunk, D]
+        self.w_norm = torch.linalg.vector_norm(self.w, dim=1)  # [chunk]
+        self.inv_norm = self.w_norm.clamp_min(NORM_EPS).reciprocal()
+        # scaling the products instead of the rows spares a pass over w
+        self.cos = (x_unit @ self.w.t()).mul_(self.inv_norm).clamp_(-1, 1)  # [N, chunk], (1)
         column = target - start
-        # rows whose target lies in another block write to column 0 what already stands there
-        inside = ((column >= 0) & (column < cos.shape[1])).unsqueeze(1)  # [N, 1]
-        column = column.clamp(0, cos.shape[1] - 1).unsqueeze(1)  # [N, 1]
-        self.inside, self.column = inside, column
-        self.cos_target = torch.where(inside, cos.gather(1, column), 0).squeeze(1)  # [N]
-        q = torch.acos(cos).neg_().add_(hp.b).mul_(hp.k_inter).sigmoid_().mul_(hp.s)  # [N, chunk], (4)
-        q.scatter_(1, column, torch.where(inside, 0, q.gather(1, column)))
-        cos.scatter_(1, column, torch.where(inside, 0, cos.gather(1, column)))
-        self.cos, self.q = cos, q
+        self.inside = ((column >= 0) & (column < self.cos.shape[1])).unsqueeze(1)  # [N, 1]
+        self.column = column.clamp(0, self.cos.shape[1] - 1).unsqueeze(1)  # [N, 1]
+        self.cos_target = torch.where(self.inside, self.cos.gather(1, self.column), 0).squeeze(1)  # [N]
+        theta = torch.acos(self.cos)  # (2)
+        self.weight = theta.sub_(hp.b).mul_(-hp.k_inter).sigmoid_()  # [N, chunk], (4) without s
+        self._set_own(self.weight, 0)
+        self._set_own(self.cos, 0)
 
-    def kept(self, hp: HyperParameters) -> Tensor:
-        """Which entries of (6) have a gradient; NaN counts, so that it gets there."""
-        kept = (self.q < hp.filter_eps * hp.s).logical_not_()
-        return kept.scatter_(1, self.column, kept.gather(1, self.column) & ~self.inside)
+    def _set_own(self, values: Tensor, value: float) -> None:
+        # rows whose class lies in another block write back what stands in column 0
+        values.scatter_(1, self.column, values.gather(1, self.column).masked_fill_(self.inside, value))
+
+    def hardest(self) -> Tensor:
+        """max_{j≠y} c_ij over the block, `[N]`."""
+        self._set_own(self.cos, -torch.inf)
+        hardest = self.cos.amax(1)
+        self._set_own(self.cos, 0)
+        return hardest
+
+    def kept(self, hp: HyperParameters, counted: Tensor) -> Tensor:
+        """Which entries of (6) have a gradient `[N, chunk]`; NaN counts, so that it gets there."""
+        kept = (self.weight < hp.filter_eps).logical_not_().logical_and_(counted)
+        self._set_own(kept, False)
+        return kept
+
+    def unit_rows(self, rows: Tensor) -> Tensor:
+        return self.w[rows] * self.inv_norm[rows].unsqueeze(1)
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; large ones on a Linux CPU in fresh huge pages, whose faults cost a quarter of small pages' (measured)."""
+    size = shape.numel() * dtype.itemsize
+    if device.type != "cpu" or size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):  # a kernel without huge pages: small ones then
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _forward(
@@ -94,67 +121,67 @@ def _forward(
     hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)
     dtype, (n, d), classes = ops.compute_dtype(x, w), x.shape, w.shape[0]
     # a row that counts nowhere has no other classes either; as zeros it cannot spread a NaN
-    counted = target != IGNORED
-    x_unit, x_norm = _unit_rows(torch.where(counted.unsqueeze(1), x.to(dtype), 0))
+    counted = (target != IGNORED).unsqueeze(1)  # [N, 1]
+    x_unit, x_norm = _unit_rows(torch.where(counted, x.to(dtype), 0))
     inter, cos_target, cos_sum, dropped = torch.zeros(4, n, dtype=dtype, device=x.device).unbind(0)
     hardest = torch.full_like(inter, -torch.inf)
     unit_grad = torch.zeros(n if need_grad_x else 0, d, dtype=dtype, device=x.device)
     capacity = min(n * classes, ops.CHUNKED_MAX_PAIRS) if need_grad_w else 0
     pairs = torch.empty(2, capacity + n if need_grad_w else 0, dtype=torch.int64, device=x.device)
-    values = torch.empty(2, pairs.shape[1], dtype=dtype, device=x.device)  # coefficient and cosine
+    values = torch.empty(2, pairs.shape[1], dtype=dtype, device=x.device)  # coefficient / s, and cosine
     chunk_pairs = torch.zeros(-(-classes // chunk) + 1, dtype=torch.int64)
     listed = active = dense_blocks = 0
 
     for index, start in enumerate(range(0, classes, chunk)):
         block = _Block(x_unit, w, start, chunk, target, hp)
         cos_target += block.cos_target
-        inter += torch.linalg.vecdot(block.q, block.cos)
+        inter += torch.linalg.vecdot(block.weight, block.cos)
         cos_sum += block.cos.sum(1)
-        others = block.cos.scatter(1, block.column, torch.where(block.inside, -torch.inf, block.cos.gather(1, block.column)))
-        hardest = torch.maximum(hardest, others.amax(1))
-        kept = block.kept(hp) & counted.unsqueeze(1)
+        hardest = torch.maximum(hardest, block.hardest())
+        kept = block.kept(hp, counted)
         found = int(kept.sum())
         active += found
-        dropped += block.q.masked_fill(kept, 0).sum(1)
-        dense = found > DENSE_FRACTION * kept.numel() or (need_grad_w and listed + found > capacity)
-        if dense:
+        if found > DENSE_FRACTION * kept.numel() or (need_grad_w and listed + found > capacity):
             dense_blocks += 1
             chunk_pairs[index] = DENSE
+            dropped += block.weight.masked_fill(kept, 0).sum(1)
             if need_grad_x:
-                unit_grad += block.q.masked_fill(~kept, 0) @ block.w_unit
-        elif found:
+                unit_grad += block.weight.masked_fill_(~kept, 0).mul_(block.inv_norm) @ block.w
+            continue
+        if found:
             i, j = kept.nonzero(as_tuple=True)
-            q = block.q[i, j]
+            weight = block.weight[i, j]  # [pairs]
+            block.weight[i, j] = 0
             if need_grad_x:
                 for part in range(0, found, SCATTER_PAIRS):
                     p = slice(part, part + SCATTER_PAIRS)
-                    unit_grad.index_add_(0, i[p], q[p].unsqueeze(1) * block.w_unit[j[p]])
+                    unit_grad.index_add_(0, i[p], weight[p].unsqueeze(1) * block.unit_rows(j[p]))
             if need_grad_w:
                 new = slice(listed, listed + found)
                 pairs[0, new], pairs[1, new] = i, j + start
-                values[0, new], values[1, new] = q, block.cos[i, j]
+                values[0, new], values[1, new] = weight, block.cos[i, j]
                 listed += found
                 chunk_pairs[index] = found
+        dropped += block.weight.sum(1)
 
-    theta = torch.acos(cos_target)
-    has_target = target >= 0
-    p = torch.where(has_target, hp.s * torch.sigmoid(hp.k_intra * (theta - hp.a)), 0)  # [N], (3)
-    intra = -p * cos_target
+    p_own = torch.sigmoid(hp.k_intra * (torch.acos(cos_target) - hp.a))  # [N], (3) without s
+    rows = (target >= 0).nonzero().squeeze(1)
+    p_own = torch.where(target >= 0, p_own, 0)
     invalid = target == INVALID
-    intra = torch.where(invalid, torch.nan, intra)
-    rows = has_target.nonzero().squeeze(1)
+    intra = torch.where(invalid, torch.nan, -p_own * cos_target)
     if need_grad_x:
         w_own, _ = _unit_rows(w[target[rows]].to(dtype))
-        unit_grad.index_add_(0, rows, -p[rows].unsqueeze(1) * w_own)
-        unit_grad = _tangent(unit_grad, x_unit, x_norm)  # (7)
+        unit_grad.index_add_(0, rows, -p_own[rows].unsqueeze(1) * w_own)
+        unit_grad = hp.s * _tangent(unit_grad, x_unit, x_norm)  # (7)
         unit_grad = torch.where(invalid.unsqueeze(1), torch.nan, unit_grad)
-        unit_grad = torch.where(counted.unsqueeze(1), unit_grad, 0)
+        unit_grad = torch.where(counted, unit_grad, 0)
     if need_grad_w:
         own = slice(listed, listed + len(rows))
         pairs[0, own], pairs[1, own] = rows, target[rows]
-        values[0, own], values[1, own] = -p[rows], cos_target[rows]
+        values[0, own], values[1, own] = -p_own[rows], cos_target[rows]
         chunk_pairs[-1] = len(rows)
-    stats = torch.where(counted, torch.stack([intra, inter, cos_target, cos_sum, hardest, dropped]), 0)
+    stats = torch.stack([hp.s * intra, hp.s * inter, cos_target, cos_sum, hardest, hp.s * dropped])
+    stats = torch.where(counted.squeeze(1), stats, 0)
     counts = torch.tensor([active, dense_blocks], device=x.device)
     return stats[0] + stats[1], stats, counts, unit_grad, pairs, values, chunk_pairs
 
@@ -164,17 +191,18 @@ def _grad_weight(
 ) -> Tensor:
     hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)
     dtype = values.dtype
-    counted = (target != IGNORED).unsqueeze(1)
+    counted = (target != IGNORED).unsqueeze(1)  # [N, 1]
     x_unit, _ = _unit_rows(torch.where(counted, x.to(dtype), 0))
-    grad_row = torch.where(counted.squeeze(1), grad_row.to(dtype), 0)
-    grad = torch.zeros(w.shape, dtype=dtype, device=w.device)
+    grad_row = torch.where(counted.squeeze(1), grad_row.to(dtype), 0) * hp.s
+    grad = _zeros(w.shape, dtype, w.device)
 
     for index, count in enumerate(chunk_pairs[:-1].tolist()):
         if count == DENSE:
             start = index * chunk
             block = _Block(x_unit, w, start, chunk, target, hp)
-            g = block.q.masked_fill_(~block.kept(hp), 0).mul_(grad_row.unsqueeze(1))  # [N, chunk], u_i g_ij
-            grad[start : start + chunk] = _tangent(g.t() @ x_unit, block.w_unit, block.w_norm)  # (8)
+            g = block.weight.masked_fill_(~block.kept(hp, counted), 0).mul_(grad_row.unsqueeze(1))  # u_i g_ij
+            w_unit = block.w * block.inv_norm.unsqueeze(1)
+            grad[start : start + chunk] = _tangent(g.t() @ x_unit, w_unit, block.w_norm)  # (8)
 
     total = int(chunk_pairs.clamp_min(0).sum())
     for part in range(0, total, SCATTER_PAIRS):
@@ -183,7 +211,8 @@ def _grad_weight(
         w_unit, w_norm = _unit_rows(w[j].to(dtype))
         scale = grad_row[i] * g / w_norm.clamp_min(NORM_EPS)  # [pairs]
         along = torch.where(w_norm < NORM_EPS, 0, cos)
-        grad.index_add_(0, j, scale.unsqueeze(1) * (x_unit[i] - along.unsqueeze(1) * w_unit))  # (8), a pair at a time
+        # (8), a pair at a time
+        grad.index_add_(0, j, scale.unsqueeze(1) * (x_unit[i] - along.unsqueeze(1) * w_unit))
     return grad.to(w.dtype)
 
 

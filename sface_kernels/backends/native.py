@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 from ..types import Forward, HyperParameters, RowStats
 
 try:
-    from .. import _C  # noqa: F401  registers the operators
-
+    importlib.import_module("sface_kernels._C")  # registers the operators
     _missing: str | None = None
 except ImportError as error:
-    _missing = f"the C++ extension is not built ({error}); install the package where a C++ compiler is"
+    _missing = f"the C++ extension sface_kernels._C is not built or does not load ({error})"
 
 ARENA_WORDS = 12 << 20  # 48 MiB: active pairs take 2 words each, entries of dense blocks 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,9 +31,7 @@ def _inner_contiguous(w: Tensor) -> Tensor:
     return w if w.stride(1) == 1 else w.contiguous()
 
 
-def forward(
-    x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool
-) -> Forward:
+def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
     arena_words = min(x.shape[0] * w.shape[0], ARENA_WORDS)
     row_loss, row_stats, counts, unit_grad_x, *saved = torch.ops.sface.native_forward(
         x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, arena_words

@@ -30,9 +30,7 @@ def _tangent(grad_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return (grad_unit - along * unit) / norm.clamp_min(NORM_EPS)
 
 
-def forward(
-    x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool
-) -> Forward:
+def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
     dtype = torch.promote_types(x.dtype, w.dtype)
     if dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32

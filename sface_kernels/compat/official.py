@@ -53,12 +53,10 @@ class LazyLogits:
         shape: torch.Size([N, C]).
         dtype: what the cosines are computed in, at least float32.
         device: that of the input.
-        stats: SFaceStats of the forward. `100 * stats.accuracy` is Prec@1 and costs nothing more.
+        stats: SFaceStats of the forward. `100 * stats.accuracy` is Prec@1 (but for ties) and costs nothing.
     """
 
-    def __init__(
-        self, embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, stats: SFaceStats
-    ) -> None:
+    def __init__(self, embeddings: Tensor, weight: Tensor, labels: Tensor, scale: float, stats: SFaceStats) -> None:
         self._embeddings, self._weight, self._scale = embeddings.detach(), weight.detach(), scale
         self._versions = _version(embeddings), _version(weight)
         self._watched = labels.reshape(-1)[:WATCHED_ROWS].long().clamp(0, weight.shape[0] - 1)
@@ -89,9 +87,7 @@ class LazyLogits:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def topk(
-        self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-    ) -> torch.return_types.topk:
+    def topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> torch.return_types.topk:
         """The k largest (or smallest) logits of each row, as `torch.topk`; in order whatever `sorted` says.
 
         Returns:
@@ -230,7 +226,7 @@ class SFaceLoss(_loss.SFaceLoss):
         loss.backward()
         OPTIMIZER.step()
 
-    `100 * outputs.stats.accuracy` is the same Prec@1 without its second pass over the weight.
+    `100 * outputs.stats.accuracy` is the same Prec@1, but for ties, without a second pass over the weight.
 
     Source: the interface of zhongyy/SFace, `SFace_torch/head/metrics.py`.
     """

@@ -1,0 +1,96 @@
+"""The options of a run, checked before anything is loaded or written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SMALL = 10_000  # training images below which a run takes the recipe for small data
+# What a checkpoint may differ in from the run that resumes it. (A data folder may move: its images are compared.)
+FREE_ON_RESUME = {"data", "head", "epochs", "device", "threads", "out", "resume"}
+
+
+class OptionError(ValueError):
+    """An option cannot be used. One line: the option, what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """See `train_faces.py --help` for the meaning. None stands for "chosen by the data"."""
+
+    data: Path | None = None
+    head: str = "fused"
+    out: Path = Path("runs/faces")
+    epochs: int | None = None
+    batch_size: int | None = None
+    embedding_size: int = 128
+    lr: float = 0.05
+    s: float = 64.0
+    k: float = 80.0
+    a: float = 0.80
+    b: float = 1.23
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    val_fraction: float = 0.25
+    identities: int | None = None
+    images_per_identity: int | None = None
+    resume: bool = False
+
+    @property
+    def heads(self) -> list[str]:
+        return ["fused", "reference"] if self.head == "both" else [self.head]
+
+    @property
+    def torch_device(self) -> torch.device:
+        name = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
+        return torch.device("cpu" if name == "auto" else name)
+
+    def check(self) -> None:
+        """Raises OptionError for the first option that makes no sense or names what is not there."""
+        for name in ("lr", "s", "k", "a", "b"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise OptionError(f"--{name}: expected a number > 0, got {value:g}")
+        for name in ("a", "b"):
+            if getattr(self, name) >= math.pi:
+                raise OptionError(f"--{name}: expected an angle in radians below π, got {getattr(self, name):g}")
+        least = {"epochs": 1, "batch_size": 2, "embedding_size": 1, "threads": 1, "seed": 0}
+        least |= {"identities": 4, "images_per_identity": 2}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise OptionError(f"--{name.replace('_', '-')}: expected a whole number ≥ {low}, got {value}")
+        if not 0 < self.val_fraction < 1:
+            raise OptionError(f"--val-fraction: expected a share between 0 and 1, got {self.val_fraction:g}")
+        for name in ("identities", "images_per_identity"):
+            if self.data is not None and getattr(self, name) is not None:
+                raise OptionError(f"--{name.replace('_', '-')}: is for generated faces, and --data was given too")
+        self._check_device()
+        if self.out.exists() and not self.out.is_dir():
+            raise OptionError(f"--out: expected a folder or a new name, got the file {str(self.out)!r}")
+
+    def _check_device(self) -> None:
+        there = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        expected = f"--device: expected auto or a device of this machine ({', '.join(there)}), got {self.device!r}"
+        try:
+            device = self.torch_device
+        except RuntimeError:
+            raise OptionError(expected) from None
+        if f"{device.type}:{device.index or 0}" not in [*there, "cpu:0"]:
+            raise OptionError(expected)
+
+    def settled(self, training_images: int) -> TrainOptions:
+        """With epochs and batch size chosen by the number of training images where they were left open."""
+        small = training_images < SMALL
+        generated = self.data is None
+        epochs = (8 if generated else 30) if small else 20
+        batch_size = (64 if generated else 32) if small else 128
+        return replace(self, epochs=self.epochs or epochs, batch_size=self.batch_size or batch_size)
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}

@@ -1,0 +1,157 @@
+"""Loss, statistics and both gradients of every backend against fp64, filtered and exact."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from checks import cached_judge, run
+from conftest import CASES, CASES32, f32
+from oracle import truth, worst_cosine_roundings
+from problems import FEW_SHAPES, GEOMETRIES, SHAPES, Problem
+from sface_kernels import sface_loss
+
+# Exact; the fast setting; and one so coarse that a wrong filter moves the gradients far beyond rounding.
+FILTERS = (0.0, 2.0**-16, 2.0**-8)
+# Every shape in float32; in the other dtypes, which differ by a cast on the way in and out, a few.
+RUNS = [
+    pytest.param(case, shape, id=f"{case}-{name}")
+    for case in CASES
+    for name, shape in (SHAPES if (case.dtype, case.weight_dtype) == (f32, f32) else FEW_SHAPES).items()
+]
+# Statistics are taken from the forward alone: enough to see every tile remainder and both geometries.
+STATS_RUNS = [pytest.param(case, shape, id=f"{case}-{name}") for case in CASES32 for name, shape in SHAPES.items()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_truths():
+    yield
+    cached_judge.cache_clear()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("case, shape", RUNS, indirect=["case"])
+def test_loss_and_gradients(case, shape, geometry):
+    for filter_eps in FILTERS:
+        judge = cached_judge(GEOMETRIES[geometry], shape, case.dtype, case.weight_dtype, filter_eps=filter_eps)
+        result = run(case, judge.problem, filter_eps=filter_eps)
+        assert result.grad_x.dtype == case.dtype and result.grad_w.dtype == case.weight_dtype
+        assert result.row_loss.dtype == judge.dtype
+        judge.check(result, case.backend)
+        judge.check_filter_bound(result)
+
+
+def plain_gradients(problem: Problem, autocast: torch.dtype) -> dict[str, torch.Tensor]:
+    """What users of half precision have now: the loss in plain PyTorch under autocast."""
+    x, w = (t.detach().cpu().clone().requires_grad_() for t in (problem.x, problem.w))
+    with torch.autocast("cpu", autocast):
+        cos = F.normalize(x) @ F.normalize(w).t()
+        theta = cos.detach().float().clamp(-1, 1).acos()
+        own = F.one_hot(problem.labels.cpu(), len(w)).bool()
+        g = torch.where(own, -64 * torch.sigmoid(80 * (theta - 0.8)), 64 * torch.sigmoid(-80 * (theta - 1.23)))
+        rows = (g * cos).sum(1)
+    scale = 2.0**-8  # every pair of a collapsed batch overflows float16 without it
+    rows.backward(problem.upstream.cpu() * scale)
+    return {"grad_x": x.grad.double() / scale, "grad_w": w.grad.double() / scale}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_default_filter(case, geometry):
+    """The default drops what the dtype's own arithmetic loses: beside the gradient of every pair it is within 4× the
+    fp32 reference's error plus 1e-6, and for half embeddings no worse than plain PyTorch under autocast."""
+    problem = GEOMETRIES[geometry](128, 2087, 128).to(case.device, case.dtype, case.weight_dtype)
+    exact, ours = truth(*problem), run(case, problem)
+    if case.dtype in (torch.float16, torch.bfloat16):
+        factor, theirs = 1, plain_gradients(problem, case.dtype)
+    else:
+        factor, theirs = 4, run("reference", problem, filter_eps=0.0)._asdict()
+    for name, full in (("grad_x", exact.full_grad_x), ("grad_w", exact.full_grad_w)):
+        error = float((getattr(ours, name).double().cpu() - full).norm() / full.norm())
+        yardstick = float((theirs[name].double().cpu() - full).norm() / full.norm())
+        assert error <= factor * yardstick + 1e-6, f"{name}: {error:.3g} beside {yardstick:.3g}"
+
+
+@pytest.mark.parametrize("geometry", ["random", "trained"])
+@pytest.mark.parametrize("case, shape", STATS_RUNS, indirect=["case"])
+def test_statistics(case, shape, geometry):
+    filter_eps = 2.0**-12
+    judge = cached_judge(GEOMETRIES[geometry], shape, case.dtype, case.weight_dtype, filter_eps=filter_eps)
+    (x, w, labels, _), t = judge.problem, judge.truth
+    n, c = t.cos.shape
+    stats = run(case, judge.problem, filter_eps=filter_eps).stats
+    assert all(value.dim() == 0 and value.device.type == case.device for value in stats)
+
+    loss_error = float(t.worst.loss.mean())
+    assert abs(float(stats.intra) - float(t.intra.mean())) <= loss_error
+    assert abs(float(stats.inter) - float(t.inter.mean())) <= loss_error
+
+    cos_error = worst_cosine_roundings(x.shape[1]) * torch.finfo(judge.dtype).eps / 2
+    own = torch.zeros_like(t.active).scatter_(1, labels.unsqueeze(1), True)
+    assert abs(float(stats.cos_target) - float(t.cos[own].mean())) <= cos_error
+    assert abs(float(stats.cos_other) - float(t.cos[~own].sum()) / (n * c)) <= cos_error
+
+    margin = t.cos[own] - t.cos.masked_fill(own, -2).amax(1)
+    certain, unclear = (margin > 2 * cos_error).sum(), (margin.abs() <= 2 * cos_error).sum()
+    assert certain - 0.01 <= float(stats.accuracy) * n <= certain + unclear + 0.01
+
+    assert abs(int(stats.active_pairs) - int(t.active.sum())) <= int(t.borderline.sum())
+    # a dropped pair's coefficient comes from the screened cosine: 16-bit fixed point, √D/2 steps of 2⁻¹⁵ for each of two rows
+    k, sine = 80.0, (1 - 0.5**2) ** 0.5
+    screened = math.expm1(k * x.shape[1] ** 0.5 * 2.0**-15 / sine)
+    allowed = float(t.dropped.mean()) * screened + float((t.q * t.borderline).sum()) / n + loss_error
+    assert abs(float(stats.dropped) - float(t.dropped.mean())) <= allowed
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_reductions(case32, geometry):
+    """"sum" and "mean" are the sum and the mean of "none", and so are their gradients, to the last bit."""
+    problem = GEOMETRIES[geometry](19, 211, 64)
+    labels = problem.labels.clone()
+    labels[3] = -100
+    rows = run(case32, problem._replace(labels=labels, upstream=torch.ones(19)))
+    for reduction, counted in (("sum", 1), ("mean", 18)):
+        x, w = (t.to(case32.device, copy=True).requires_grad_() for t in (problem.x, problem.w))
+        loss = sface_loss(x, w, labels.to(case32.device), reduction=reduction, backend=case32.backend)
+        assert loss.shape == () and torch.equal(loss, rows.row_loss.sum() / counted)
+        loss.backward()
+        one_by_one = run(case32, problem._replace(labels=labels, upstream=torch.ones(19) / counted))
+        assert torch.equal(x.grad, one_by_one.grad_x) and torch.equal(w.grad, one_by_one.grad_w)
+
+
+# (geometry, shape, filter, dense blocks expected, share of pairs expected to be active)
+PATHS = {
+    "empty": ("random", (64, 1009, 512), 2.0**-8, False, (0, 0)),
+    "sparse": ("trained", (64, 1009, 512), 2.0**-16, False, (1e-4, 2e-2)),
+    "dense by density": ("collapsed", (64, 1009, 512), 2.0**-16, True, (0.99, 1)),
+    "dense as nothing is filtered": ("random", (64, 1009, 512), 0.0, True, (0.99, 1)),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_runs(case32, path):
+    """The shapes above reach each path of the backends, or they prove nothing about it."""
+    geometry, shape, filter_eps, dense, (least, most) = PATHS[path]
+    problem = GEOMETRIES[geometry](*shape).to(case32.device, f32, f32)
+    result = run(case32, problem, filter_eps=filter_eps)
+    share = int(result.stats.active_pairs) / (shape[0] * (shape[1] - 1))
+    assert least <= share <= most
+    if case32.backend != "reference":
+        assert (int(result.stats.dense_blocks) > 0) == dense
+
+
+def test_dense_and_sparse_blocks_in_one_call(case32):
+    """Half the classes look like every sample, half like none: blocks of both kinds must meet in one gradient."""
+    crowded, sparse = GEOMETRIES["collapsed"](40, 4096, 96), GEOMETRIES["trained"](40, 8192, 96)
+    w = torch.cat([sparse.w[:4096], crowded.w, sparse.w[4096:]])
+    problem = Problem(torch.cat([crowded.x[:20], sparse.x[:20]]), w, crowded.labels.clone(), crowded.upstream)
+    problem.labels[:20] += 4096
+    judge = cached_judge(lambda: problem, (), f32, f32, filter_eps=2.0**-16)
+    result = run(case32, judge.problem, filter_eps=2.0**-16)
+    if case32.backend == "chunked":
+        assert 0 < int(result.stats.dense_blocks) < 4
+    if case32.backend == "native":
+        assert 0 < int(result.stats.dense_blocks) < 12288 // 48
+    judge.check(result, case32.backend)
