@@ -1,7 +1,7 @@
 """Trains a small face recogniser with the SFace loss, and verifies it on people it has never seen.
 
-    python examples/train_faces.py --data DIR --head both --out runs/mine     # one folder per identity in DIR
-    python examples/train_faces.py --head both --out runs/demo                # generated cartoon faces
+python examples/train_faces.py --data DIR --head both --out runs/mine     # one folder per identity in DIR
+python examples/train_faces.py --head both --out runs/demo                # generated cartoon faces
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def load_faces(options: TrainOptions, console: Console) -> FaceSet:
         return FaceSet(*generate_faces(identities, each, options.seed), f"{identities} generated identities")
     faces, broken = load_folder(options.data, lambda files: track(files, "Reading faces", console=console))
     if broken:
-        console.print(f"Skipped {len(broken)} broken image{'s' * (len(broken) > 1)}: " + "; ".join(broken), soft_wrap=True)
+        console.print(
+            f"Skipped {len(broken)} broken image{'s' * (len(broken) > 1)}: " + "; ".join(broken), soft_wrap=True
+        )
     return faces
 
 

@@ -14,11 +14,11 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from conftest import Case
 from oracle import Truth, truth
 from problems import Problem
+from torch import Tensor
+
 from sface_kernels import SFaceStats, sface_loss
 from sface_kernels.ops import compute_dtype
 
@@ -108,7 +108,7 @@ class Judge:
         assert_rows_within("grad_w beside the unfiltered one", result.grad_w.double().cpu() - t.full_grad_w, bound)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cached_judge(make, shape: tuple[int, int, int], dtype: torch.dtype, weight_dtype: torch.dtype, **options) -> Judge:
     return Judge(make(*shape).to("cpu", dtype, weight_dtype), **options)
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from oracle import threshold_angle
+from torch import Tensor
 
 
 class Problem(NamedTuple):
@@ -48,7 +47,9 @@ SHAPES = {
     "large D": (5, 389, 1024),
     "long D, odd": (9, 211, 1031),
 }
-FEW_SHAPES = {name: SHAPES[name] for name in ("below every tile", "prime everything", "one over a group", "the usual D")}
+FEW_SHAPES = {
+    name: SHAPES[name] for name in ("below every tile", "prime everything", "one over a group", "the usual D")
+}
 
 
 def _upstream(n: int, g: torch.Generator) -> Tensor:

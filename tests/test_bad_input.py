@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import f16, f32, f64
+
 from sface_kernels import SFaceLoss, available_backends, explain, sface_loss
 from sface_kernels.dispatch import BACKENDS
 
@@ -28,13 +28,25 @@ ARGUMENTS = [
     (dict(weight=T(6, 8, 1)), ValueError, r"weight: expected shape \[C, D\], got \[6, 8, 1\]"),
     (dict(embeddings=T(4, 8).long()), TypeError, r"embeddings: expected a dtype of float32, .*got torch\.int64"),
     (dict(embeddings=T(4, 8).cfloat()), TypeError, r"embeddings: expected a dtype of float32, .*got torch\.complex64"),
-    (dict(weight=T(6, 8).double()), TypeError, r"weight: expected float32 or the dtype of the embeddings .*got torch\.float64"),
+    (
+        dict(weight=T(6, 8).double()),
+        TypeError,
+        r"weight: expected float32 or the dtype of the embeddings .*got torch\.float64",
+    ),
     (dict(weight=T(6, 8).half()), TypeError, r"weight: expected float32 .*\(torch\.float32\), got torch\.float16"),
-    (dict(weight=T(6, 8).bfloat16(), embeddings=T(4, 8).half()), TypeError, r"weight: expected .*float16\), got torch\.bfloat16"),
+    (
+        dict(weight=T(6, 8).bfloat16(), embeddings=T(4, 8).half()),
+        TypeError,
+        r"weight: expected .*float16\), got torch\.bfloat16",
+    ),
     (dict(weight=T(6, 7)), ValueError, r"weight: expected \[C, 8\] to match embeddings \[4, 8\], got \[6, 7\]"),
     (dict(weight=T(8, 6)), ValueError, r"weight: expected \[C, 8\] to match embeddings \[4, 8\], got \[8, 6\]"),
     (dict(weight=T(0, 8)), ValueError, r"weight: expected at least one class and one feature, got shape \[0, 8\]"),
-    (dict(weight=T(6, 0), embeddings=T(4, 0)), ValueError, r"weight: expected at least one class and one feature, got .*\[6, 0\]"),
+    (
+        dict(weight=T(6, 0), embeddings=T(4, 0)),
+        ValueError,
+        r"weight: expected at least one class and one feature, got .*\[6, 0\]",
+    ),
     (dict(labels=T(4)), TypeError, r"labels: expected an integer dtype .*got torch\.float32"),
     (dict(labels=T(4).bool()), TypeError, r"labels: expected an integer dtype .*got torch\.bool"),
     (dict(labels=T(3).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[3\]"),
@@ -42,7 +54,11 @@ ARGUMENTS = [
     (dict(labels=T(1, 4).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[1, 4\]"),
     (dict(labels=T(()).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[\]"),
     (dict(weight=T(6, 8, device="meta")), ValueError, r"weight: expected device cpu \(that of embeddings\), got meta"),
-    (dict(labels=T(4, device="meta").long()), ValueError, r"labels: expected device cpu \(that of embeddings\), got meta"),
+    (
+        dict(labels=T(4, device="meta").long()),
+        ValueError,
+        r"labels: expected device cpu \(that of embeddings\), got meta",
+    ),
     (dict(reduction="avg"), ValueError, r"reduction: expected one of .*'mean', 'sum', 'none'.*got 'avg'"),
     (dict(reduction=None), ValueError, r"reduction: expected one of .*got None"),
     (dict(ignore_index=1.0), TypeError, r"ignore_index: expected an int, got 1\.0"),
@@ -75,7 +91,9 @@ def name_of(change: dict) -> str:
     return ", ".join(f"{name}={describe(value)}" for name, value in change.items())
 
 
-@pytest.mark.parametrize("change, error, text", ARGUMENTS + NUMBERS, ids=[name_of(c) for c, _, _ in ARGUMENTS + NUMBERS])
+@pytest.mark.parametrize(
+    "change, error, text", ARGUMENTS + NUMBERS, ids=[name_of(c) for c, _, _ in ARGUMENTS + NUMBERS]
+)
 def test_function(change, error, text):
     with pytest.raises(error, match="^" + text):
         call(**change)
@@ -121,8 +139,12 @@ class TestLabels:
         labels = torch.tensor([0, 5, label, 1], device=case32.device)
         if case32.device == "cuda":
             rows = call(
-                embeddings=torch.randn(4, 8, device="cuda"), weight=torch.randn(6, 8, device="cuda"), labels=labels,
-                reduction="none", backend=case32.backend, ignore_index=-50,
+                embeddings=torch.randn(4, 8, device="cuda"),
+                weight=torch.randn(6, 8, device="cuda"),
+                labels=labels,
+                reduction="none",
+                backend=case32.backend,
+                ignore_index=-50,
             )
             assert torch.isnan(rows).tolist() == [False, False, True, False]
             return
@@ -140,8 +162,12 @@ class TestLabels:
         """ignore_index=0 takes class 0 out of the batch, though 0 is in range."""
         device = case32.device
         rows = call(
-            embeddings=torch.randn(4, 8, device=device), weight=torch.randn(6, 8, device=device),
-            labels=torch.tensor([0, 1, 2, 5], device=device), ignore_index=0, reduction="none", backend=case32.backend,
+            embeddings=torch.randn(4, 8, device=device),
+            weight=torch.randn(6, 8, device=device),
+            labels=torch.tensor([0, 1, 2, 5], device=device),
+            ignore_index=0,
+            reduction="none",
+            backend=case32.backend,
         )
         assert rows[0] == 0 and rows[1:].all()
 

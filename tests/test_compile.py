@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-
 from checks import assert_rows_within
 from conftest import BACKENDS, Case, f16, f32, f64
 from oracle import truth
 from problems import GEOMETRIES
+
 from sface_kernels import SFaceLoss, sface_loss
 from sface_kernels.backends import chunked
 from sface_kernels.backends import native as native_backend
@@ -97,7 +97,10 @@ def test_inside_a_compiled_backbone(case32):
     head = head.to(case32.device)
     x, labels = torch.randn(16, 20, device=case32.device), torch.arange(16, device=case32.device)
     results = []
-    for f in (lambda: head(step(x), labels), torch.compile(lambda: head(step(x), labels), fullgraph=True, backend="aot_eager")):
+    for f in (
+        lambda: head(step(x), labels),
+        torch.compile(lambda: head(step(x), labels), fullgraph=True, backend="aot_eager"),
+    ):
         loss = f()
         results.append(torch.autograd.grad(loss, (backbone.weight, head.weight)))
     for ours, eager in zip(results[1], results[0], strict=True):

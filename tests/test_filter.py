@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from checks import Judge, active_pairs, run
 from conftest import f32
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from oracle import truth
 from problems import GEOMETRIES, Problem, rows_at_cosines, threshold_cosine
+
 from sface_kernels import sface_loss
 
 # The same examples each time, so that a failure is the change's and not the day's.
@@ -47,7 +47,9 @@ def around_threshold(c: int, d: int, threshold: float, seed: int) -> torch.Tenso
     """Cosines `[c]` at and about the threshold: a few ulp, half the margin of a 16-bit screen, that margin, twice it; ±1; any."""
     g = torch.Generator().manual_seed(seed)
     screen = d**0.5 * 2.0**-15
-    steps = torch.tensor([0, 2.0**-24, 2.0**-22, 2.0**-20, 2.0**-18, 0.1 * screen, 0.5 * screen, screen, 2 * screen, 0.01])
+    steps = torch.tensor(
+        [0, 2.0**-24, 2.0**-22, 2.0**-20, 2.0**-18, 0.1 * screen, 0.5 * screen, screen, 2 * screen, 0.01]
+    )
     signs = torch.randint(0, 2, (c,), generator=g) * 2 - 1
     cos = threshold + signs * steps[torch.randint(0, len(steps), (c,), generator=g)].double()
     anywhere = torch.rand(c, generator=g) < 0.3
@@ -59,7 +61,10 @@ def around_threshold(c: int, d: int, threshold: float, seed: int) -> torch.Tenso
 
 @examples
 @given(
-    c=st.integers(2, 200), d=st.sampled_from([2, 3, 16, 31, 64, 200, 512]), eps=EPS, seed=st.integers(0, 2**20),
+    c=st.integers(2, 200),
+    d=st.sampled_from([2, 3, 16, 31, 64, 200, 512]),
+    eps=EPS,
+    seed=st.integers(0, 2**20),
     norms=st.sampled_from([1.0, 1e-3, 300.0]),
 )
 def test_active_set_at_the_threshold(case32, c, d, eps, seed, norms):
@@ -74,8 +79,13 @@ def test_active_set_at_the_threshold(case32, c, d, eps, seed, norms):
 
 @examples
 @given(
-    n=st.integers(1, 20), c=st.integers(2, 120), d=st.sampled_from([2, 5, 17, 64, 130]), eps=EPS,
-    seed=st.integers(0, 2**20), make=st.sampled_from(sorted(GEOMETRIES)), duplicates=st.booleans(),
+    n=st.integers(1, 20),
+    c=st.integers(2, 120),
+    d=st.sampled_from([2, 5, 17, 64, 130]),
+    eps=EPS,
+    seed=st.integers(0, 2**20),
+    make=st.sampled_from(sorted(GEOMETRIES)),
+    duplicates=st.booleans(),
 )
 def test_active_set(case32, n, c, d, eps, seed, make, duplicates):
     """Any geometry, with samples and classes that are copies of one another."""
@@ -88,9 +98,15 @@ def test_active_set(case32, n, c, d, eps, seed, make, duplicates):
 
 @examples
 @given(
-    s=st.floats(0.5, 200), k=st.floats(0.5, 300), k_inter=st.none() | st.floats(0.5, 300), a=st.floats(-0.5, 3.5),
-    b=st.floats(-0.5, 3.5), eps=st.just(0.0) | EPS | st.floats(1e-12, 0.9), seed=st.integers(0, 2**20),
-    make=st.sampled_from(sorted(GEOMETRIES)), d=st.sampled_from([3, 40, 256]),
+    s=st.floats(0.5, 200),
+    k=st.floats(0.5, 300),
+    k_inter=st.none() | st.floats(0.5, 300),
+    a=st.floats(-0.5, 3.5),
+    b=st.floats(-0.5, 3.5),
+    eps=st.just(0.0) | EPS | st.floats(1e-12, 0.9),
+    seed=st.integers(0, 2**20),
+    make=st.sampled_from(sorted(GEOMETRIES)),
+    d=st.sampled_from([3, 40, 256]),
 )
 def test_any_hyperparameters(case32, s, k, k_inter, a, b, eps, seed, make, d):
     """Slopes from flat to a cliff, thresholds that take every pair and that take none."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd.gradcheck import GradcheckError
-
 from checks import run
 from conftest import CASES32, f64
 from oracle import truth
 from problems import GEOMETRIES, Problem
+from torch.autograd.gradcheck import GradcheckError
+
 from sface_kernels import sface_loss
 
 # D, C small enough for numerical differences; N = 1 and an own class at both ends of the range are among them
@@ -69,7 +69,9 @@ def test_gradcheck_of_the_public_loss_fails_by_design(backend):
     x, w = problem.x.requires_grad_(), problem.w.requires_grad_()
     with pytest.raises(GradcheckError):
         torch.autograd.gradcheck(
-            lambda x, w: sface_loss(x, w, problem.labels, filter_eps=0.0, backend=backend), (x, w), check_undefined_grad=False
+            lambda x, w: sface_loss(x, w, problem.labels, filter_eps=0.0, backend=backend),
+            (x, w),
+            check_undefined_grad=False,
         )
 
 
@@ -117,7 +119,9 @@ def needs(x: bool, w: bool):
     return pytest.param(x, w, id=" and ".join(n for n, on in (("embeddings", x), ("weight", w)) if on) or "nothing")
 
 
-@pytest.mark.parametrize("need_x, need_w", [needs(True, True), needs(True, False), needs(False, True), needs(False, False)])
+@pytest.mark.parametrize(
+    "need_x, need_w", [needs(True, True), needs(True, False), needs(False, True), needs(False, False)]
+)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_only_what_is_needed(case, geometry, need_x, need_w):
     """Frozen head, frozen backbone, neither: the other gradient is the same, the loss is the same, the rest is None."""
@@ -138,14 +142,20 @@ def test_without_gradients(case, mode):
     expected = run(case, problem)
     with mode():
         rows, stats = sface_loss(
-            problem.x.requires_grad_(), problem.w.requires_grad_(), problem.labels,
-            reduction="none", return_stats=True, backend=case.backend,
+            problem.x.requires_grad_(),
+            problem.w.requires_grad_(),
+            problem.labels,
+            reduction="none",
+            return_stats=True,
+            backend=case.backend,
         )
     assert not rows.requires_grad and torch.equal(rows, expected.row_loss)
     assert int(stats.active_pairs) == int(expected.stats.active_pairs)
 
 
-def leaves(case, geometry: str = "trained", shape=(21, 331, 96)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def leaves(
+    case, geometry: str = "trained", shape=(21, 331, 96)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     x, w, labels, upstream = GEOMETRIES[geometry](*shape).to(case.device, case.dtype, case.weight_dtype)
     return x.requires_grad_(), w.requires_grad_(), labels, upstream
 

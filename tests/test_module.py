@@ -9,8 +9,8 @@ import pickle
 
 import pytest
 import torch
-
 from conftest import f64
+
 from sface_kernels import SFaceLoss, SFaceStats, sface_loss
 
 
@@ -74,7 +74,16 @@ def test_statistics_on_request():
 
 def test_repr_says_what_matters():
     text = repr(SFaceLoss(16, 40, s=32.0, a=0.87, b=1.2, backend="chunked"))
-    for part in ("SFaceLoss(", "in_features=16", "out_features=40", "s=32.0", "k=80.0", "a=0.87", "b=1.2", "backend='chunked'"):
+    for part in (
+        "SFaceLoss(",
+        "in_features=16",
+        "out_features=40",
+        "s=32.0",
+        "k=80.0",
+        "a=0.87",
+        "b=1.2",
+        "backend='chunked'",
+    ):
         assert part in text
 
 

@@ -12,11 +12,11 @@ import sys
 
 import pytest
 import torch
-
 from checks import Judge, run
 from conftest import ROOT, f32
 from oracle import truth
 from problems import GEOMETRIES, Problem, trained_problem
+
 from sface_kernels import sface_loss
 from sface_kernels.backends import native as backend
 
@@ -42,7 +42,7 @@ class TestInstructionSets:
             pytest.skip(f"this CPU or build has no {isa}, only {torch.ops.sface.native_instruction_sets()}")
         if isa == os.environ.get("SFACE_CPU_ISA", torch.ops.sface.native_instruction_sets()[0]):
             pytest.skip(f"this whole run is on {isa}")
-        shapes = "one over or strip or prime or usual or odd"
+        shapes = "over or strip or prime or usual or odd"
         selection = f"native-cpu-float32 and ((test_loss_and_gradients and ({shapes})) or test_active_set or one_call)"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
         files = [str(ROOT / "tests" / name) for name in ("test_parity.py", "test_filter.py")]

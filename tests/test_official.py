@@ -103,9 +103,7 @@ def train(head: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cp
     torch.manual_seed(11)
     net = nn.Sequential(nn.Linear(PIXELS, 48), nn.BatchNorm1d(48), nn.PReLU(), nn.Linear(48, FEATURES))
     for module in (net, head):
-        module.apply(weight_init).to(
-            device, dtype
-        )  # drawn in fp32, so that every run starts at the same numbers
+        module.apply(weight_init).to(device, dtype)  # drawn in fp32, so that every run starts at the same numbers
     norms, others = split_parameters(net)
     _, head_others = split_parameters(head)
     groups = [{"params": others + head_others, "weight_decay": 5e-4}, {"params": norms}]
@@ -232,9 +230,7 @@ def test_the_script_finds_the_weight_by_class_name():
     head = SFaceLoss(16, 30, [0])
     of_norms, others = split_parameters(head)
     assert of_norms == [] and len(others) == 1 and others[0] is head.weight
-    assert [name for name, _ in head.named_parameters()] == [
-        "weight"
-    ]  # its other split reads parameter names
+    assert [name for name, _ in head.named_parameters()] == ["weight"]  # its other split reads parameter names
     for word in ("model", "container", "batchnorm", "mobilefacenet"):
         assert word not in str(head.__class__)
 
@@ -252,11 +248,7 @@ def test_checkpoints_go_both_ways():
     ours.load_state_dict(through_a_file(theirs.state_dict()))
     assert torch.equal(ours.weight, theirs.weight)
     state = ours.state_dict()
-    assert (
-        list(state) == ["weight"]
-        and state["weight"].shape == (30, 16)
-        and state["weight"].dtype == torch.float32
-    )
+    assert list(state) == ["weight"] and state["weight"].shape == (30, 16) and state["weight"].dtype == torch.float32
     back.load_state_dict(through_a_file(state))
     torch.testing.assert_close(ours(x, y)[1], back(x, y)[1], rtol=1e-5, atol=1e-5)
 
@@ -416,9 +408,7 @@ def allocations(step) -> tuple[int, int]:
     """The largest allocation of `step()` and the most it held at once, in bytes, inner operators included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    sizes = [
-        event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
+    sizes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
     return max(sizes), int(held.max())
 

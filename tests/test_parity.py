@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from checks import cached_judge, run
 from conftest import CASES, CASES32, f32
 from oracle import truth, worst_cosine_roundings
 from problems import FEW_SHAPES, GEOMETRIES, SHAPES, Problem
+
 from sface_kernels import sface_loss
 
 # Exact; the fast setting; and one so coarse that a wrong filter moves the gradients far beyond rounding.
@@ -79,7 +79,7 @@ def test_default_filter(case, geometry):
 def test_statistics(case, shape, geometry):
     filter_eps = 2.0**-12
     judge = cached_judge(GEOMETRIES[geometry], shape, case.dtype, case.weight_dtype, filter_eps=filter_eps)
-    (x, w, labels, _), t = judge.problem, judge.truth
+    (x, _w, labels, _), t = judge.problem, judge.truth
     n, c = t.cos.shape
     stats = run(case, judge.problem, filter_eps=filter_eps).stats
     assert all(value.dim() == 0 and value.device.type == case.device for value in stats)
@@ -107,7 +107,7 @@ def test_statistics(case, shape, geometry):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_reductions(case32, geometry):
-    """"sum" and "mean" are the sum and the mean of "none", and so are their gradients, to the last bit."""
+    """ "sum" and "mean" are the sum and the mean of "none", and so are their gradients, to the last bit."""
     problem = GEOMETRIES[geometry](19, 211, 64)
     labels = problem.labels.clone()
     labels[3] = -100

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from checks import Judge, Result, cached_judge, run
 from conftest import f16, f32, f64
 from oracle import truth
 from problems import GEOMETRIES, Problem, collapsed_problem, random_problem, trained_problem
+
 from sface_kernels import sface_loss
 
 nan, inf = math.nan, math.inf
@@ -49,8 +49,11 @@ class TestIgnoredRows:
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), name
         assert abs(int(result.stats.active_pairs) - int(alone.stats.active_pairs)) <= int(t.borderline.sum())
         mean = sface_loss(
-            problem.x.to(case32.device), problem.w.to(case32.device), labels.to(case32.device),
-            ignore_index=ignore_index, backend=case32.backend,
+            problem.x.to(case32.device),
+            problem.w.to(case32.device),
+            labels.to(case32.device),
+            ignore_index=ignore_index,
+            backend=case32.backend,
         )
         assert float(mean) == pytest.approx(float(alone.row_loss.mean()), rel=1e-5)
 
@@ -145,7 +148,8 @@ class TestDegenerateGeometry:
         result = run(case32, problem)
         assert all(torch.isfinite(t).all() for t in (result.row_loss, result.grad_x, result.grad_w))
         near = [
-            (result.row_loss.cpu() - t.row_loss).norm() <= t.worst.loss.norm() for t in (truth(*problem), truth(*zeroed))
+            (result.row_loss.cpu() - t.row_loss).norm() <= t.worst.loss.norm()
+            for t in (truth(*problem), truth(*zeroed))
         ]
         assert any(near)
 
@@ -254,12 +258,17 @@ class TestLayouts:
     def test_views(self, case, geometry, layout):
         """The same from a view, to the last bit but in PyTorch, whose products sum in an order of the strides."""
         plain = GEOMETRIES[geometry](21, 130, 37).to(case.device, case.dtype, case.weight_dtype)
-        expected, judge = run(case, plain), cached_judge(GEOMETRIES[geometry], (21, 130, 37), case.dtype, case.weight_dtype)
+        expected, judge = (
+            run(case, plain),
+            cached_judge(GEOMETRIES[geometry], (21, 130, 37), case.dtype, case.weight_dtype),
+        )
         for where in ("x", "w"):
             leaf = {"x": plain.x.clone().requires_grad_(), "w": plain.w.clone().requires_grad_()}
             used = {**leaf, where: LAYOUTS[layout](leaf[where])}
             assert torch.equal(used[where], leaf[where])
-            rows = sface_loss(used["x"], used["w"], plain.labels, reduction="none", filter_eps=0.0, backend=case.backend)
+            rows = sface_loss(
+                used["x"], used["w"], plain.labels, reduction="none", filter_eps=0.0, backend=case.backend
+            )
             rows.backward(plain.upstream.to(rows.dtype))
             result = Result(rows.detach(), expected.stats, leaf["x"].grad, leaf["w"].grad)
             judge.check(result, case.backend)
@@ -384,7 +393,14 @@ class TestDeterminism:
 
 def test_different_lengths_of_batch_in_turn(case32):
     """Buffers kept from one call to the next must not leak into a smaller, larger or emptier one."""
-    for n, geometry in ((64, "collapsed"), (3, "random"), (0, "random"), (300, "trained"), (1, "collapsed"), (17, "random")):
+    for n, geometry in (
+        (64, "collapsed"),
+        (3, "random"),
+        (0, "random"),
+        (300, "trained"),
+        (1, "collapsed"),
+        (17, "random"),
+    ):
         problem = GEOMETRIES[geometry](max(n, 1), 331, 64)
         problem = Problem(problem.x[:n], problem.w, problem.labels[:n], problem.upstream[:n])
         check(case32, problem, filter_eps=2.0**-16)

@@ -39,6 +39,8 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
   ++done.dense_blocks;
   done.active += coefficient_tile<true>(rules, group, block, work, &sums);
   if (sums.grad) add_unit_rows(group, block, d, padded_d, work);
+  for (int row = 0; row < block.rows; ++row)
+    if (work.inv_norm[row] == 0) work.inv_norm[row] = __builtin_nanf("");
   const int64_t words = static_cast<int64_t>(block.rows) * group.count;
   if (arena.used + words > arena.capacity) return kRecompute;
   for (int row = 0; row < block.rows; ++row, arena.used += group.count)

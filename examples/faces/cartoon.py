@@ -98,8 +98,7 @@ def generate_faces(identities: int, images_per_identity: int, seed: int) -> tupl
     together = max(1, CHUNK // images_per_identity)
     for start in range(0, identities, together):
         draws = [
-            _draws(seed, identity, images_per_identity)
-            for identity in range(start, min(start + together, identities))
+            _draws(seed, identity, images_per_identity) for identity in range(start, min(start + together, identities))
         ]
         who, view, noise = (torch.cat(part) for part in zip(*draws, strict=True))
         drawn = draw_faces(_named(IDENTITY, who), _named(IMAGE, view), noise)

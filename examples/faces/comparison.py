@@ -71,11 +71,11 @@ def curve_agreement(one: list[dict[str, float]], other: list[dict[str, float]]) 
     }
 
 
-def _print(
-    summaries: dict[str, dict[str, Any]], agreement: dict[str, float], run: HeadRun, console: Console
-) -> None:
+def _print(summaries: dict[str, dict[str, Any]], agreement: dict[str, float], run: HeadRun, console: Console) -> None:
     classes, size = run.weight.shape
-    table = Table(title=f"The heads side by side, N = {len(run.labels)}, C = {classes}, D = {size}", title_justify="left")
+    table = Table(
+        title=f"The heads side by side, N = {len(run.labels)}, C = {classes}, D = {size}", title_justify="left"
+    )
     table.add_column("")
     for name in summaries:
         table.add_column(name, justify="right")

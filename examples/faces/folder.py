@@ -31,8 +31,10 @@ def load_folder(
         DataError: no such folder, or not one readable image.
     """
     if not folder.is_dir():
-        raise DataError(f"--data: expected a folder with one sub-folder per identity, got {str(folder)!r}, "
-                        + ("a file" if folder.exists() else "which does not exist"))
+        raise DataError(
+            f"--data: expected a folder with one sub-folder per identity, got {str(folder)!r}, "
+            + ("a file" if folder.exists() else "which does not exist")
+        )
     people = sorted(path for path in folder.iterdir() if path.is_dir())
     files = [
         file

@@ -23,7 +23,9 @@ from sface_kernels import SFaceLoss
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TOP_PAD_": "0"}
 
 
-def measure(backend: str, weight: Tensor, embeddings: Tensor, labels: Tensor, constants: dict[str, float]) -> float | None:
+def measure(
+    backend: str, weight: Tensor, embeddings: Tensor, labels: Tensor, constants: dict[str, float]
+) -> float | None:
     """Peak memory of a head step in MiB, or None where the system does not tell (no /proc).
 
     Args:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")  # files only: no display is needed and nothing opens
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from torch import Tensor  # noqa: E402
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
 
-from .angles import BINS  # noqa: E402
-from .verification import Verification  # noqa: E402
+from .angles import BINS
+from .verification import Verification
 
 STYLE = {
     "font.size": 10,

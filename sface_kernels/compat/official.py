@@ -293,10 +293,7 @@ class SFaceLoss(_loss.SFaceLoss):
             return_stats=True,
         )
         outputs: LazyLogits | Tensor
-        if self.logits:
-            outputs = self._dense_logits(input, weight)
-        else:
-            outputs = LazyLogits(input, weight, label, self.s, stats)
+        outputs = self._dense_logits(input, weight) if self.logits else LazyLogits(input, weight, label, self.s, stats)
         return outputs, loss, stats.intra, stats.inter, stats.cos_target, stats.cos_other
 
     def _dense_logits(self, input: Tensor, weight: Tensor) -> Tensor:
