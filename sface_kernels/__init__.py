@@ -5,4 +5,4 @@ from .dispatch import available_backends, explain
 from .loss import SFaceLoss, sface_loss
 from .types import SFaceStats
 
-__all__ = ["SFaceLoss", "SFaceStats", "available_backends", "explain", "sface_loss"]
+__all__ = ["SFaceLoss", "SFaceStats", "__version__", "available_backends", "explain", "sface_loss"]
