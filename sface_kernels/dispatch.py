@@ -45,14 +45,18 @@ def available_backends(
     ]
 
 
+def check_name(name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {name!r}")
+
+
 def select(name: str, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     """The backend to run. An explicit name never falls back: it raises with the reason."""
     if name == "auto":
         for candidate in PREFERENCE:
             if BACKENDS[candidate].unavailable(device, dtype, weight_dtype) is None:
                 return candidate
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {name!r}")
+    check_name(name)
     reason = BACKENDS[name].unavailable(device, dtype, weight_dtype)
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import validation
 from .autograd import SFaceRowLoss
-from .dispatch import select
+from .dispatch import check_name, select
 from .ops import prepare_labels
 from .types import IGNORED, RowStats, SFaceStats
 
@@ -156,6 +156,7 @@ class SFaceLoss(nn.Module):
                 raise ValueError(f"{name}: expected an int > 0, got {value}")
         validation.check_reduction(reduction)
         validation.check_ignore_index(ignore_index)
+        check_name(backend)
         validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, torch.float32, in_features)
         self.in_features, self.out_features = in_features, out_features
         self.s, self.k, self.a, self.b, self.k_inter = s, k, a, b, k_inter

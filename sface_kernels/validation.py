@@ -63,7 +63,7 @@ def check_ignore_index(ignore_index: int) -> None:
 def _number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced by torch.compile
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
 
