@@ -183,7 +183,7 @@ print(open("/proc/self/maps").read())
 class Sizes(TorchDispatchMode):
     """Elements of the largest tensor that any operation returns, those inside the chunked operators included."""
 
-    inside = {
+    inside = {  # noqa: RUF012
         torch.ops.sface.chunked_forward.default: chunked._forward,
         torch.ops.sface.chunked_grad_weight.default: chunked._grad_weight,
     }
