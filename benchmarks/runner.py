@@ -138,6 +138,8 @@ def _time(
         raise
     rows = _rows(entries, work, mode, samples, only_timed=False)
     result["rows"] += rows
+    if (samples.other_busy_cores or 0) > machine.BUSY_LIMIT:
+        progress(f"warning: others used {samples.other_busy_cores:.2f} cores while {mode} was timed")
     return rows
 
 
