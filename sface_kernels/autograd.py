@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import BACKENDS
-from .types import HyperParameters
+from .types import IGNORED, HyperParameters
 
 
 class SFaceRowLoss(torch.autograd.Function):
@@ -36,9 +36,11 @@ class SFaceRowLoss(torch.autograd.Function):
             result = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
         ctx.backend, ctx.hp = backend, hp
         ctx.has_unit_grad = result.unit_grad_x is not None
-        saved: tuple[Tensor | None, ...] = (result.unit_grad_x,) if ctx.has_unit_grad else ()
+        saved: tuple[Tensor | None, ...] = (target,)
+        if ctx.has_unit_grad:
+            saved += (result.unit_grad_x,)
         if need_w:
-            saved += (embeddings, weight, target, *result.saved)
+            saved += (embeddings, weight, *result.saved)
         ctx.save_for_backward(*saved)
         ctx.x_dtype = embeddings.dtype
         outputs = (result.row_loss, *result.rows, result.active_pairs, result.dense_blocks)
@@ -52,7 +54,9 @@ class SFaceRowLoss(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[:2]
         if grad_row is None:
             return None, None, None, None, None, None
-        saved = list(ctx.saved_tensors)
+        target, *saved = ctx.saved_tensors
+        # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
+        grad_row = torch.where(target == IGNORED, 0, grad_row)
         grad_x = grad_w = None
         with torch.autocast(grad_row.device.type, enabled=False):
             if ctx.has_unit_grad:
@@ -60,7 +64,7 @@ class SFaceRowLoss(torch.autograd.Function):
                 if need_x:
                     grad_x = (unit_grad_x * grad_row.unsqueeze(1)).to(ctx.x_dtype)  # [N, D], (7)
             if need_w:
-                embeddings, weight, target, *rest = saved
+                embeddings, weight, *rest = saved
                 grad_w = BACKENDS[ctx.backend].grad_weight(
                     embeddings, weight, target, ctx.hp, grad_row, tuple(rest)
                 )  # [C, D], (8)

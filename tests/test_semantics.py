@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -419,3 +420,18 @@ def test_two_losses_alive_at_once(case32):
         rows.backward(upstream)
     for (x, w, _, _), result in zip(alive, expected, strict=True):
         assert torch.equal(x.grad, result.grad_x) and torch.equal(w.grad, result.grad_w)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_gradient_belongs_to_its_process(case32):
+    """What a forked data loader writes into memory it inherited must not reach the trainer: no shared mappings."""
+    problem = trained_problem(4, 17_000, 512)  # ∂w of 35 MB, past the sizes from which memory is mapped
+    grad = run(case32, problem).grad_w
+    expected = grad[:2].clone()
+    child = os.fork()
+    if child == 0:
+        grad[0, 0] += 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(grad[:2], expected)

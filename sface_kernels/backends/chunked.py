@@ -109,7 +109,8 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
     size = shape.numel() * dtype.itemsize
     if device.type != "cpu" or size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size)
+    # private: the default would be shared with forked workers
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages: small ones then
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

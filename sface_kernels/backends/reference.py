@@ -22,6 +22,11 @@ def _unit_rows(t: Tensor) -> tuple[Tensor, Tensor]:
     return t / norm.clamp_min(NORM_EPS), norm
 
 
+def _counted_rows(x: Tensor, target: Tensor) -> Tensor:
+    """Ignored rows as zeros: whatever they hold, NaN included, must change nothing."""
+    return torch.where((target == IGNORED).unsqueeze(1), 0, x)
+
+
 def _tangent(grad_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     """The gradient through normalisation: drop the part along the unit row, divide by the norm."""
     along = (grad_unit * unit).sum(1, keepdim=True)  # [rows, 1]
@@ -34,7 +39,7 @@ def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: b
     dtype = torch.promote_types(x.dtype, w.dtype)
     if dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
-    x_unit, x_norm = _unit_rows(x.to(dtype))  # [N, D], [N, 1]
+    x_unit, x_norm = _unit_rows(_counted_rows(x.to(dtype), target))  # [N, D], [N, 1]
     w_unit, _ = _unit_rows(w.to(dtype))  # [C, D]
     cos = (x_unit @ w_unit.t()).clamp(-1, 1)  # [N, C], (1)
     theta = torch.acos(cos)  # (2)
@@ -84,6 +89,6 @@ def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:
     (g,) = saved
-    x_unit, _ = _unit_rows(x.to(g.dtype))
+    x_unit, _ = _unit_rows(_counted_rows(x.to(g.dtype), target))
     w_unit, w_norm = _unit_rows(w.to(g.dtype))
     return _tangent((grad_row.unsqueeze(1) * g).t() @ x_unit, w_unit, w_norm)  # [C, D], (8)
