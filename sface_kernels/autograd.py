@@ -6,10 +6,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dispatch import BACKENDS
 from .types import IGNORED, HyperParameters
+
+
+class _Once(torch.autograd.Function):
+    """Identity whose backward raises. PyTorch's once_differentiable does not where the upstream gradient is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Tensor:
+        raise RuntimeError("sface_loss: differentiable once, its gradient was differentiated again")
+
+
+def _raise_if_differentiated(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else _Once.apply(grad.requires_grad_())
 
 
 class SFaceRowLoss(torch.autograd.Function):
@@ -49,11 +64,18 @@ class SFaceRowLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_row: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grad_x, grad_w = SFaceRowLoss._gradients(ctx, grad_row)
+        if torch.is_grad_enabled():  # create_graph=True
+            grad_x, grad_w = _raise_if_differentiated(grad_x), _raise_if_differentiated(grad_w)
+        return grad_x, grad_w, None, None, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_row: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         need_x, need_w = ctx.needs_input_grad[:2]
         if grad_row is None:
-            return None, None, None, None, None, None
+            return None, None
         target, *saved = ctx.saved_tensors
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         grad_row = torch.where(target == IGNORED, 0, grad_row)
@@ -69,4 +91,4 @@ class SFaceRowLoss(torch.autograd.Function):
                     embeddings, weight, target, ctx.hp, grad_row, tuple(rest)
                 )  # [C, D], (8)
                 grad_w = grad_w.to(weight.dtype)
-        return grad_x, grad_w, None, None, None, None
+        return grad_x, grad_w

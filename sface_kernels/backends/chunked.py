@@ -72,8 +72,11 @@ class _Block:
         self.w = w[start : start + chunk].to(x_unit.dtype)  # [chunk, D]
         self.w_norm = torch.linalg.vector_norm(self.w, dim=1)  # [chunk]
         self.inv_norm = self.w_norm.clamp_min(NORM_EPS).reciprocal()
-        # scaling the products instead of the rows spares a pass over w
-        self.cos = (x_unit @ self.w.t()).mul_(self.inv_norm).clamp_(-1, 1)  # [N, chunk], (1)
+        if x_unit.dtype == torch.float64:  # used to check others by: round as the reference does
+            cos = x_unit @ (self.w * self.inv_norm.unsqueeze(1)).t()
+        else:  # scaling the products instead of the rows spares a pass over w
+            cos = (x_unit @ self.w.t()).mul_(self.inv_norm)
+        self.cos = cos.clamp_(-1, 1)  # [N, chunk], (1)
         column = target - start
         self.inside = ((column >= 0) & (column < self.cos.shape[1])).unsqueeze(1)  # [N, 1]
         self.column = column.clamp(0, self.cos.shape[1] - 1).unsqueeze(1)  # [N, 1]
