@@ -12,7 +12,7 @@ from .types import IGNORED, HyperParameters
 
 
 class _Once(torch.autograd.Function):
-    """Identity whose backward raises. PyTorch's once_differentiable does not where the upstream gradient is a constant."""
+    """Identity whose backward raises; once_differentiable does not where the upstream gradient is a constant."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor) -> Tensor:
