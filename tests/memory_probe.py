@@ -1,6 +1,6 @@
 """Peak memory of one forward and backward beyond inputs and returned gradients, run as a program by test_memory.
 
-For each configuration a forked child prints `backend C filter_eps extra_bytes`. The parent has never run a kernel, so each
+For each configuration a forked child prints `backend N C filter_eps extra_bytes`. The parent has never run a kernel, so each
 child starts without thread pools, scratch memory or free lists of an earlier one.
 """
 
@@ -42,12 +42,14 @@ def extra_bytes(backend: str, n: int, c: int, d: int, filter_eps: float) -> int:
 
 
 if __name__ == "__main__":
-    n, d = int(sys.argv[1]), int(sys.argv[2])
-    for configuration in sys.argv[3:]:
-        backend, c, filter_eps = configuration.split(",")
+    features = int(sys.argv[1])
+    for configuration in sys.argv[2:]:
+        backend, n, c, filter_eps = configuration.split(",")
         child = os.fork()
         if child == 0:
-            print(backend, c, filter_eps, extra_bytes(backend, n, int(c), d, float(filter_eps)), flush=True)
+            print(
+                backend, n, c, filter_eps, extra_bytes(backend, int(n), int(c), features, float(filter_eps)), flush=True
+            )
             os._exit(0)
         if os.waitpid(child, 0)[1] != 0:
             sys.exit(f"{configuration} failed")

@@ -63,12 +63,12 @@ def test_function(backend, compiler):
             assert_rows_within("grad_w", ours[4].double() - t.grad_w, t.worst.w + t.flip_w)
 
 
-@pytest.mark.parametrize("dtype", [f32, f16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [f32, torch.bfloat16])
 def test_module_with_batches_of_any_size(case32, dtype):
     """A head in a compiled training step, under autocast or not, with a last batch that is smaller."""
     head = SFaceLoss(64, 301, backend=case32.backend, filter_eps=2.0**-16).to(case32.device)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=True)
-    for n in (32, 17, 5, 64):
+    for n in (32, 17, 64):
         x, _, labels, _ = GEOMETRIES["trained"](n, 301, 64).to(case32.device, dtype, f32)
         results = []
         for f in (head, compiled):

@@ -9,41 +9,42 @@ import sys
 import pytest
 from conftest import ROOT, Case, f32
 
-N, D = 128, 512
-# Two sizes of C show that nothing grows faster than stated; at the larger one N×C would be 44 MB for each of several tensors,
-# and exact mode has every pair active, the most that the lists of pairs can be asked to hold.
-SIZES = (20_000, 85_742)
-FILTERS = (2.0**-24, 0.0)
-CONFIGURATIONS = [(b, c, e) for b in ("native", "chunked") for c in SIZES for e in FILTERS]
-WITNESS = ("reference", SIZES[0], 0.0)
+D = 512
+# Two sizes of C and two of N show that nothing grows faster than stated. N×C would be 10, 44 and 82 MB for each of several
+# tensors; exact mode has every pair active, the most that the lists of pairs can be asked to hold.
+SIZES = [(128, 20_000), (128, 85_742), (1024, 20_000)]
+CONFIGURATIONS = [(b, n, c, e) for b in ("native", "chunked") for n, c in SIZES for e in (2.0**-24, 0.0)]
+WITNESS = ("reference", 128, 20_000, 0.0)
 
 
 @pytest.fixture(scope="module")
-def extra() -> dict[tuple[str, int, float], int]:
+def extra() -> dict[tuple[str, int, int, float], int]:
     """Bytes for each configuration, from one probe process."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system has no /proc/self/clear_refs to reset the peak of a process with")
     runnable = [c for c in (*CONFIGURATIONS, WITNESS) if Case(c[0], "cpu", f32, f32).reason_to_skip() is None]
-    command = [sys.executable, str(ROOT / "tests" / "memory_probe.py"), str(N), str(D)]
+    command = [sys.executable, str(ROOT / "tests" / "memory_probe.py"), str(D)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, *(f"{b},{c},{e}" for b, c, e in runnable)], env=environment, capture_output=True, text=True
+        [*command, *(f"{b},{n},{c},{e}" for b, n, c, e in runnable)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    return {(backend, int(c), float(eps)): int(size) for backend, c, eps, size in lines}
+    return {(backend, int(n), int(c), float(eps)): int(size) for backend, n, c, eps, size in lines}
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda c: f"{c[0]}, C={c[1]}, filter_eps={c[2]:.3g}")
+@pytest.mark.parametrize(
+    "configuration", CONFIGURATIONS, ids=lambda c: f"{c[0]}, N={c[1]}, C={c[2]}, filter_eps={c[3]:.3g}"
+)
 def test_peak(extra, configuration):
-    backend, c, _ = configuration
+    backend, n, c, _ = configuration
     if configuration not in extra:
         pytest.skip(f"{backend}: {Case(backend, 'cpu', f32, f32).reason_to_skip()}")
-    allowed = (64 << 20) + 16 * c + 16 * N * D
+    allowed = (64 << 20) + 16 * c + 16 * n * D
     size = extra[configuration]
     assert size <= allowed, f"{size / 2**20:.1f} MiB beyond the gradients, {allowed / 2**20:.1f} allowed"
 
 
 def test_the_probe_sees_a_tensor_of_all_pairs(extra):
     """The reference makes several; if the probe misses them it proves nothing about the others."""
-    assert extra[WITNESS] > 3 * 4 * N * SIZES[0]
+    assert extra[WITNESS] > 3 * 4 * 128 * 20_000

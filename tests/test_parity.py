@@ -62,7 +62,7 @@ def plain_gradients(problem: Problem, autocast: torch.dtype) -> dict[str, torch.
 def test_default_filter(case, geometry):
     """The default drops what the dtype's own arithmetic loses: beside the gradient of every pair it is within 4× the
     fp32 reference's error plus 1e-6, and for half embeddings no worse than plain PyTorch under autocast."""
-    problem = GEOMETRIES[geometry](128, 2087, 128).to(case.device, case.dtype, case.weight_dtype)
+    problem = GEOMETRIES[geometry](64, 1031, 128).to(case.device, case.dtype, case.weight_dtype)
     exact, ours = truth(*problem), run(case, problem)
     if case.dtype in (torch.float16, torch.bfloat16):
         factor, theirs = 1, plain_gradients(problem, case.dtype)

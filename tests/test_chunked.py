@@ -1,0 +1,66 @@
+"""What only the portable backend does: blocks of any size, a bounded list of pairs, and blocks computed twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import Judge, run
+from conftest import Case, f32
+from oracle import truth
+from problems import GEOMETRIES, Problem
+
+from sface_kernels import ops
+from sface_kernels.backends import chunked
+
+CASE = Case("chunked", "cpu", f32, f32)
+
+
+# A few classes at a time; no divisor of C, which is prime; C in one block; more than C.
+@pytest.mark.parametrize("chunk", [7, 48, 256, 331, 5000])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("filter_eps", [0.0, 2.0**-12])
+def test_any_chunk_size(monkeypatch, geometry, filter_eps, chunk):
+    """A sum over chunks is the sum, wherever it is cut: the row losses, the gradients, and what is kept."""
+    problem = GEOMETRIES[geometry](33, 331, 96)
+    monkeypatch.setattr(chunked, "chunk_size", lambda rows: chunk)
+    result = run(CASE, problem, filter_eps=filter_eps)
+    Judge(problem, filter_eps=filter_eps).check(result, "chunked")
+    t = truth(*problem, filter_eps=filter_eps)
+    assert abs(int(result.stats.active_pairs) - int(t.active.sum())) <= int(t.borderline.sum())
+    assert float(result.stats.cos_other) == pytest.approx(
+        float(t.cos.sum() - t.cos[torch.arange(33), problem.labels].sum()) / t.cos.numel(), abs=1e-6
+    )
+    assert float(result.stats.dropped) == pytest.approx(float(t.dropped.mean()), rel=1e-3, abs=2.0**-12)
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 40, 300])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_any_capacity(monkeypatch, geometry, capacity):
+    """Blocks whose pairs do not fit the list are computed again in the backward, beside those that did fit."""
+    problem = GEOMETRIES[geometry](33, 3001, 128)
+    monkeypatch.setattr(chunked, "chunk_size", lambda rows: 100)
+    roomy = run(CASE, problem, filter_eps=2.0**-12)
+    monkeypatch.setattr(ops, "CHUNKED_MAX_PAIRS", capacity)
+    tight = run(CASE, problem, filter_eps=2.0**-12)
+    Judge(problem, filter_eps=2.0**-12).check(tight, "chunked")
+    assert int(tight.stats.active_pairs) == int(roomy.stats.active_pairs)
+    if geometry == "trained":
+        assert int(roomy.stats.dense_blocks) == 0 < int(tight.stats.dense_blocks)
+
+
+def test_many_pairs_at_once(monkeypatch):
+    """More pairs than are scattered in one go, in forward and backward."""
+    problem = GEOMETRIES["trained"](65, 331, 96)
+    monkeypatch.setattr(chunked, "SCATTER_PAIRS", 10)
+    monkeypatch.setattr(chunked, "DENSE_FRACTION", 1.0)
+    result = run(CASE, problem, filter_eps=2.0**-12)
+    assert int(result.stats.active_pairs) > 100 and int(result.stats.dense_blocks) == 0
+    Judge(problem, filter_eps=2.0**-12).check(result, "chunked")
+
+
+def test_large_gradients_are_mapped(monkeypatch):
+    """Past HUGE_BYTES ∂w is made elsewhere; it is as zero where nothing was added, and as right where something was."""
+    problem: Problem = GEOMETRIES["trained"](9, 331, 96)
+    expected = run(CASE, problem, filter_eps=2.0**-12).grad_w
+    monkeypatch.setattr(chunked, "HUGE_BYTES", 1)
+    assert torch.equal(run(CASE, problem, filter_eps=2.0**-12).grad_w, expected)
