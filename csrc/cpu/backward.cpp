@@ -124,7 +124,6 @@ at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at
   const Problem problem(x, w, target);
   const Kernels& kernels = sface::kernels();
   const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
-  const Samples samples(problem, kernels);
   const Upstream up = read_upstream(problem, grad_row, target_coef, rules.hyper.s);
   at::Tensor grad = empty_gradient(problem.c, problem.d, w.scalar_type());
   if (up.poisoned) return grad.fill_(std::numeric_limits<double>::quiet_NaN());
@@ -132,8 +131,12 @@ at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at
   const int64_t* records = segments.const_data_ptr<int64_t>();
   const int32_t* words = arena.const_data_ptr<int32_t>();
   const float* inv = inv_norm.const_data_ptr<float>();
-  bool any_dense = false;
-  for (int64_t k = 0; k < problem.groups * problem.blocks; ++k) any_dense |= records[2 * k + 1] < 0;
+  bool any_dense = false, any_recompute = false;
+  for (int64_t k = 0; k < problem.groups * problem.blocks; ++k) {
+    any_dense |= records[2 * k + 1] < 0;
+    any_recompute |= records[2 * k + 1] == kRecompute;
+  }
+  const Samples samples(problem, kernels, {.columns = any_recompute, .pairs = false});
   std::vector<float> columns(any_dense ? problem.n * problem.padded_d : 0);
   if (any_dense)
     for (const Group& group : samples.groups)

@@ -185,7 +185,7 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
   const Problem problem(x, w, target);
   const Kernels& kernels = sface::kernels();
   const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
-  const Samples samples(problem, kernels);
+  const Samples samples(problem, kernels, {.columns = true, .pairs = rules.screen});
 
   const auto options = x.options();
   at::Tensor row_loss = at::empty({problem.n}, options), row_stats = at::empty({6, problem.n}, options);

@@ -114,7 +114,8 @@ struct Kernels {
   int panel_samples;  // samples in a panel
   int strip_rows;     // classes in a register tile
 
-  // Unit rows of a group: fills the three layouts of Group. `rows` holds x on entry, x̂ on return.
+  // Unit rows of a group: fills the layouts of Group, `columns` and `pairs` only where they are not null. `rows` holds
+  // x on entry, x̂ on return.
   void (*pack_group)(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms);
 
   // One block of classes against one group: sums, active pairs, Σ g ŵ. Returns what the segment record says.

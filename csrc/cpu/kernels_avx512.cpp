@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <vector>
 
 #include "target.h"
 SFACE_TARGET_BEGIN("avx2,fma,popcnt,bmi,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")

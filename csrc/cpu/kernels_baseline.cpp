@@ -8,6 +8,7 @@
 #endif
 
 #include <cstring>
+#include <vector>
 
 namespace sface::baseline {
 namespace {

@@ -75,12 +75,12 @@ void Problem::own_classes(int64_t group, int64_t block, std::vector<OwnClass>& o
       out.push_back({static_cast<int32_t>(t->sample - sample), static_cast<int32_t>(t->cls - first)});
 }
 
-Samples::Samples(const Problem& problem, const Kernels& kernels) {
+Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts) {
   const int64_t panel = kernels.panel_samples, d = problem.d, padded = problem.padded_d;
   const int64_t panels = kGroupSamples / panel * problem.groups;
   rows.resize(problem.n * padded);
-  columns.resize(panels * panel * d);
-  pairs.resize(panels * panel * (padded / 2));
+  columns.resize(layouts.columns ? panels * panel * d : 0);
+  pairs.resize(layouts.pairs ? panels * panel * (padded / 2) : 0);
   counts.assign(panels, 0);
   norms.resize(problem.n);
   groups.resize(problem.groups);
@@ -90,8 +90,8 @@ Samples::Samples(const Problem& problem, const Kernels& kernels) {
       const int64_t first = problem.group_first(g), count = problem.group_count(g);
       const int64_t first_panel = g * (kGroupSamples / panel);
       for (int64_t i = first; i < first + count; ++i) std::memcpy(&rows[i * padded], x + i * d, sizeof(float) * d);
-      float* group_columns = columns.data() + first_panel * panel * d;
-      int32_t* group_pairs = pairs.data() + first_panel * panel * (padded / 2);
+      float* group_columns = layouts.columns ? columns.data() + first_panel * panel * d : nullptr;
+      int32_t* group_pairs = layouts.pairs ? pairs.data() + first_panel * panel * (padded / 2) : nullptr;
       kernels.pack_group(&rows[first * padded], static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded),
                          group_columns, group_pairs, &norms[first]);
       for (int64_t i = 0; i < count; ++i)

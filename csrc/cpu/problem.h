@@ -54,7 +54,11 @@ struct Samples {
   std::vector<float> norms;  // [N], not finite where the row is not
   std::vector<Group> groups;
 
-  Samples(const Problem& problem, const Kernels& kernels);
+  // Which layouts beside the rows; unit rows alone are cheap.
+  struct Layouts {
+    bool columns, pairs;
+  };
+  Samples(const Problem& problem, const Kernels& kernels, Layouts layouts);
   bool usable(int64_t sample) const { return std::isfinite(norms[sample]); }
 };
 

@@ -97,23 +97,22 @@ inline void to_fixed_point(const float* row, int d, int padded_d, float inv, int
 }
 
 void pack_group(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms) {
-  const int panels = (count + kPanel - 1) / kPanel;
-  std::memset(columns, 0, sizeof(float) * panels * kPanel * d);
-  std::memset(pairs, 0, sizeof(int32_t) * panels * kPanel * (padded_d / 2));
+  const int panels = (count + kPanel - 1) / kPanel, words = padded_d / 2;
+  if (columns) std::memset(columns, 0, sizeof(float) * panels * kPanel * d);
+  if (pairs) std::memset(pairs, 0, sizeof(int32_t) * panels * kPanel * words);
+  std::vector<int32_t> fixed(words);
   for (int i = 0; i < count; ++i) {
     float* row = rows + static_cast<int64_t>(i) * padded_d;
     const double norm = row_norm(row, d);
     norms[i] = static_cast<float>(norm);
-    const bool usable = finite(norm);
-    const double inv = 1.0 / (norm < kNormEps ? kNormEps : norm);
-    for (int k = 0; k < d; ++k) row[k] = usable ? static_cast<float>(row[k] * inv) : 0.0f;
+    const double inv = finite(norm) ? 1.0 / (norm < kNormEps ? kNormEps : norm) : 0.0;
+    for (int k = 0; k < d; ++k) row[k] = inv > 0 ? static_cast<float>(row[k] * inv) : 0.0f;
     for (int k = d; k < padded_d; ++k) row[k] = 0;
-    int16_t fixed[2];
     const int64_t panel = i / kPanel, lane = i % kPanel;
-    for (int k = 0; k < d; ++k) columns[(panel * d + k) * kPanel + lane] = row[k];
-    for (int k = 0; k < padded_d; k += 2) {
-      to_fixed_point(row + k, 2, 2, 1.0f, fixed, nullptr);
-      std::memcpy(pairs + (panel * (padded_d / 2) + k / 2) * kPanel + lane, fixed, sizeof(fixed));
-    }
+    if (columns)
+      for (int k = 0; k < d; ++k) columns[(panel * d + k) * kPanel + lane] = row[k];
+    if (!pairs) continue;
+    to_fixed_point(row, padded_d, padded_d, 1.0f, reinterpret_cast<int16_t*>(fixed.data()), nullptr);
+    for (int k = 0; k < words; ++k) pairs[(panel * words + k) * kPanel + lane] = fixed[k];
   }
 }
