@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import chunked, native, reference
+from .backends import chunked, native, reference, triton
 from .types import Forward, HyperParameters
 
 
@@ -25,6 +25,7 @@ BACKENDS: dict[str, Backend] = {
     name: Backend(summary, module.unavailable, module.forward, module.grad_weight)
     for name, summary, module in (
         ("native", "C++ on the CPU: one streamed pass over the weight", native),
+        ("triton", "Triton kernels on a GPU: one screened pass over the weight, no synchronisation", triton),
         ("chunked", "portable PyTorch over blocks of classes", chunked),
         ("reference", "plain PyTorch, N×C materialised", reference),
     )

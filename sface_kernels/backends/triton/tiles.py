@@ -1,0 +1,149 @@
+"""Tile shapes, warps and pipeline stages of every kernel, by family of GPU: one table, each row with its reason.
+
+`SFACE_TILES` overrides it for tuning: a JSON object of kernel names and the fields to change, for example
+`SFACE_TILES='{"screen": {"block_c": 256, "warps": 8}}'`. Nothing tunes itself at import or in a training step;
+`python -m sface_kernels.backends.triton.tune` times the alternatives on a GPU and prints the object to set.
+Imports neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from typing import NamedTuple
+
+FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter")
+
+
+class Tile(NamedTuple):
+    """What one kernel is compiled with. Fields that a kernel does not have are 0."""
+
+    block_n: int  # samples
+    block_c: int  # classes
+    block_k: int  # features of a step of the product
+    warps: int
+    stages: int
+
+
+# Elements of a row-wise kernel's block [rows, D] per program: 64 fp32 registers a thread at 4 warps.
+ROW_ELEMENTS = 8192
+ROW_WARPS = 4
+# Features of a gradient that one program of overflow_samples and scatter_classes sums; with more the cosines are
+# computed once for each block of them. scatter_classes holds them as int64.
+GRADIENT_FEATURES = 256
+
+# Screen. 8 warps: with 4 the accumulator of 128 × 128 fills the registers and the epilogue spills. 64 KB of shared
+# memory is all that gfx942 has, which leaves two stages.
+SCREEN = {
+    "sm_80": Tile(128, 64, 64, 8, 3),
+    "sm_90": Tile(128, 128, 64, 8, 3),
+    "sm_100": Tile(128, 128, 64, 8, 3),
+    "sm_120": Tile(128, 128, 64, 8, 3),
+    "gfx942": Tile(128, 128, 64, 8, 2),
+    "interpreter": Tile(16, 32, 16, 4, 1),
+}
+# The screen for slopes and angles that need arccos and the whole sigmoid: smaller, as these hold more than the tile.
+SCREEN_FULL = {
+    "sm_80": Tile(128, 64, 64, 8, 3),
+    "sm_90": Tile(128, 64, 64, 8, 3),
+    "sm_100": Tile(128, 64, 64, 8, 3),
+    "sm_120": Tile(128, 64, 64, 8, 3),
+    "gfx942": Tile(128, 64, 64, 8, 2),
+    "interpreter": Tile(16, 32, 16, 4, 1),
+}
+# The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the
+# output; for row_gradient block_c, for class_gradient block_n are features, and block_k what is summed over.
+PRODUCT = {
+    "sm_80": Tile(128, 128, 64, 8, 3),
+    "sm_90": Tile(128, 128, 64, 8, 3),
+    "sm_100": Tile(128, 128, 64, 8, 3),
+    "sm_120": Tile(128, 128, 32, 8, 3),
+    "gfx942": Tile(128, 128, 32, 8, 2),
+    "interpreter": Tile(16, 32, 16, 4, 1),
+}
+# Their coefficients: arccos and the sigmoid of a tile hold more than its accumulator, so a smaller one.
+COEFFICIENTS = {
+    "sm_80": Tile(128, 64, 64, 8, 3),
+    "sm_90": Tile(128, 64, 64, 8, 3),
+    "sm_100": Tile(128, 64, 64, 8, 3),
+    "sm_120": Tile(128, 64, 32, 8, 3),
+    "gfx942": Tile(128, 64, 32, 8, 2),
+    "interpreter": Tile(16, 32, 16, 4, 1),
+}
+# Overflow: the gradient's accumulator of block_n × GRADIENT_FEATURES stays in registers through all classes.
+OVERFLOW = {
+    "sm_80": Tile(32, 32, 32, 4, 2),
+    "sm_90": Tile(64, 32, 32, 8, 2),
+    "sm_100": Tile(64, 32, 32, 8, 2),
+    "sm_120": Tile(32, 32, 32, 4, 2),
+    "gfx942": Tile(32, 32, 32, 8, 1),
+    "interpreter": Tile(16, 32, 16, 4, 1),
+}
+# Scatter: 16 classes is the least that a tensor-core product takes; that product is there for samples with an overflow
+# and not what the kernel is shaped for.
+SCATTER = {
+    "sm_80": Tile(32, 16, 32, 8, 2),
+    "sm_90": Tile(32, 16, 32, 8, 2),
+    "sm_100": Tile(32, 16, 32, 8, 2),
+    "sm_120": Tile(32, 16, 32, 8, 2),
+    "gfx942": Tile(32, 16, 32, 8, 1),
+    "interpreter": Tile(16, 16, 16, 4, 1),
+}
+TABLES = {
+    "screen": SCREEN,
+    "screen_full": SCREEN_FULL,
+    "row_coefficients": COEFFICIENTS,
+    "row_gradient": PRODUCT,
+    "class_coefficients": COEFFICIENTS,
+    "class_gradient": PRODUCT,
+    "overflow_samples": OVERFLOW,
+    "scatter_classes": SCATTER,
+}
+
+
+@functools.cache
+def _overrides(text: str) -> dict[str, dict[str, int]]:
+    expected = f"SFACE_TILES: expected a JSON object of {sorted(TABLES)} with integers for {list(Tile._fields)}"
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{expected}, got {text!r} ({error})") from error
+    well_formed = isinstance(found, dict) and all(
+        kernel in TABLES
+        and isinstance(fields, dict)
+        and all(name in Tile._fields and isinstance(value, int) and value > 0 for name, value in fields.items())
+        for kernel, fields in found.items()
+    )
+    if not well_formed:
+        raise ValueError(f"{expected}, got {text!r}")
+    return found
+
+
+def tile(kernel: str, family: str, precision: str, samples: int) -> Tile:
+    """The tile of `kernel` for a GPU of `family`, dense products of `precision` and a call of `samples`.
+
+    fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide; fewer samples
+    than a block shrink it.
+    """
+    chosen = TABLES[kernel][family]
+    if precision != "half" and not kernel.startswith("screen") and family != "interpreter":
+        chosen = chosen._replace(block_k=chosen.block_k // 2)
+    chosen = chosen._replace(**_overrides(os.environ.get("SFACE_TILES", "{}")).get(kernel, {}))
+    while kernel != "class_gradient" and chosen.block_n > 16 and chosen.block_n // 2 >= samples:
+        chosen = chosen._replace(block_n=chosen.block_n // 2)
+    return chosen
+
+
+def family(capability: tuple[int, int] | None, hip: str | None) -> str:
+    """The row of the tables for a CUDA capability, or for an AMD architecture."""
+    if hip is not None:
+        return "gfx942"
+    if capability is None:
+        return "interpreter"
+    major, minor = capability
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    if major in (9, 10):
+        return f"sm_{major}0"
+    return "sm_120"  # sm_86, sm_89 and sm_120: 99 KB of shared memory
