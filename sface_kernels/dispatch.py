@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,13 +18,16 @@ class Backend(NamedTuple):
     """One implementation. `unavailable` says why it cannot run these devices and dtypes, or None where it can."""
 
     summary: str
+    max_features: int | None  # the largest D that it takes
     unavailable: Callable[[torch.device, torch.dtype, torch.dtype], str | None]
     forward: Callable[[Tensor, Tensor, Tensor, HyperParameters, bool, bool], Forward]
     grad_weight: Callable[[Tensor, Tensor, Tensor, HyperParameters, Tensor, tuple[Tensor, ...]], Tensor]
 
 
 BACKENDS: dict[str, Backend] = {
-    name: Backend(summary, module.unavailable, module.forward, module.grad_weight)
+    name: Backend(
+        summary, getattr(module, "MAX_FEATURES", None), module.unavailable, module.forward, module.grad_weight
+    )
     for name, summary, module in (
         ("native", "C++ on the CPU: one streamed pass over the weight", native),
         ("triton", "Triton kernels on a GPU: one screened pass over the weight, no synchronisation", triton),
@@ -30,7 +35,24 @@ BACKENDS: dict[str, Backend] = {
         ("reference", "plain PyTorch, N×C materialised", reference),
     )
 }
-PREFERENCE = ("native", "chunked")  # what "auto" tries, in order
+# What "auto" tries, in order. On a CPU Triton runs in its interpreter, which nobody means by "auto".
+PREFERENCE = {"cpu": ("native", "chunked")}
+PREFERENCE_ELSEWHERE = ("triton", "chunked")
+
+
+def _reason(
+    name: str, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, features: int
+) -> str | None:
+    """Why a backend cannot run these tensors, or None where it can."""
+    limit = BACKENDS[name].max_features
+    if limit is not None and features > limit:
+        return f"it takes at most {limit} features, got {features}"
+    return BACKENDS[name].unavailable(device, dtype, weight_dtype)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def available_backends(
@@ -51,17 +73,25 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {name!r}")
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
-    """The backend to run. An explicit name never falls back: it raises with the reason."""
-    if name == "auto":
-        for candidate in PREFERENCE:
-            if BACKENDS[candidate].unavailable(device, dtype, weight_dtype) is None:
-                return candidate
+def select(name: str, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, features: int) -> str:
+    """The backend to run. An explicit name never falls back: it raises with the reason.
+
+    Where "auto" cannot take the first of its list on a device that is no CPU, a warning says so once.
+    """
     check_name(name)
-    reason = BACKENDS[name].unavailable(device, dtype, weight_dtype)
-    if reason is not None:
-        raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
-    return name
+    if name != "auto":
+        reason = _reason(name, device, dtype, weight_dtype, features)
+        if reason is not None:
+            raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
+        return name
+    first, *others = PREFERENCE.get(device.type, PREFERENCE_ELSEWHERE)
+    reason = _reason(first, device, dtype, weight_dtype, features)
+    if reason is None:
+        return first
+    chosen = next(other for other in others if _reason(other, device, dtype, weight_dtype, features) is None)
+    if device.type != "cpu" and not torch.compiler.is_compiling():
+        _say_once(f"sface_kernels: backend {chosen!r} runs on {device.type}, as {first!r} cannot: {reason}")
+    return chosen
 
 
 def explain(
@@ -69,6 +99,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
     weight_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    features: int = 512,
 ) -> str:
     """What `backend` resolves to for these tensors, and for every other backend whether it could run and why not.
 
@@ -77,6 +108,7 @@ def explain(
         dtype: dtype of the embeddings.
         weight_dtype: dtype of the weight; that of the embeddings if None.
         backend: the name that would be given to `sface_loss`.
+        features: D, size of an embedding.
 
     Returns:
         Text of one line per backend, the chosen one marked with "->".
@@ -85,10 +117,10 @@ def explain(
         ValueError, RuntimeError: as `sface_loss` would for this backend.
     """
     device, weight_dtype = torch.device(device), weight_dtype or dtype
-    chosen = select(backend, device, dtype, weight_dtype)
+    chosen = select(backend, device, dtype, weight_dtype, features)
     lines = [f"{backend!r} on {device} with {dtype} embeddings and {weight_dtype} weights runs {chosen!r}:"]
     for name, entry in BACKENDS.items():
-        reason = entry.unavailable(device, dtype, weight_dtype)
+        reason = _reason(name, device, dtype, weight_dtype, features)
         mark = "->" if name == chosen else "  "
         lines.append(f"{mark} {name:<10} {entry.summary}" + (f" (not available: {reason})" if reason else ""))
     return "\n".join(lines)

@@ -57,7 +57,7 @@ def sface_loss(
         ignore_index: rows with this label count neither in the loss nor in the mean.
         filter_eps: gradient entries with q_ij < filter_eps·s are dropped; the loss always counts every pair. None
             drops only what the dtype's own arithmetic would lose (2⁻²⁴ for float32, see docs/accuracy.md), 0 nothing.
-        backend: "auto", "native", "chunked" or "reference" (see `explain`); a name never falls back.
+        backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
         return_stats: also return `SFaceStats`.
 
     Returns:
@@ -75,7 +75,7 @@ def sface_loss(
     validation.check_reduction(reduction)
     validation.check_ignore_index(ignore_index)
     hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
-    chosen = select(backend, embeddings.device, embeddings.dtype, weight.dtype)
+    chosen = select(backend, embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
 
     check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
     target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]

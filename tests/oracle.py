@@ -16,9 +16,15 @@ from torch import Tensor
 DEFAULTS = {"s": 64.0, "k": 80.0, "a": 0.80, "b": 1.23}
 
 
-# The native screen's inner products are of unit rows rounded to steps of 1/32766: each row adds an error of standard deviation
-# (1/32766)/√12 whatever D is, as the other row has norm 1. Six standard deviations of both.
-SCREEN_COS_ERROR = 6 * (2 / 12) ** 0.5 / 32766
+# How far a screen may move a cosine, in six standard deviations of its roundings. The native screen's inner products are of unit rows rounded to steps of 1/32766: each row adds an error of standard deviation
+# (1/32766)/√12 whatever D is, as the other row has norm 1.
+NATIVE_SCREEN_ERROR = 6 * (2 / 12) ** 0.5 / 32766
+
+
+def triton_screen_error(x_unit: Tensor, w_unit: Tensor) -> Tensor:
+    """The same of unit rows rounded to fp16: each component by a relative 2⁻¹¹/√3 at most, or by half a subnormal step."""
+    relative = (x_unit**2 @ (w_unit**2).t()).sqrt() * 2.0**-11
+    return 6 * (2 / 3) ** 0.5 * (relative + 2.0**-25)
 
 
 class Bounds(NamedTuple):
@@ -48,7 +54,9 @@ class Truth(NamedTuple):
     flip_w: Tensor  # [C]
     one_rounding: Bounds  # of every cosine, angle and term, at its own scale
     worst: Bounds  # the a-priori bound that any correct computation keeps: `worst_cosine_roundings`
-    screen_loss: Tensor  # [N], what taking the dropped pairs' cosines from the 16-bit screen may move in l_i
+    screen_loss: dict[
+        str, Tensor
+    ]  # [N] by backend, what taking the dropped pairs' cosines from its screen may move in l_i
 
 
 def threshold_angle(k: float, b: float, filter_eps: float) -> float:
@@ -143,6 +151,8 @@ def truth(
         return Bounds((coefficient * c.abs() + unit * roundings * (p + q)).sum(1), on_x(product), on_w(product))
 
     worst = worst_cosine_roundings(x.shape[1])
+    sensitivity = torch.where(active, 0, q + q * (1 - q / s) * k_inter * c.abs() / sine)  # [N, C], of l_i to a cosine
+    triton_error = triton_screen_error(F.normalize(x64.detach()), F.normalize(w64.detach()))
     return Truth(
         row_loss=((q - p) * c).sum(1),
         intra=(-p * c).sum(1),
@@ -162,5 +172,8 @@ def truth(
         flip_w=on_w(border_q),
         one_rounding=bounds(unit * c.abs(), 1),
         worst=bounds(unit * worst, worst),
-        screen_loss=torch.where(active, 0, q + q * (1 - q / s) * k_inter * c.abs() / sine).sum(1) * SCREEN_COS_ERROR,
+        screen_loss={
+            "native": sensitivity.sum(1) * NATIVE_SCREEN_ERROR,
+            "triton": (sensitivity * triton_error).sum(1),
+        },
     )

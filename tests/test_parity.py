@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from checks import cached_judge, run
+from checks import cached_judge, plain, run
 from conftest import CASES, CASES32, f32
 from oracle import truth, worst_cosine_roundings
 from problems import FEW_SHAPES, GEOMETRIES, SHAPES, Problem
@@ -44,20 +43,6 @@ def test_loss_and_gradients(case, shape, geometry):
         judge.check_filter_bound(result)
 
 
-def plain_gradients(problem: Problem, autocast: torch.dtype) -> dict[str, torch.Tensor]:
-    """What users of half precision have now: the loss in plain PyTorch under autocast."""
-    x, w = (t.detach().cpu().clone().requires_grad_() for t in (problem.x, problem.w))
-    with torch.autocast("cpu", autocast):
-        cos = F.normalize(x) @ F.normalize(w).t()
-        theta = cos.detach().float().clamp(-1, 1).acos()
-        own = F.one_hot(problem.labels.cpu(), len(w)).bool()
-        g = torch.where(own, -64 * torch.sigmoid(80 * (theta - 0.8)), 64 * torch.sigmoid(-80 * (theta - 1.23)))
-        rows = (g * cos).sum(1)
-    scale = 2.0**-8  # every pair of a collapsed batch overflows float16 without it
-    rows.backward(problem.upstream.cpu() * scale)
-    return {"grad_x": x.grad.double() / scale, "grad_w": w.grad.double() / scale}
-
-
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_default_filter(case, geometry):
     """The default drops what the dtype's own arithmetic loses: beside the gradient of every pair it is within 4× the
@@ -65,7 +50,7 @@ def test_default_filter(case, geometry):
     problem = GEOMETRIES[geometry](64, 1031, 128).to(case.device, case.dtype, case.weight_dtype)
     exact, ours = truth(*problem), run(case, problem)
     if case.dtype in (torch.float16, torch.bfloat16):
-        factor, theirs = 1, plain_gradients(problem, case.dtype)
+        factor, theirs = 1, plain(problem, case.dtype)._asdict()
     else:
         factor, theirs = 4, run("reference", problem, filter_eps=0.0)._asdict()
     for name, full in (("grad_x", exact.full_grad_x), ("grad_w", exact.full_grad_w)):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ... import ops
 from ...types import Forward, HyperParameters, RowStats
+from . import density
+from .rules import make_rules
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_TRITON = (3, 4)
@@ -50,17 +52,12 @@ def unavailable(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dt
     return None
 
 
-def _dense(hp: HyperParameters, features: int) -> bool:
-    """Whether this call goes by dense products."""
-    from .launch import make_rules
-
-    return not make_rules(hp, features).screens
-
-
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
+    dense = not make_rules(hp, x.shape[1]).screens or density.expects_dense(x, w, hp)
     row_loss, row_stats, counts, unit_grad_x, *saved = torch.ops.sface.triton_forward(
-        x, w, target, *hp, need_x, need_w, _dense(hp, x.shape[1])
+        x, w, target, *hp, need_x, need_w, dense
     )
+    density.learn(counts, x, w, hp)
     return Forward(
         row_loss=row_loss,
         rows=RowStats(*row_stats.unbind(0)),

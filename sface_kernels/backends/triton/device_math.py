@@ -49,7 +49,7 @@ def inter_weight_below(c, k_inter, b):
     """(4) without s where it is at most 2⁻¹⁰ and c at most 0.26; 0 at NO_COSINE.
 
     The exponent k(asin c + b − π/2) by five terms of the series, 1/(1 + 1/e) by e − e². Where c is more negative than
-    the series is good for, the weight is below 2⁻⁶⁰ (`launch.make_rules` sees to it). Above its range it is finite.
+    the series is good for, the weight is below 2⁻⁶⁰ (`rules.make_rules` sees to it). Above its range it is finite.
     """
     slope = k_inter * LOG2E
     square = c * c

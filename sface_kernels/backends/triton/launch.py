@@ -1,4 +1,4 @@
-"""What every launch needs: the sizes of a call, its precision, the rules of the screen, and where launches go.
+"""What every launch needs: the sizes of a call, its precision, and where launches go.
 
 `launch_forward` and `launch_backward` are fixed sequences of launches; nothing here or there waits for the GPU.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from . import tiles
 FLAGS = 2  # [0]: a row of w is not finite, [1]: a list overflowed
 SUM_PLANES = 4  # per sample: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
 GRANULE = 128  # every block of classes or samples divides it; buffers are padded to it
-CANDIDATE_SHARE = 1 / 1024  # the cheap form of what is no candidate is accurate to here
 
 
 class Saved(NamedTuple):
@@ -37,29 +35,6 @@ class Saved(NamedTuple):
     list_classes: Tensor  # [padded N, stripes, capacity] int32
     list_weight: Tensor  # the same shape
     list_cos: Tensor  # the same shape
-
-
-class Rules(NamedTuple):
-    """How the screen decides; derived from the hyper-parameters and D."""
-
-    screens: bool  # False: every pair may be active, there is nothing to screen for
-    threshold: float  # candidates have at least this screened cosine
-    cheap: bool  # inter_weight_below is accurate for everything that is no candidate
-
-
-def make_rules(hp: HyperParameters, features: int) -> Rules:
-    """The threshold on the screened cosine that misses no active pair (docs/math.md §3)."""
-    share = min(hp.filter_eps, CANDIDATE_SHARE)
-    if share <= 0:
-        return Rules(False, -2.0, False)
-    angle = hp.b + math.log((1 - share) / share) / hp.k_inter
-    # rounding a unit row to fp16 moves it by at most 2⁻¹¹ of its length and half a subnormal step per feature
-    moved = 2.0**-11 + 2.0**-25 * math.sqrt(features)
-    # fp32 sums that tensor cores may truncate, and the fp32 norms on both sides
-    bound = 2 * moved + moved * moved + 4e-6 + features * 2.0**-22
-    threshold = math.cos(max(angle, 0.0)) - bound if angle < math.pi else -2.0
-    far_exponent = hp.k_inter * (math.acos(-0.5) - hp.b) / math.log(2)
-    return Rules(threshold > -1, threshold, threshold + 2 * bound <= 0.26 and far_exponent > 60)
 
 
 class Recorder(NamedTuple):

@@ -15,8 +15,6 @@ from .launch import Call, Saved, launch
 from .launch_forward import Samples, dense_chunk, prepare_chunk
 from .scatter import link_pairs, prepare_upstream, scatter_classes
 
-LINK_ENTRIES = 64
-
 
 def _prepare_upstream(call: Call, grad_row: Tensor, norm: Tensor) -> Tensor:
     upstream = call.empty(2)
@@ -50,7 +48,7 @@ def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
         stripes=call.stripes,
         capacity=call.capacity,
         slots=call.slots,
-        BLOCK_E=LINK_ENTRIES,
+        BLOCK_E=tiles.entries(tiles.LINK_ENTRIES, call.family),
         BLOCK_STRIPES=triton.next_power_of_2(call.stripes),
         num_warps=tiles.ROW_WARPS,
     )

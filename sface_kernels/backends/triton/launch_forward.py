@@ -15,13 +15,13 @@ from ...types import HyperParameters
 from . import tiles
 from .dense import row_coefficients, row_gradient
 from .finish import finish_samples
-from .launch import FLAGS, GRANULE, SUM_PLANES, Call, Saved, launch, make_rules
+from .launch import FLAGS, GRANULE, SUM_PLANES, Call, Saved, launch
 from .overflow import overflow_samples
 from .prepare import prepare_classes, prepare_samples
+from .rules import make_rules
 from .screen import screen
 
 CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: they stay in the L2 cache of a large GPU
-FINISH_ENTRIES = 16
 
 
 class Samples:
@@ -266,7 +266,7 @@ def forward(
         grad_parts=partials.grad_parts,
         capacity=call.capacity,
         BLOCK_D=call.block_d,
-        BLOCK_E=min(FINISH_ENTRIES, call.row_block),
+        BLOCK_E=tiles.entries(min(tiles.FINISH_ENTRIES, call.row_block), call.family),
         BLOCK_STRIPES=triton.next_power_of_2(call.stripes),
         BLOCK_PARTS=triton.next_power_of_2(partials.parts),
         ALL_ROWS=dense,

@@ -29,19 +29,23 @@ class Tile(NamedTuple):
 # Elements of a row-wise kernel's block [rows, D] per program: 64 fp32 registers a thread at 4 warps.
 ROW_ELEMENTS = 8192
 ROW_WARPS = 4
+# List entries that finish_samples and link_pairs take at once. The interpreter costs by the operation, not by its size,
+# so its tiles are large; tests set small ones.
+FINISH_ENTRIES, LINK_ENTRIES = 16, 64
+INTERPRETER_ENTRIES = 512
 # Features of a gradient that one program of overflow_samples and scatter_classes sums; with more the cosines are
 # computed once for each block of them. scatter_classes holds them as int64.
 GRADIENT_FEATURES = 256
 
-# Screen. 8 warps: with 4 the accumulator of 128 × 128 fills the registers and the epilogue spills. 64 KB of shared
-# memory is all that gfx942 has, which leaves two stages.
+# Screen. 8 warps: with 4 the accumulator of 128 × 128 fills the registers and the epilogue spills, as it does at 8 on
+# sm_80 and sm_120, whose products take more registers for operands. 64 KB of shared memory is all that gfx942 has.
 SCREEN = {
     "sm_80": Tile(128, 64, 64, 8, 3),
     "sm_90": Tile(128, 128, 64, 8, 3),
     "sm_100": Tile(128, 128, 64, 8, 3),
-    "sm_120": Tile(128, 128, 64, 8, 3),
+    "sm_120": Tile(128, 64, 64, 8, 3),
     "gfx942": Tile(128, 128, 64, 8, 2),
-    "interpreter": Tile(16, 32, 16, 4, 1),
+    "interpreter": Tile(64, 128, 64, 4, 1),
 }
 # The screen for slopes and angles that need arccos and the whole sigmoid: smaller, as these hold more than the tile.
 SCREEN_FULL = {
@@ -50,7 +54,7 @@ SCREEN_FULL = {
     "sm_100": Tile(128, 64, 64, 8, 3),
     "sm_120": Tile(128, 64, 64, 8, 3),
     "gfx942": Tile(128, 64, 64, 8, 2),
-    "interpreter": Tile(16, 32, 16, 4, 1),
+    "interpreter": Tile(64, 128, 64, 4, 1),
 }
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the
 # output; for row_gradient block_c, for class_gradient block_n are features, and block_k what is summed over.
@@ -60,7 +64,7 @@ PRODUCT = {
     "sm_100": Tile(128, 128, 64, 8, 3),
     "sm_120": Tile(128, 128, 32, 8, 3),
     "gfx942": Tile(128, 128, 32, 8, 2),
-    "interpreter": Tile(16, 32, 16, 4, 1),
+    "interpreter": Tile(64, 64, 64, 4, 1),
 }
 # Their coefficients: arccos and the sigmoid of a tile hold more than its accumulator, so a smaller one.
 COEFFICIENTS = {
@@ -69,7 +73,7 @@ COEFFICIENTS = {
     "sm_100": Tile(128, 64, 64, 8, 3),
     "sm_120": Tile(128, 64, 32, 8, 3),
     "gfx942": Tile(128, 64, 32, 8, 2),
-    "interpreter": Tile(16, 32, 16, 4, 1),
+    "interpreter": Tile(64, 128, 64, 4, 1),
 }
 # Overflow: the gradient's accumulator of block_n × GRADIENT_FEATURES stays in registers through all classes.
 OVERFLOW = {
@@ -78,7 +82,7 @@ OVERFLOW = {
     "sm_100": Tile(64, 32, 32, 8, 2),
     "sm_120": Tile(32, 32, 32, 4, 2),
     "gfx942": Tile(32, 32, 32, 8, 1),
-    "interpreter": Tile(16, 32, 16, 4, 1),
+    "interpreter": Tile(64, 64, 64, 4, 1),
 }
 # Scatter: 16 classes is the least that a tensor-core product takes; that product is there for samples with an overflow
 # and not what the kernel is shaped for.
@@ -88,7 +92,7 @@ SCATTER = {
     "sm_100": Tile(32, 16, 32, 8, 2),
     "sm_120": Tile(32, 16, 32, 8, 2),
     "gfx942": Tile(32, 16, 32, 8, 1),
-    "interpreter": Tile(16, 16, 16, 4, 1),
+    "interpreter": Tile(64, 128, 64, 4, 1),
 }
 TABLES = {
     "screen": SCREEN,
@@ -133,6 +137,10 @@ def tile(kernel: str, family: str, precision: str, samples: int) -> Tile:
     while kernel != "class_gradient" and chosen.block_n > 16 and chosen.block_n // 2 >= samples:
         chosen = chosen._replace(block_n=chosen.block_n // 2)
     return chosen
+
+
+def entries(wanted: int, family: str) -> int:
+    return INTERPRETER_ENTRIES if family == "interpreter" else wanted
 
 
 def family(capability: tuple[int, int] | None, hip: str | None) -> str:
