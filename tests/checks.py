@@ -126,9 +126,9 @@ class Judge:
                         f"the filter {size(filtered):.3g})"
                     )
 
-    def check_filter_bound(self, result: Result) -> None:
+    def check_filter_bound(self, result: Result, backend: str) -> None:
         """Against the gradient of every pair: no further off than rounding and the dropped coefficients allow."""
-        t, x, w = self.truth, self.problem.x, self.problem.w
+        (t, _), x, w = self._yardstick(backend), self.problem.x, self.problem.w
         bound = t.missing_x + t.flip_x + t.worst.x + stored_rounding(t.full_grad_x, x.dtype)
         assert_rows_within("grad_x beside the unfiltered one", result.grad_x.double().cpu() - t.full_grad_x, bound)
         bound = t.missing_w + t.flip_w + t.worst.w + stored_rounding(t.full_grad_w, w.dtype)

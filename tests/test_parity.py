@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from checks import cached_judge, plain, run
-from conftest import CASES, CASES32, f32
+from conftest import CASES, CASES32, Case, f32
 from oracle import truth, worst_cosine_roundings
 from problems import FEW_SHAPES, GEOMETRIES, SHAPES, Problem
 
@@ -15,14 +15,27 @@ from sface_kernels import sface_loss
 
 # Exact; the fast setting; and one so coarse that a wrong filter moves the gradients far beyond rounding.
 FILTERS = (0.0, 2.0**-16, 2.0**-8)
+
+
+def shapes(case: Case, few: bool) -> dict[str, tuple[int, int, int]]:
+    """Every shape, or a few; those with many pairs are left out where an interpreter would take minutes for each."""
+    pairs = 4000 if (case.backend, case.device) == ("triton", "cpu") else math.inf
+    chosen = FEW_SHAPES if few else SHAPES
+    return {name: (n, c, d) for name, (n, c, d) in chosen.items() if n * c <= pairs}
+
+
 # Every shape in float32; in the other dtypes, which differ by a cast on the way in and out, a few.
 RUNS = [
     pytest.param(case, shape, id=f"{case}-{name}")
     for case in CASES
-    for name, shape in (SHAPES if (case.dtype, case.weight_dtype) == (f32, f32) else FEW_SHAPES).items()
+    for name, shape in shapes(case, few=(case.dtype, case.weight_dtype) != (f32, f32)).items()
 ]
 # Statistics are taken from the forward alone: enough to see every tile remainder and both geometries.
-STATS_RUNS = [pytest.param(case, shape, id=f"{case}-{name}") for case in CASES32 for name, shape in SHAPES.items()]
+STATS_RUNS = [
+    pytest.param(case, shape, id=f"{case}-{name}")
+    for case in CASES32
+    for name, shape in shapes(case, few=False).items()
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +53,7 @@ def test_loss_and_gradients(case, shape, geometry):
         assert result.grad_x.dtype == case.dtype and result.grad_w.dtype == case.weight_dtype
         assert result.row_loss.dtype == judge.dtype
         judge.check(result, case.backend)
-        judge.check_filter_bound(result)
+        judge.check_filter_bound(result, case.backend)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -76,16 +89,19 @@ def test_statistics(case, shape, geometry):
     cos_error = worst_cosine_roundings(x.shape[1]) * torch.finfo(judge.dtype).eps / 2
     own = torch.zeros_like(t.active).scatter_(1, labels.unsqueeze(1), True)
     assert abs(float(stats.cos_target) - float(t.cos[own].mean())) <= cos_error
-    assert abs(float(stats.cos_other) - float(t.cos[~own].sum()) / (n * c)) <= cos_error
+    # on a GPU this mean is of screened cosines, of unit rows in fp16
+    screen_error = 2.0**-10 if case.backend == "triton" else 0
+    assert abs(float(stats.cos_other) - float(t.cos[~own].sum()) / (n * c)) <= cos_error + screen_error
 
     margin = t.cos[own] - t.cos.masked_fill(own, -2).amax(1)
     certain, unclear = (margin > 2 * cos_error).sum(), (margin.abs() <= 2 * cos_error).sum()
     assert certain - 0.01 <= float(stats.accuracy) * n <= certain + unclear + 0.01
 
     assert abs(int(stats.active_pairs) - int(t.active.sum())) <= int(t.borderline.sum())
-    # a dropped pair's coefficient comes from the screened cosine: 16-bit fixed point, √D/2 steps of 2⁻¹⁵ for each of two rows
+    # a dropped pair's coefficient comes from the screened cosine: 16-bit fixed point, √D/2 steps of 2⁻¹⁵ for each of two
+    # rows, or fp16, 2⁻¹¹ for each
     k, sine = 80.0, (1 - 0.5**2) ** 0.5
-    screened = math.expm1(k * x.shape[1] ** 0.5 * 2.0**-15 / sine)
+    screened = math.expm1(k * max(x.shape[1] ** 0.5 * 2.0**-15, screen_error) / sine)
     allowed = float(t.dropped.mean()) * screened + float((t.q * t.borderline).sum()) / n + loss_error
     assert abs(float(stats.dropped) - float(t.dropped.mean())) <= allowed
 
@@ -123,6 +139,8 @@ def test_every_path_runs(case32, path):
     result = run(case32, problem, filter_eps=filter_eps)
     share = int(result.stats.active_pairs) / (shape[0] * (shape[1] - 1))
     assert least <= share <= most
+    if case32.backend == "triton":  # goes dense by density when an earlier call told so, or by overflow: test_triton
+        dense = filter_eps == 0
     if case32.backend != "reference":
         assert (int(result.stats.dense_blocks) > 0) == dense
 

@@ -32,7 +32,7 @@ ROW_WARPS = 4
 # List entries that finish_samples and link_pairs take at once. The interpreter costs by the operation, not by its size,
 # so its tiles are large; tests set small ones.
 FINISH_ENTRIES, LINK_ENTRIES = 16, 64
-INTERPRETER_ENTRIES = 512
+INTERPRETER_ENTRIES = 64
 # Features of a gradient that one program of overflow_samples and scatter_classes sums; with more the cosines are
 # computed once for each block of them. scatter_classes holds them as int64.
 GRADIENT_FEATURES = 256
