@@ -154,6 +154,27 @@ class TestDegenerateGeometry:
         ]
         assert any(near)
 
+    @pytest.mark.parametrize("filter_eps", [0.0, 2.0**-16])
+    def test_rows_whose_inverse_norm_underflows(self, case32, filter_eps):
+        """A norm of 2e38 where denormals are flushed: 1/‖w_j‖ is 0, and so is the row, as `normalize` makes it; never NaN."""
+        problem = trained_problem(20, 120, 64)
+        zeroed = problem._replace(w=problem.w.clone())
+        problem.w[3] *= 2e38 / problem.w[3].norm()
+        zeroed.w[3] = 0
+        if case32.device != "cpu" or not torch.set_flush_denormal(True):
+            pytest.skip(f"{case32.device}: denormals cannot be flushed here")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the mode is a thread's own
+        try:
+            result = run(case32, problem, filter_eps=filter_eps)
+        finally:
+            torch.set_flush_denormal(False)
+            torch.set_num_threads(threads)
+        t = truth(*zeroed, filter_eps=filter_eps)
+        assert all(torch.isfinite(value).all() for value in (result.row_loss, result.grad_x, result.grad_w))
+        assert ((result.row_loss - t.row_loss).abs() <= t.worst.loss + t.screen_loss).all()
+        assert ((result.grad_x - t.grad_x).norm(dim=1) <= t.worst.x + t.flip_x).all()
+
     @pytest.mark.parametrize("c", [1, 2])
     @pytest.mark.parametrize("n", [1, 2, 33])
     @pytest.mark.parametrize("d", [1, 2, 17])

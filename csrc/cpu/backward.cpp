@@ -74,7 +74,7 @@ class BlockSums {
 
   void recompute(int64_t g, const Block& block, const float* inv_norm) {
     const Group& group = samples_.groups[g];
-    for (int row = 0; row < block.rows; ++row) work_.inv_norm[row] = std::isnan(inv_norm[row]) ? 0.0f : inv_norm[row];
+    std::copy(inv_norm, inv_norm + block.rows, work_.inv_norm.begin());
     kernels_.recompute_tile(rules_, group, block, static_cast<int>(problem_.d), work_);
     add_tile(group, block.rows, work_.tile.data(), group.panels * kernels_.panel_samples);
   }

@@ -74,6 +74,7 @@ inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Bl
   constexpr float kNoClass = -4.0f;           // no cosine: marks own classes and rows past the last
   const int stride = group.panels * kPanel, padded_rows = (block.rows + kAtOnce - 1) / kAtOnce * kAtOnce;
   float* tile = work.tile.data();
+  // a row that is not finite reads as -1 here; the drivers turn what it touches into NaN
   for (int row = 0; row < block.rows; ++row) {
     const F32 inv = broadcast(work.inv_norm[row]);
     for (int i = 0; i < stride; i += kLanes)

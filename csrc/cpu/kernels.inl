@@ -33,14 +33,10 @@ inline int64_t count_candidates(const Group& group, const Block& block, const Wo
 
 inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
                            RowSums& sums, Arena& arena, Workspace& work, Work& done) {
-  for (int row = 0; row < block.rows; ++row)
-    if (!finite(work.inv_norm[row])) work.inv_norm[row] = 0;  // NaN reaches the results through the drivers
   cosine_tile(group, block, d, work);
   ++done.dense_blocks;
   done.active += coefficient_tile<true>(rules, group, block, work, &sums);
   if (sums.grad) add_unit_rows(group, block, d, padded_d, work);
-  for (int row = 0; row < block.rows; ++row)
-    if (work.inv_norm[row] == 0) work.inv_norm[row] = __builtin_nanf("");
   const int64_t words = static_cast<int64_t>(block.rows) * group.count;
   if (arena.used + words > arena.capacity) return kRecompute;
   for (int row = 0; row < block.rows; ++row, arena.used += group.count)
