@@ -32,12 +32,12 @@ _library.define("native_instruction_sets() -> str[]")
 _library.define("native_release_memory() -> ()")
 _library.define(
     f"chunked_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, int chunk)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor unit_grad_x, Tensor pairs, Tensor pair_values,"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor unit_grad_x, Tensor pairs, Tensor coefficients,"
     " Tensor chunk_pairs)"
 )
 _library.define(
     f"chunked_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, int chunk, Tensor pairs,"
-    " Tensor pair_values, Tensor chunk_pairs) -> Tensor"
+    " Tensor coefficients, Tensor chunk_pairs) -> Tensor"
 )
 
 prepare_labels_op = torch.ops.sface.prepare_labels.default
@@ -108,7 +108,9 @@ def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, t
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
-CHUNKED_MAX_PAIRS = 1 << 20  # active pairs (24 B each) that the chunked backend lists before it recomputes instead
+CHUNKED_MAX_PAIRS = (
+    1 << 21
+)  # active pairs (12 B each in float32) that the chunked backend lists before it recomputes instead
 
 
 def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
@@ -119,15 +121,15 @@ def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
 @torch.library.register_fake(f"{NAMESPACE}::chunked_forward", lib=_library)
 def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, chunk):
     (n, d), c, dtype = x.shape, w.shape[0], compute_dtype(x, w)
-    capacity = min(n * c, CHUNKED_MAX_PAIRS) if need_grad_w else 0
+    capacity = min(n * c, CHUNKED_MAX_PAIRS)
     return (
         x.new_empty([n], dtype=dtype),
         x.new_empty([6, n], dtype=dtype),
         x.new_empty([2], dtype=torch.int64),
         x.new_empty([n if need_grad_x else 0, d], dtype=dtype),
-        x.new_empty([2, capacity + n if need_grad_w else 0], dtype=torch.int64),
-        x.new_empty([2, capacity + n if need_grad_w else 0], dtype=dtype),
-        torch.empty([-(-c // chunk) + 1], dtype=torch.int64, device="cpu"),
+        x.new_empty([capacity + n if need_grad_w else 0], dtype=torch.int64),
+        x.new_empty([capacity + n if need_grad_w else 0], dtype=dtype),
+        torch.empty([-(-c // chunk)], dtype=torch.int64, device="cpu"),
     )
 
 
@@ -145,7 +147,7 @@ def _(
     filter_eps,
     chunk,
     pairs,
-    pair_values,
+    coefficients,
     chunk_pairs,
 ):
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)

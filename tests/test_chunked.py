@@ -48,14 +48,16 @@ def test_any_capacity(monkeypatch, geometry, capacity):
         assert int(roomy.stats.dense_blocks) == 0 < int(tight.stats.dense_blocks)
 
 
-def test_many_pairs_at_once(monkeypatch):
-    """More pairs than are scattered in one go, in forward and backward."""
+@pytest.mark.parametrize("filter_eps, many", [(2.0**-12, True), (2.0**-8, False)])
+def test_many_and_few_pairs(monkeypatch, filter_eps, many):
+    """With more pairs than classes in a block all its rows of ∂w are computed, else those of the listed classes alone."""
     problem = GEOMETRIES["trained"](65, 331, 96)
-    monkeypatch.setattr(chunked, "SCATTER_PAIRS", 10)
+    monkeypatch.setattr(chunked, "chunk_size", lambda rows: 331)
     monkeypatch.setattr(chunked, "DENSE_FRACTION", 1.0)
-    result = run(CASE, problem, filter_eps=2.0**-12)
-    assert int(result.stats.active_pairs) > 100 and int(result.stats.dense_blocks) == 0
-    Judge(problem, filter_eps=2.0**-12).check(result, "chunked")
+    result = run(CASE, problem, filter_eps=filter_eps)
+    active = int(result.stats.active_pairs)
+    assert active > 100 and (active + 65 > 331) == many and int(result.stats.dense_blocks) == 0
+    Judge(problem, filter_eps=filter_eps).check(result, "chunked")
 
 
 def test_large_gradients_are_mapped(monkeypatch):
