@@ -49,7 +49,7 @@ class BlockSums {
 
   void add(int row, int64_t sample, float scale) {
     float* raw = touch(row);
-    kernels_.axpy(scale, &samples_.rows[sample * problem_.padded_d], raw, static_cast<int>(problem_.padded_d));
+    kernels_.axpy(scale, samples_.row(sample), raw, static_cast<int>(problem_.padded_d));
   }
 
   void add_pairs(const Group& group, const int32_t* words, int64_t count) {

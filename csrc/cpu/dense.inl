@@ -120,7 +120,7 @@ inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Bl
 // Σ_r tile[r][i] ŵ_r added to work.dense_grad[padded D / kPanel][group][kPanel], where a panel's part is contiguous
 inline void add_unit_rows(const Group& group, const Block& block, int d, int padded_d, Workspace& work) {
   const int stride = group.panels * kPanel;
-  if (!work.has_dense_grad) std::memset(work.dense_grad.data(), 0, sizeof(float) * work.dense_grad.size());
+  if (!work.has_dense_grad) std::memset(work.dense_grad.data.get(), 0, sizeof(float) * padded_d * kGroupSamples);
   work.has_dense_grad = true;
   float* packed = work.packed.data();  // [block][kPanel]
   for (int k = 0; k < padded_d; k += kPanel) {
@@ -135,7 +135,7 @@ inline void add_unit_rows(const Group& group, const Block& block, int d, int pad
       }
     }
     gemm_panel(group.count, work.tile.data(), 1, stride, packed, block.rows,
-               work.dense_grad.data() + static_cast<int64_t>(k) * kGroupSamples, kPanel, true);
+               work.dense_grad.data.get() + static_cast<int64_t>(k) * kGroupSamples, kPanel, true);
   }
 }
 
@@ -148,7 +148,7 @@ void flush_dense_grad(const Group& group, int padded_d, RowSums& sums, Workspace
     if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * padded_d);
     sums.touched[i] = 1;
     for (int k = 0; k < padded_d; k += kPanel)
-      axpy(1.0f, work.dense_grad.data() + static_cast<int64_t>(k) * kGroupSamples + i * kPanel, grad + k, kPanel);
+      axpy(1.0f, work.dense_grad.data.get() + static_cast<int64_t>(k) * kGroupSamples + i * kPanel, grad + k, kPanel);
   }
 }
 

@@ -12,13 +12,6 @@ namespace sface {
 
 namespace {
 
-// Memory that is not touched before it is needed: partial gradients of rows without an active pair cost nothing.
-template <typename T>
-struct Uninitialised {
-  explicit Uninitialised(int64_t count) : data(new T[std::max<int64_t>(count, 1)]) {}
-  std::unique_ptr<T[]> data;
-};
-
 // Per range of classes and sample, in rows of N padded to whole groups.
 struct Partials {
   int64_t stride, padded_d;
@@ -110,7 +103,7 @@ float clamp_cosine(float c) { return c < -1 ? -1 : c > 1 ? 1 : c; }
 void finish_row(const Problem& problem, const Kernels& kernels, const Rules& rules, const Samples& samples,
                 const std::vector<float>& class_sum, bool weight_finite, int64_t i, Partials& partials,
                 std::vector<float>& converted, std::vector<float>& grad, const Results& out) {
-  const int64_t n = problem.n, padded = problem.padded_d;
+  const int64_t n = problem.n;
   const int d = static_cast<int>(problem.d);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   float* unit_grad = out.unit_grad_x ? out.unit_grad_x + i * problem.d : nullptr;
@@ -129,7 +122,7 @@ void finish_row(const Problem& problem, const Kernels& kernels, const Rules& rul
     return report(nan, {nan, nan, nan, nan, nan, nan}, samples.usable(i) ? 0 : nan);
   }
 
-  const float* x = samples.rows.data() + i * padded;
+  const float* x = samples.row(i);
   double inter = 0, dropped = 0;
   float hardest = -2;
   std::fill(grad.begin(), grad.end(), 0.0f);

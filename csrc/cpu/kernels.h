@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,13 @@ constexpr int64_t kInvalid = -3;
 // Second word of a segment: a count of active pairs, or one of these.
 constexpr int64_t kDenseStored = -1;  // the block's coefficients stand in the arena as a dense tile
 constexpr int64_t kRecompute = -2;    // the arena was full: the backward computes the tile again
+
+// Memory that is not touched before it is needed: what no task uses costs nothing.
+template <typename T>
+struct Uninitialised {
+  explicit Uninitialised(int64_t count = 0) : data(count > 0 ? new T[count] : nullptr) {}
+  std::unique_ptr<T[]> data;
+};
 
 struct Hyper {
   float s, k_intra, k_inter, a, b, filter_eps;
@@ -94,11 +102,11 @@ struct Work {
 
 // Scratch memory of one thread, sized by make_workspace.
 struct Workspace {
-  std::vector<int32_t> pairs;     // [block][padded D / 2] screened rows
-  std::vector<float> inv_norm;    // [block] 1/‖w_j‖, NaN where the row is not finite
-  std::vector<float> tile;        // [block][group] cosines, then coefficients
-  std::vector<float> packed;      // [block][panel] a part of the unit rows for Σ g ŵ
-  std::vector<float> dense_grad;  // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
+  std::vector<int32_t> pairs;       // [block][padded D / 2] screened rows
+  std::vector<float> inv_norm;      // [block] 1/‖w_j‖, NaN where the row is not finite
+  std::vector<float> tile;          // [block][group] cosines, then coefficients
+  std::vector<float> packed;        // [block][panel] a part of the unit rows for Σ g ŵ
+  Uninitialised<float> dense_grad;  // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
   bool has_dense_grad = false;
   int skip_screens = 0;                    // blocks still taken to be dense, as the one before was
   std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task
@@ -114,9 +122,9 @@ struct Kernels {
   int panel_samples;  // samples in a panel
   int strip_rows;     // classes in a register tile
 
-  // Unit rows of a group: fills the layouts of Group, `columns` and `pairs` only where they are not null. `rows` holds
+  // Unit rows of a panel: fills the layouts of Group, `columns` and `pairs` only where they are not null. `rows` holds
   // x on entry, x̂ on return.
-  void (*pack_group)(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms);
+  void (*pack_panel)(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms);
 
   // One block of classes against one group: sums, active pairs, Σ g ŵ. Returns what the segment record says.
   int64_t (*forward_block)(const Rules&, const Group&, const Block&, int d, int padded_d, bool sum_classes, RowSums&,

@@ -75,30 +75,33 @@ void Problem::own_classes(int64_t group, int64_t block, std::vector<OwnClass>& o
       out.push_back({static_cast<int32_t>(t->sample - sample), static_cast<int32_t>(t->cls - first)});
 }
 
-Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts) {
-  const int64_t panel = kernels.panel_samples, d = problem.d, padded = problem.padded_d;
-  const int64_t panels = kGroupSamples / panel * problem.groups;
-  rows.resize(problem.n * padded);
-  columns.resize(layouts.columns ? panels * panel * d : 0);
-  pairs.resize(layouts.pairs ? panels * panel * (padded / 2) : 0);
+Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts)
+    : padded_d(problem.padded_d), rows(problem.n * padded_d), norms(problem.n), groups(problem.groups) {
+  const int64_t panel = kernels.panel_samples, d = problem.d;
+  const int64_t group_panels = kGroupSamples / panel, panels = group_panels * problem.groups;
+  columns = Uninitialised<float>(layouts.columns ? panels * panel * d : 0);
+  pairs = Uninitialised<int32_t>(layouts.pairs ? panels * panel * (padded_d / 2) : 0);
   counts.assign(panels, 0);
-  norms.resize(problem.n);
-  groups.resize(problem.groups);
+  for (int64_t g = 0; g < problem.groups; ++g) {
+    const int64_t first = problem.group_first(g), count = problem.group_count(g), first_panel = g * group_panels;
+    groups[g] = {.first = static_cast<int>(first),
+                 .count = static_cast<int>(count),
+                 .panels = static_cast<int>(ceil_div(count, panel)),
+                 .rows = row(first),
+                 .columns = layouts.columns ? columns.data.get() + first_panel * panel * d : nullptr,
+                 .pairs = layouts.pairs ? pairs.data.get() + first_panel * panel * (padded_d / 2) : nullptr,
+                 .counts = counts.data() + first_panel};
+  }
   const float* x = problem.x.const_data_ptr<float>();
-  at::parallel_for(0, problem.groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t first = problem.group_first(g), count = problem.group_count(g);
-      const int64_t first_panel = g * (kGroupSamples / panel);
-      for (int64_t i = first; i < first + count; ++i) std::memcpy(&rows[i * padded], x + i * d, sizeof(float) * d);
-      float* group_columns = layouts.columns ? columns.data() + first_panel * panel * d : nullptr;
-      int32_t* group_pairs = layouts.pairs ? pairs.data() + first_panel * panel * (padded / 2) : nullptr;
-      kernels.pack_group(&rows[first * padded], static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded),
-                         group_columns, group_pairs, &norms[first]);
+  at::parallel_for(0, ceil_div(problem.n, panel), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p * panel, count = std::min(panel, problem.n - first);
+      for (int64_t i = first; i < first + count; ++i) std::memcpy(row(i), x + i * d, sizeof(float) * d);
+      kernels.pack_panel(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
+                         layouts.columns ? columns.data.get() + p * panel * d : nullptr,
+                         layouts.pairs ? pairs.data.get() + p * panel * (padded_d / 2) : nullptr, &norms[first]);
       for (int64_t i = 0; i < count; ++i)
-        if (usable(first + i) && !problem.ignored(first + i)) counts[first_panel + i / panel] |= 1u << (i % panel);
-      groups[g] = {static_cast<int>(first),    static_cast<int>(count), static_cast<int>(ceil_div(count, panel)),
-                   &rows[first * padded],      group_columns,           group_pairs,
-                   counts.data() + first_panel};
+        if (usable(first + i) && !problem.ignored(first + i)) counts[p] |= 1u << i;
     }
   });
 }
@@ -130,7 +133,7 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
   work.inv_norm.resize(kBlockClasses);
   work.tile.resize((kBlockClasses + 1) * kGroupSamples);  // one more: a strip may read past the last sample
   work.packed.resize(kBlockClasses * kernels.panel_samples);
-  work.dense_grad.resize(padded * kGroupSamples);
+  work.dense_grad = Uninitialised<float>(padded * kGroupSamples);
   work.class_sum.assign(padded, 0);
   work.candidates.resize(kBlockClasses * panels);
   work.own_tiles.assign(kBlockClasses / kernels.strip_rows * panels, 0);

@@ -47,11 +47,12 @@ struct Problem {
 
 // Unit rows of every sample in the layouts that the kernels read.
 struct Samples {
-  std::vector<float> rows;     // [N][padded D]
-  std::vector<float> columns;  // per group [panels][D][panel]
-  std::vector<int32_t> pairs;  // per group [panels][padded D / 2][panel]
-  std::vector<uint32_t> counts;
-  std::vector<float> norms;  // [N], not finite where the row is not
+  int64_t padded_d;
+  Uninitialised<float> rows;     // [N][padded D]
+  Uninitialised<float> columns;  // [panels][D][panel]
+  Uninitialised<int32_t> pairs;  // [panels][padded D / 2][panel]
+  std::vector<uint32_t> counts;  // [panels], as in Group
+  std::vector<float> norms;      // [N], not finite where the row is not
   std::vector<Group> groups;
 
   // Which layouts beside the rows; unit rows alone are cheap.
@@ -59,6 +60,7 @@ struct Samples {
     bool columns, pairs;
   };
   Samples(const Problem& problem, const Kernels& kernels, Layouts layouts);
+  float* row(int64_t sample) const { return rows.data.get() + sample * padded_d; }
   bool usable(int64_t sample) const { return std::isfinite(norms[sample]); }
 };
 

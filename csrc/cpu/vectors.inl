@@ -7,9 +7,11 @@ SFACE_INLINE void store(float* p, F32 v) { *reinterpret_cast<F32*>(p) = v; }
 SFACE_INLINE I32 load_int(const int32_t* p) { return *reinterpret_cast<const I32*>(p); }
 SFACE_INLINE void store_int(int32_t* p, I32 v) { *reinterpret_cast<I32*>(p) = v; }
 SFACE_INLINE float sum_lanes(F32 v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
+  float part[kLanes];
+  store(part, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)  // halves: a chain of kLanes additions takes longer than a row
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
 }
 
 float dot(const float* x, const float* y, int d) {
@@ -96,11 +98,8 @@ inline void to_fixed_point(const float* row, int d, int padded_d, float inv, int
   for (; k < padded_d; ++k) out[k] = 0;
 }
 
-void pack_group(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms) {
-  const int panels = (count + kPanel - 1) / kPanel, words = padded_d / 2;
-  if (columns) std::memset(columns, 0, sizeof(float) * panels * kPanel * d);
-  if (pairs) std::memset(pairs, 0, sizeof(int32_t) * panels * kPanel * words);
-  std::vector<int32_t> fixed(words);
+void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms) {
+  constexpr int kAtOnce = kFeaturePad / 2;  // the lines that these features are written to stay in the L1 cache
   for (int i = 0; i < count; ++i) {
     float* row = rows + static_cast<int64_t>(i) * padded_d;
     const double norm = row_norm(row, d);
@@ -108,11 +107,22 @@ void pack_group(float* rows, int count, int d, int padded_d, float* columns, int
     const double inv = finite(norm) ? 1.0 / (norm < kNormEps ? kNormEps : norm) : 0.0;
     for (int k = 0; k < d; ++k) row[k] = inv > 0 ? static_cast<float>(row[k] * inv) : 0.0f;
     for (int k = d; k < padded_d; ++k) row[k] = 0;
-    const int64_t panel = i / kPanel, lane = i % kPanel;
-    if (columns)
-      for (int k = 0; k < d; ++k) columns[(panel * d + k) * kPanel + lane] = row[k];
-    if (!pairs) continue;
-    to_fixed_point(row, padded_d, padded_d, 1.0f, reinterpret_cast<int16_t*>(fixed.data()), nullptr);
-    for (int k = 0; k < words; ++k) pairs[(panel * words + k) * kPanel + lane] = fixed[k];
+  }
+  if (columns) {
+    std::memset(columns, 0, sizeof(float) * d * kPanel);
+    for (int start = 0; start < d; start += kAtOnce)
+      for (int i = 0; i < count; ++i)
+        for (int k = start; k < start + kAtOnce && k < d; ++k)
+          columns[k * kPanel + i] = rows[static_cast<int64_t>(i) * padded_d + k];
+  }
+  if (pairs) {
+    std::memset(pairs, 0, sizeof(int32_t) * (padded_d / 2) * kPanel);
+    for (int start = 0; start < padded_d / 2; start += kAtOnce)
+      for (int i = 0; i < count; ++i) {
+        int32_t fixed[kAtOnce];
+        to_fixed_point(rows + static_cast<int64_t>(i) * padded_d + 2 * start, 2 * kAtOnce, 2 * kAtOnce, 1.0f,
+                       reinterpret_cast<int16_t*>(fixed), nullptr);
+        for (int k = 0; k < kAtOnce; ++k) pairs[(start + k) * kPanel + i] = fixed[k];
+      }
   }
 }
