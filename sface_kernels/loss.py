@@ -55,8 +55,10 @@ def sface_loss(
         k_inter: slope of the inter-class sigmoid; `k` if None.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for the row losses `[N]`.
         ignore_index: rows with this label count neither in the loss nor in the mean.
-        filter_eps: gradient entries with q_ij < filter_eps·s are dropped; the loss always counts every pair. None
-            drops only what the dtype's own arithmetic would lose (2⁻²⁴ for float32, see docs/accuracy.md), 0 nothing.
+        filter_eps: gradient entries with q_ij < filter_eps·s are dropped; the loss always counts every pair. 0 drops
+            nothing, None entries that the dtype's arithmetic loses beside one of size s (2⁻²⁴ for float32). Where many
+            of these share a direction, as in early epochs, they add up to more than rounding (docs/accuracy.md);
+            `SFaceStats.dropped` bounds what is missing in every step.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
         return_stats: also return `SFaceStats`.
 

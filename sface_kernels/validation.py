@@ -76,7 +76,11 @@ def _positive(name: str, value: float) -> float:
 
 
 def default_filter_eps(dtype: torch.dtype, features: int) -> float:
-    """The coefficient below which `dtype` arithmetic loses an entry beside one of size s (docs/accuracy.md)."""
+    """The coefficient below which `dtype` arithmetic loses an entry beside one of size s.
+
+    One entry, that is: many that share a direction add up to more than rounding. docs/accuracy.md says where the error
+    stays within a small multiple of the same-dtype reference's, and where it does not.
+    """
     if dtype == torch.float64:
         return 2.0**-53
     if dtype == torch.float32:
