@@ -176,7 +176,7 @@ def _forward(
             g = block.coef * kept  # a product with 0 and 1 is three times as fast as masking (measured)
             dropped += block.coef.sub_(g).sum(0)
             if need_grad_x:
-                unit_grad += (block.w.t() @ g.mul_(block.inv_norm)).t()
+                unit_grad += g.mul_(block.inv_norm).t() @ block.w
             continue
         flat = own if kept is None else kept.view(-1).nonzero().squeeze(1)
         g = block.coef.view(-1)[flat]  # [pairs]
