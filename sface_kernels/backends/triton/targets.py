@@ -1,6 +1,6 @@
 """What the kernels compile to for a named GPU, without one: registers, spills, shared memory, tensor-core use.
 
-    python -m sface_kernels.backends.triton.targets --markdown
+    python -m sface_kernels.backends.triton.targets --targets sm_90 --every --jobs 2
 
 Runs the launch code on tensors without memory and compiles every launch that it would make (`launch.recording`), with
 the specialisations that Triton would choose. Not to be used with TRITON_INTERPRET=1.
@@ -9,9 +9,9 @@ the specialisations that Triton would choose. Not to be used with TRITON_INTERPR
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
-import itertools
+import json
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...types import HyperParameters
-from . import launch, launch_backward, launch_forward, tiles
+from . import launch, launch_backward, launch_forward, machine_code
 
 # name: (what Triton calls it, threads in a warp, bytes of shared memory that a program may have)
 TARGETS = {
@@ -44,16 +44,25 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b|v_mfma_")
-# (samples, classes, features): the row shapes that choose tiles and blocks; 100 features leave remainders
-SHAPES = [(1024, 1_000_000, 512), (512, 85_742, 128), (32, 10_575, 1024), (100, 1009, 100)]
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
+f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
+LARGE = (1024, 1_000_000, 512)  # samples, classes, features
+# (shape, dtype, weight's dtype, float32 matmul precision). The two widths of a product's operands, which choose the
+# tiles, at the size that counts.
+FEW_CASES = [(LARGE, bf16, f32, "highest"), (LARGE, f32, f32, "highest")]
+# The other dtypes and precisions, and the shapes that choose other tiles and blocks; 100 features leave remainders.
+CASES = [
+    *FEW_CASES,
+    (LARGE, f32, f32, "high"),
+    (LARGE, bf16, bf16, "highest"),
+    (LARGE, f16, f16, "highest"),
+    *(
+        (shape, dtype, f32, "highest")
+        for shape in ((512, 85_742, 128), (32, 10_575, 1024), (100, 1009, 100))
+        for dtype in (bf16, f32)
+    ),
 ]
-LOOP_GAP = 400  # lines of machine code; a step of a product is shorter, an epilogue longer
+# (k_inter, dense, whether ∂x is asked for): the default; a slope for which the cheap form of the screen is not accurate
+MODES = [(80.0, False, True), (20.0, False, True), (80.0, True, True), (80.0, True, False)]
 
 
 def names() -> list[str]:
@@ -63,32 +72,28 @@ def names() -> list[str]:
 
 def _launches(family: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """(kernel, arguments, which call it came from) of forwards and backwards in every mode."""
-    shapes, dtypes = (SHAPES, DTYPES) if every else (SHAPES[:1], DTYPES[1:2])
-    for (n, c, d), (dtype, weight_dtype) in itertools.product(shapes, dtypes):
+    before = torch.get_float32_matmul_precision()
+    for (n, c, d), dtype, weight_dtype, precision in CASES if every else FEW_CASES:
         x = torch.empty(n, d, dtype=dtype, device="meta")
         w = torch.empty(c, d, dtype=weight_dtype, device="meta")
         target = torch.empty(n, dtype=torch.int64, device="meta")
         recorder = launch.Recorder(family, [])
+        torch.set_float32_matmul_precision(precision)
         with launch.recording(recorder):
-            # the default, and a slope for which the cheap form of the screen is not accurate
-            for k_inter, dense, need_x in (
-                (80.0, False, True),
-                (20.0, False, True),
-                (80.0, True, True),
-                (80.0, True, False),
-            ):
+            for k_inter, dense, need_x in MODES:
                 hp = HyperParameters(64.0, 80.0, k_inter, 0.8, 1.23, 0.0 if dense else 2.0**-16)
                 saved = launch_forward.forward(x, w, target, hp, need_x, True, dense)[-1]
-                launch_backward.grad_weight(x, w, target, x.new_empty(n, dtype=torch.float32), hp, dense, saved)
-        short = "×".join(str(t).removeprefix("torch.") for t in dict.fromkeys((dtype, weight_dtype)))
+                launch_backward.grad_weight(x, w, target, x.new_empty(n, dtype=f32), hp, dense, saved)
+        torch.set_float32_matmul_precision(before)
+        short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
         for kernel, arguments in recorder.taken:
             yield kernel, arguments, f"{short} D={d}"
 
 
-def _source(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+def _source(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The kernel specialised as Triton does at a launch: 1 is a constant, multiples of 16 are marked."""
     signature, constants, attributes = {}, {}, {}
-    options = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
+    options: dict[str, Any] = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
         if name.isupper() or (type(value) is int and value == 1):
@@ -105,82 +110,79 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> tuple[ASTSource, dict[str
     return ASTSource(kernel, signature, constants, attributes), options
 
 
+def _distinct(target: str, every: bool) -> list[tuple[Any, dict[str, Any], str]]:
+    """The launches that are compiled differently, each once."""
+    found: dict[Any, tuple[Any, dict[str, Any], str]] = {}
+    for kernel, arguments, call in _launches(target, every):
+        source, options = _source(kernel, arguments)
+        found.setdefault((source.hash(), *sorted(options.items())), (kernel, arguments, call))
+    return list(found.values())
+
+
 @functools.cache
-def _disassembler() -> str | None:
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    for name in ("cuobjdump", "nvdisasm"):
-        if (folder / name).exists():
-            return str(folder / name)
-    return shutil.which("cuobjdump")
-
-
-def _machine_code(compiled: Any) -> tuple[str, str]:
-    """The machine code, and what the tool says of its resources."""
-    if "amdgcn" in compiled.asm:
-        return compiled.asm["amdgcn"], ""
-    tool = _disassembler()
+def _disassembler() -> str:
+    packaged = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(packaged) if packaged.exists() else shutil.which("cuobjdump")
     if tool is None:
-        return "", ""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        return run([tool, "-sass", file.name]).stdout, run([tool, "-res-usage", file.name]).stdout
+        raise RuntimeError("cuobjdump is neither in the Triton package nor on PATH: machine code cannot be read")
+    return tool
 
 
-def _between_products(code: str, pattern: str) -> int:
-    """Occurrences between the first and the last tensor-core instruction of each stretch that has no exit between.
-
-    A stretch is what stands between two of the kernel's other tensor-core loops: instructions more than LOOP_GAP lines
-    apart belong to different ones.
-    """
-    lines = code.splitlines()
-    at = [index for index, line in enumerate(lines) if TENSOR_CORES.search(line)]
-    stretches: list[list[int]] = []
-    for index in at:
-        if stretches and index - stretches[-1][1] <= LOOP_GAP:
-            stretches[-1][1] = index
-        else:
-            stretches.append([index, index])
-    return sum(bool(re.search(pattern, line)) for first, last in stretches for line in lines[first:last])
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found.group(1)) if found else -1
+def _machine_code(compiled: Any) -> tuple[str, int]:
+    """The disassembly, and the registers of a thread."""
+    if "amdgcn" in compiled.asm:
+        listing = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s*(\d+)", listing)
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+            listing = run([_disassembler(), "-sass", file.name]).stdout
+            registers = re.search(r"REG:(\d+)", run([_disassembler(), "-res-usage", file.name]).stdout)
+    if registers is None:
+        raise RuntimeError("the disassembly does not say how many registers the kernel takes")
+    return listing, int(registers[1])
 
 
 def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, Any]:
     (backend, architecture), warp, shared_limit = TARGETS[target]
     name = kernel.fn.__name__
-    row: dict[str, Any] = {"kernel": name, "problem": None}
     source, options = _source(kernel, arguments)
     try:
         compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
     except Exception as error:  # a compiler crash is a finding, not a failure of this program
         text = str(error).strip().splitlines()
-        return {**row, "problem": f"does not compile: {type(error).__name__}: {text[-1] if text else ''}"[:200]}
-    code, resources = _machine_code(compiled)
-    row["shared_bytes"] = compiled.metadata.shared
-    if backend == "hip":
-        row["registers"] = _number(r"\.vgpr_count:\s*(\d+)", code)
-        row["spills"] = _number(r"\.vgpr_spill_count:\s*(\d+)", code)
-        fp64 = len(re.findall(r"v_(?:add|mul|fma|cvt\w*)_f64", code))
-        row["spills_in_products"] = _between_products(code, r"scratch_(?:load|store)")
-    else:
-        row["registers"] = _number(r"REG:(\d+)", resources)
-        row["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
-        row["spills_in_products"] = _between_products(code, r"\b(?:LDL|STL)\b")
-        fp64 = len(re.findall(r"\b(?:DADD|DMUL|DFMA|F2F\.F64\S*)\b", code))
-    row["tensor_core_instructions"] = len(TENSOR_CORES.findall(code))
-    row["instructions"] = len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", code))
+        return {
+            "kernel": name,
+            "problem": f"does not compile: {type(error).__name__}: {text[-1] if text else ''}"[:200],
+        }
+    listing, registers = _machine_code(compiled)
+    code = machine_code.parse(listing)
+    row: dict[str, Any] = {
+        "kernel": name,
+        "registers": registers,
+        "spills": machine_code.count(code, machine_code.LOCAL_MEMORY),
+        "spills_in_products": machine_code.count_in_product_loops(code, machine_code.LOCAL_MEMORY),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core_instructions": machine_code.count(code, machine_code.TENSOR_CORES),
+        "instructions": len(code),
+        "epilogue_per_element": None,
+    }
+    epilogue = machine_code.epilogue(code)
+    if epilogue is not None:
+        threads = compiled.metadata.num_warps * warp
+        row["epilogue_per_element"] = round(epilogue * threads / (arguments["BLOCK_N"] * arguments["BLOCK_C"]), 1)
     problems = []
     if row["shared_bytes"] > shared_limit:
         problems.append(f"{row['shared_bytes']} B of shared memory, the target has {shared_limit}")
-    if fp64:
+    if fp64 := machine_code.count(code, machine_code.FP64):
         problems.append(f"{fp64} fp64 instructions")
-    ieee = arguments.get("PRECISION") == "ieee"
-    if code and name in tiles.TABLES and not ieee and not row["tensor_core_instructions"]:
+    if row["spills_in_products"]:
+        problems.append(f"{row['spills_in_products']} spills in the loop of a product")
+    # AMD's matrix cores have fp32 products, NVIDIA's have none of that precision
+    exact = arguments.get("PRECISION") == "ieee" and backend == "cuda"
+    if "BLOCK_K" in arguments and not exact and not row["tensor_core_instructions"]:
         problems.append("no tensor-core instruction")
     row["problem"] = "; ".join(problems) or None
     return row
@@ -191,53 +193,87 @@ def variant(arguments: dict[str, Any], call: str) -> str:
     return ", ".join([call, *flags, *([arguments["PRECISION"]] if "PRECISION" in arguments else [])])
 
 
-def compile_table(target: str, every: bool = False) -> list[dict[str, Any]]:
+def _part(task: tuple[str, bool, int, int]) -> list[tuple[int, dict[str, Any]]]:
+    target, every, first, step = task
+    found = list(enumerate(_distinct(target, every)))[first::step]
+    return [
+        (at, {**_compile(kernel, given, target), "variant": variant(given, call)})
+        for at, (kernel, given, call) in found
+    ]
+
+
+def compile_table(target: str, every: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
     """One row per distinct kernel that a call would launch on `target`, an entry of `names()`.
 
-    Keys: kernel, variant, registers, spills (local-memory instructions), shared_bytes, tensor_core_instructions,
-    instructions, problem (None or what is wrong). `every` covers all dtypes and shapes, else one call in all its modes.
+    Keys: kernel, variant, registers, spills (local-memory instructions), spills_in_products (those in a loop of a
+    product), shared_bytes, tensor_core_instructions, instructions, epilogue_per_element (instructions that a thread
+    executes from a tile's product to the next one, per element of the tile that it holds; None without a tile loop),
+    problem (None or what is wrong). A kernel that does not compile has kernel, variant and problem alone.
+
+    Every case is a call in all its `MODES`; `every` takes all `CASES`, else it is `FEW_CASES`. `jobs` processes compile
+    at the same time.
     """
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {names()}, got {target!r}")
-    rows, seen = [], set()
-    for kernel, arguments, call in _launches(target, every):
-        source, options = _source(kernel, arguments)
-        key = (source.hash(), *sorted(options.items()))
-        if key in seen:
-            continue
-        seen.add(key)
-        rows.append({**_compile(kernel, arguments, target), "variant": variant(arguments, call)})
-    return rows
+    if jobs == 1:
+        rows = _part((target, every, 0, 1))
+    else:
+        # small parts, as the kernels of a size differ in what they take to compile
+        parts = 4 * jobs
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            tasks = [(target, every, first, parts) for first in range(parts)]
+            rows = [row for part in pool.imap_unordered(_part, tasks) for row in part]
+    return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
-def markdown(table: list[dict[str, Any]]) -> str:
-    columns = (
-        "kernel",
-        "variant",
-        "registers",
-        "spills",
-        "spills_in_products",
-        "shared_bytes",
-        "tensor_core_instructions",
-        "instructions",
-    )
-    lines = ["| " + " | ".join(columns) + " | problem |", "|---" * (len(columns) + 1) + "|"]
+COLUMNS = {
+    "kernel": "kernel",
+    "variant": "variant",
+    "registers": "registers",
+    "spills": "spills",
+    "spills_in_products": "in product loops",
+    "shared_bytes": "shared memory, B",
+    "tensor_core_instructions": "tensor-core instructions",
+    "instructions": "instructions",
+    "epilogue_per_element": "epilogue, per element",
+}
+BEGIN, END = "<!-- compile table: written by a command, see above -->", "<!-- end of the compile table -->"
+
+
+def markdown(target: str, table: list[dict[str, Any]]) -> str:
+    lines = [f"### {target}, Triton {triton.__version__}", ""]
+    lines += ["| " + " | ".join(COLUMNS.values()) + " | problem |", "|---" * (len(COLUMNS) + 1) + "|"]
     for row in table:
-        lines.append("| " + " | ".join(str(row.get(c, "")) for c in columns) + f" | {row['problem'] or ''} |")
+        cells = ("" if row.get(key) is None else str(row[key]) for key in COLUMNS)
+        lines.append("| " + " | ".join(cells) + f" | {row['problem'] or ''} |")
     return "\n".join(lines)
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{path}: expected the lines {BEGIN!r} and {END!r}")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help=f"of {', '.join(TARGETS)}")
-    parser.add_argument("--every", action="store_true", help="all dtypes and shapes")
+    parser.add_argument(
+        "--every", action="store_true", help="every dtype, precision and kind of shape, not only the two widths"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at the same time")
+    parser.add_argument("--json", action="store_true", help="print JSON, not Markdown")
+    parser.add_argument("--write", type=Path, help="a Markdown file to put the tables in, between its two markers")
     options = parser.parse_args()
-    failed: collections.Counter[str] = collections.Counter()
-    for target in options.targets.split(","):
-        table = compile_table(target, options.every)
-        failed[target] = sum(row["problem"] is not None for row in table)
-        print(f"\n### {target}, Triton {triton.__version__}\n\n{markdown(table)}")
-    return 1 if failed.total() else 0
+    tables = {name: compile_table(name, options.every, options.jobs) for name in options.targets.split(",")}
+    text = "\n\n".join(markdown(name, table) for name, table in tables.items())
+    if options.write:
+        write_between_markers(options.write, text)
+    else:
+        print(json.dumps(tables) if options.json else text)
+    return int(any(row["problem"] for table in tables.values() for row in table))
 
 
 if __name__ == "__main__":

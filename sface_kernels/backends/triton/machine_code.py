@@ -1,0 +1,173 @@
+"""Disassembled kernels as a graph of instructions: their loops, what stands in them, how long the epilogue is.
+
+Reads cuobjdump's listing of NVIDIA machine code and the AMD compiler's assembly. Imports neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b|\bv_mfma_")
+LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)")
+FP64 = re.compile(r"\b(?:DADD|DMUL|DFMA|DSETP|DMMA)\b|\b[FI]2F\S*\.F64|\bv_\w+_f64")
+EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b|\bv_exp_f32")
+
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_SASS_BRANCH = re.compile(r"\bBRA\S*(?: (.*),)? 0x([0-9a-f]+)$")
+_SASS_CALL = re.compile(r"\bCALL\S* .*0x([0-9a-f]+)$")
+_BARRIER = re.compile(r"\b(BSSY|BSYNC)\S* (B\d+)(?:, 0x([0-9a-f]+))?$")
+_AMD_LABEL = re.compile(r"^(\.L\w+):")
+_AMD_BRANCH = re.compile(r"^s_(c?)branch\w*\s+(\.L\w+)")
+
+
+class Instruction(NamedTuple):
+    text: str
+    jumps: tuple[int, ...]  # indices of the instructions that it may branch to
+    falls: bool  # whether the next instruction may follow it
+
+
+def parse(listing: str) -> list[Instruction]:
+    return _parse_sass(listing) if _SASS.search(listing) else _parse_amd(listing)
+
+
+def _parse_sass(listing: str) -> list[Instruction]:
+    found = [(int(address, 16), text) for address, text in _SASS.findall(listing)]
+    # padding behind the last instruction
+    while found and found[-1][1] == "NOP":
+        found.pop()
+    index = {address: at for at, (address, _) in enumerate(found)}
+    code: list[Instruction] = []
+    meeting: dict[str, int] = {}  # convergence barrier: the address where its threads meet
+    for _, text in found:
+        predicated = text.startswith("@")
+        jumps: tuple[int, ...] = ()
+        falls = predicated or not re.search(r"\b(?:EXIT|RET\S*)\b", text)
+        if branch := _SASS_BRANCH.search(text):
+            jumps, falls = (index[int(branch[2], 16)],), predicated or branch[1] is not None
+        elif call := _SASS_CALL.search(text):
+            jumps = (index[int(call[1], 16)],)
+        elif barrier := _BARRIER.search(text):
+            if barrier[1] == "BSSY":
+                meeting[barrier[2]] = int(barrier[3], 16)
+            elif barrier[2] in meeting:
+                jumps, falls = (index[meeting[barrier[2]]],), predicated
+        code.append(Instruction(text, jumps, falls))
+    return code
+
+
+def _parse_amd(listing: str) -> list[Instruction]:
+    labels: dict[str, int] = {}
+    texts: list[str] = []
+    for line in listing.splitlines():
+        text = line.split(";")[0].strip()
+        if text.startswith(".Lfunc_end"):
+            break
+        if label := _AMD_LABEL.match(text):
+            labels[label[1]] = len(texts)
+        elif line.startswith("\t") and re.match(r"[a-z]\w+(?:\s|$)", text):
+            texts.append(text)
+    code = []
+    for text in texts:
+        branch = _AMD_BRANCH.match(text)
+        jumps = (labels[branch[2]],) if branch and labels.get(branch[2], len(texts)) < len(texts) else ()
+        code.append(Instruction(text, jumps, text != "s_endpgm" and not (branch and not branch[1])))
+    return code
+
+
+def _successors(code: Sequence[Instruction]) -> list[list[int]]:
+    last = len(code) - 1
+    return [[*i.jumps, *([at + 1] if i.falls and at < last else [])] for at, i in enumerate(code)]
+
+
+def _back_edges(after: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Edges to an instruction that the depth-first walk from the entry is still below."""
+    edges, state = [], [0] * len(after)  # 0 not met, 1 on the way, 2 left
+    way = [(0, iter(after[0]))] if after else []
+    while way:
+        at, rest = way[-1]
+        state[at] = 1
+        following = next(rest, None)
+        if following is None:
+            state[at] = 2
+            way.pop()
+        elif state[following] == 0:
+            way.append((following, iter(after[following])))
+        elif state[following] == 1:
+            edges.append((at, following))
+    return edges
+
+
+def loops(code: Sequence[Instruction]) -> list[set[int]]:
+    """Indices of each natural loop's instructions, the smallest loop first."""
+    after = _successors(code)
+    before: list[list[int]] = [[] for _ in code]
+    for at, following in enumerate(after):
+        for to in following:
+            before[to].append(at)
+    bodies: dict[int, set[int]] = {}
+    for tail, header in _back_edges(after):
+        body, todo = {header}, [tail]
+        while todo:
+            at = todo.pop()
+            if at not in body:
+                body.add(at)
+                todo.extend(before[at])
+        if header == 0 or 0 not in body:  # else there is a way into it past its header: no loop
+            bodies.setdefault(header, set()).update(body)
+    return sorted(bodies.values(), key=len)
+
+
+def _matching(code: Sequence[Instruction], within: Iterable[int], pattern: re.Pattern[str]) -> list[int]:
+    return [at for at in within if pattern.search(code[at].text)]
+
+
+def count(code: Sequence[Instruction], pattern: re.Pattern[str]) -> int:
+    return len(_matching(code, range(len(code)), pattern))
+
+
+def product_loops(code: Sequence[Instruction]) -> list[set[int]]:
+    """The innermost loops that hold tensor-core instructions.
+
+    Where the compiler unrolled the steps of a product this is the loop over tiles, the epilogue included.
+    """
+    holding = [loop for loop in loops(code) if _matching(code, loop, TENSOR_CORES)]
+    return [loop for loop in holding if not any(other < loop for other in holding)]
+
+
+def count_in_product_loops(code: Sequence[Instruction], pattern: re.Pattern[str]) -> int:
+    return len(_matching(code, set().union(*product_loops(code)), pattern))
+
+
+def _distances(graph: Sequence[Sequence[int]], starts: Iterable[int], within: set[int]) -> dict[int, int]:
+    """Instructions from any of `starts` to each one that can be reached without leaving `within`."""
+    distance = {at: 0 for at in starts}
+    front = list(distance)
+    while front:
+        reached = []
+        for at in front:
+            for to in graph[at]:
+                if to in within and to not in distance:
+                    distance[to] = distance[at] + 1
+                    reached.append(to)
+        front = reached
+    return distance
+
+
+def epilogue(code: Sequence[Instruction]) -> int | None:
+    """Instructions from a tile's product to the next one, by the shortest way through its exponentials.
+
+    The shortest way is that of a tile without a candidate. None where no loop holds both products and exponentials.
+    """
+    after = _successors(code)
+    before: list[list[int]] = [[] for _ in code]
+    for at, following in enumerate(after):
+        for to in following:
+            before[to].append(at)
+    for loop in loops(code):
+        products, exponentials = (_matching(code, loop, pattern) for pattern in (TENSOR_CORES, EXPONENTIAL))
+        if products and exponentials:
+            since, until = _distances(after, products, loop), _distances(before, products, loop)
+            return max(since[at] + until[at] - 1 for at in exponentials)
+    return None
