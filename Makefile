@@ -4,11 +4,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+OUTER_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+OUT ?= runs/gpu
+TRITON36 := $(VENV)/triton36
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test check lint format build bench accuracy density clean
+.PHONY: demo test test-triton36 compile-matrix gpu check lint format build bench accuracy density clean
 .DEFAULT_GOAL := build
 
 build: $(VENV)/built
@@ -30,6 +33,25 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest
+
+# The Triton that torch 2.11 comes with, beside the environment's own; its interpreter needs the older numpy. 200 MB.
+$(TRITON36)/installed: $(VENV)/requirements
+	rm -rf $(TRITON36)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON36) "triton==3.6.0" "numpy<2.4"
+	touch $@
+
+test-triton36: build $(TRITON36)/installed
+	PYTHONPATH=$(CURDIR)/$(TRITON36) $(BIN)/python -m pytest tests/test_triton_compile.py
+	PYTHONPATH=$(CURDIR)/$(TRITON36) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
+		$(filter-out tests/test_triton_compile.py tests/test_triton_gpu.py,$(wildcard tests/test_triton*.py))
+
+# Every kernel for every target in every case, into docs/kernels.md. Needs no GPU; some minutes.
+compile-matrix: build
+	$(BIN)/python -m sface_kernels.backends.triton.targets --every --jobs 2 --write docs/kernels.md
+
+# On a machine with a GPU: uses the interpreter PYTHON as it is, installs nothing, ends inside ten minutes.
+gpu:
+	PATH="$(OUTER_PATH)" $(PYTHON) -m benchmarks.gpu --out "$(OUT)"
 
 lint: build
 	$(BIN)/ruff check .
