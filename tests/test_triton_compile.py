@@ -60,7 +60,7 @@ def test_no_spill_at_all_in_the_default_call_on_sm_90():
 def test_epilogue_of_the_screen_stays_short(target):
     """Its instructions per pair are what the tensor cores wait for; the form with arccos takes about twice as many."""
     for row in rows_of(target):
-        if row["kernel"] == "screen":
+        if row["kernel"] == "screen" and "D=512" in row["variant"]:
             assert row["epilogue_per_element"] < (28 if "cheap" in row["variant"] else 60), row
 
 

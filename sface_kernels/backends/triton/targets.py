@@ -37,6 +37,7 @@ TARGETS = {
     "sm_120": (("cuda", 120), 32, 99 << 10),
     "gfx942": (("hip", "gfx942"), 64, 64 << 10),
 }
+TENSOR_MEMORY = 512  # columns that a program may have on sm_100; where it asks for more, Triton's code is one trap
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -176,6 +177,9 @@ def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, A
     problems = []
     if row["shared_bytes"] > shared_limit:
         problems.append(f"{row['shared_bytes']} B of shared memory, the target has {shared_limit}")
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    if columns > TENSOR_MEMORY:
+        problems.append(f"{columns} columns of tensor memory, the target has {TENSOR_MEMORY}")
     if fp64 := machine_code.count(code, machine_code.FP64):
         problems.append(f"{fp64} fp64 instructions")
     if row["spills_in_products"]:

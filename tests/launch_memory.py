@@ -1,0 +1,69 @@
+"""What the launch code of the Triton backend allocates, run as a program by test_triton_memory: no GPU, no memory.
+
+For each problem `N,C,D,way,dtype` prints a line of JSON: the most bytes that were held at once beyond the inputs and ∂w, in the forward
+and in the backward, and the largest buffers then held. Tensors are on the meta device and launches are taken down, not made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sface_kernels.backends.triton import launch, launch_backward, launch_forward
+from sface_kernels.types import HyperParameters
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that operations returned and that are still referred to."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.sizes, self.at_peak = 0, 0, {}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in given and tensor._base is None:
+                size = tensor.numel() * tensor.element_size()
+                self.now += size
+                self.sizes[id(tensor)] = (size, list(tensor.shape))
+                weakref.finalize(tensor, self._gone, id(tensor))
+        if self.now > self.peak:
+            self.peak, self.at_peak = self.now, sorted(self.sizes.values(), reverse=True)[:6]
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)[0]
+
+
+class Forgets(list):
+    """A recorder's list that keeps no launch, as it would keep every buffer."""
+
+    def append(self, _):
+        pass
+
+
+def measure(n: int, c: int, d: int, dense: bool, dtype: torch.dtype) -> dict[str, object]:
+    x, w = torch.empty(n, d, dtype=dtype, device="meta"), torch.empty(c, d, device="meta")
+    target, grad_row = torch.empty(n, dtype=torch.int64, device="meta"), torch.empty(n, device="meta")
+    hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else 2.0**-16)
+    with launch.recording(launch.Recorder("sm_90", Forgets())), Held() as held:
+        results = launch_forward.forward(x, w, target, hp, True, True, dense)
+        forward, in_forward = held.peak, held.at_peak
+        held.peak = 0
+        grad = launch_backward.grad_weight(x, w, target, grad_row, hp, dense, results[-1])
+        backward = held.peak - grad.numel() * grad.element_size()
+    return {"forward": forward, "backward": backward, "in_forward": in_forward, "in_backward": held.at_peak}
+
+
+if __name__ == "__main__":
+    for problem in sys.argv[1:]:
+        *sizes, way, dtype = problem.split(",")
+        n, c, d = map(int, sizes)
+        print(json.dumps({"problem": problem, **measure(n, c, d, way == "dense", getattr(torch, dtype))}))
