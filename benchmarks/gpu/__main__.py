@@ -20,6 +20,7 @@ from .session import Outcome, Part, results, run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 540.0
+SUITE = "(triton and cuda or test_triton.py) and not test_triton_gpu"  # what is in `checks` runs there
 FIND_GPU = (
     "import torch, sys; sys.exit(0 if torch.cuda.is_available() else f'PyTorch {torch.__version__} finds no GPU')"
 )
@@ -49,9 +50,7 @@ def session_parts() -> list[Part]:
     if has("pytest") and has("hypothesis"):
         spread = ["-n", "12"] if has("xdist") else []
         pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *spread]
-        parts.append(
-            Part("suite", [*pytest, "-k", "triton and cuda", "tests"], 110, environment={"PYTHONPATH": str(ROOT)})
-        )
+        parts.append(Part("suite", [*pytest, "-k", SUITE, "tests"], 110, environment={"PYTHONPATH": str(ROOT)}))
     sanitizer = shutil.which("compute-sanitizer")
     # freed memory goes back to the driver at once, so that an access past a buffer hits nothing that exists
     plain_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
