@@ -17,7 +17,7 @@ from oracle import truth as full_truth
 from problems import random_problem
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import problems
+from benchmarks.gpu import checks, problems
 from benchmarks.gpu.session import Outcome, Part, results, run
 
 RECORD = "from benchmarks.gpu.session import record; "
@@ -138,3 +138,29 @@ def test_dense_inputs_have_the_density_asked_for(on_cpu, share):
     x, w, _ = problems.dense(256, 5003, 64, share, torch.float32)
     cos = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w).t()
     assert abs(float((cos >= problems.ACTIVE_COSINE).float().mean()) - share) < 0.1 * share + 0.01
+
+
+def test_the_parts_fit_into_the_session(monkeypatch):
+    """With every tool there."""
+    monkeypatch.setattr(command.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(command, "has", lambda module: True)
+    names = [part.name for part in command.session_parts()]
+    assert names == ["facts", "build", "checks", "suite", "memcheck", "speed", "racecheck", "profile"]
+    assert sum(part.seconds for part in command.session_parts()) <= command.SECONDS < 600
+
+
+def test_a_check_that_fails_is_recorded(tmp_path, monkeypatch):
+    """With its reason, and the process says so."""
+    monkeypatch.setenv("GPU_RESULTS", str(tmp_path / "results.jsonl"))
+
+    def wrong():
+        raise AssertionError("off by one\nand more")
+
+    def elsewhere():
+        raise checks.Skip("one GPU")
+
+    monkeypatch.setattr(checks, "CHECKS", {"wrong": wrong, "elsewhere": elsewhere})
+    monkeypatch.setattr(sys, "argv", ["checks", "wrong", "elsewhere"])
+    assert checks.main() == 1
+    first, second = results(tmp_path)
+    assert first["error"] == "AssertionError: off by one" and second["skipped"] == "one GPU"

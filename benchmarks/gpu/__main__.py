@@ -45,12 +45,12 @@ def session_parts() -> list[Part]:
     parts = [Part("facts", module("facts"), 15)]
     if has("setuptools"):
         build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        parts.append(Part("build", build, 60, required=False))
-    parts.append(Part("checks", module("checks"), 120))
+        parts.append(Part("build", build, 50, required=False))
+    parts.append(Part("checks", module("checks"), 100))
     if has("pytest") and has("hypothesis"):
         spread = ["-n", "12"] if has("xdist") else []
         pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *spread]
-        parts.append(Part("suite", [*pytest, "-k", SUITE, "tests"], 110, environment={"PYTHONPATH": str(ROOT)}))
+        parts.append(Part("suite", [*pytest, "-k", SUITE, "tests"], 165, environment={"PYTHONPATH": str(ROOT)}))
     sanitizer = shutil.which("compute-sanitizer")
     # freed memory goes back to the driver at once, so that an access past a buffer hits nothing that exists
     plain_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -61,12 +61,12 @@ def session_parts() -> list[Part]:
 
     if sanitizer:
         parts.append(sanitized("memcheck", 50, required=True))
-    parts.append(Part("speed", module("speed"), 140))
+    parts.append(Part("speed", module("speed"), 130))
     if sanitizer:
-        parts.append(sanitized("racecheck", 30, required=False))
+        parts.append(sanitized("racecheck", 20, required=False))
     if shutil.which("ncu"):
         ncu = ["ncu", "--clock-control", "none", "--set", "basic", "-k", "regex:^screen$", "-c", "3"]
-        parts.append(Part("profile", [*ncu, *module("small", "--large")], 15, required=False))
+        parts.append(Part("profile", [*ncu, *module("small", "--large")], 10, required=False))
     return parts
 
 

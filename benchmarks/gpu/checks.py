@@ -5,7 +5,9 @@ python -m benchmarks.gpu.checks [name …]
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import subprocess
 import sys
 import time
 import traceback
@@ -25,6 +27,7 @@ DTYPES = [(f32, f32), (bf16, f32), (f16, f32), (bf16, bf16), (f16, f16)]
 # embeddings are half precision, amplified by the slope (tests/checks.py derives tight bounds and runs them).
 TOLERANCE = {f32: 1e-4, f16: 3e-2, bf16: 3e-2}
 REPEATS = 200
+AT_ONCE = 5  # processes
 
 
 class Skip(Exception):
@@ -239,21 +242,34 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
+def run(name: str) -> bool:
+    began, problem, skipped = time.monotonic(), None, None
+    try:
+        CHECKS[name]()
+    except Skip as reason:
+        skipped = str(reason)
+    except Exception as found:
+        traceback.print_exc()
+        problem = f"{type(found).__name__}: {found}".splitlines()[0][:300]
+    record(name=name, seconds=round(time.monotonic() - began, 1), error=problem, skipped=skipped)
+    return problem is None
+
+
+def run_in_a_process(name: str) -> bool:
+    """So that kernels of several checks compile at once, and a fault on the GPU ends one check alone."""
+    status = subprocess.run([sys.executable, "-m", "benchmarks.gpu.checks", name]).returncode
+    if status not in (0, 1):
+        record(name=name, error=f"the process ended with status {status}")
+    return status == 0
+
+
 def main() -> int:
-    failed = 0
-    for name in sys.argv[1:] or CHECKS:
-        began, problem, skipped = time.monotonic(), None, None
-        try:
-            CHECKS[name]()
-        except Skip as reason:
-            skipped = str(reason)
-        except Exception as found:
-            traceback.print_exc()
-            problem = f"{type(found).__name__}: {found}".splitlines()[0][:300]
-        failed += problem is not None
-        record(name=name, seconds=round(time.monotonic() - began, 1), error=problem, skipped=skipped)
-        torch.cuda.empty_cache()
-    return int(failed > 0)
+    if names := sys.argv[1:]:
+        right = [run(name) for name in names]
+    else:
+        with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+            right = list(pool.map(run_in_a_process, CHECKS))
+    return int(not all(right))
 
 
 if __name__ == "__main__":
