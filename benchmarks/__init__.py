@@ -1,5 +1,5 @@
-"""Benchmarks of the SFace loss: workloads, opponents, providers, timing, memory, and the commands on top.
+"""Benchmarks of the SFace loss: `bench_loss` times, `density` sweeps the share of active pairs, `accuracy` measures errors
+against float64, `tables` writes the results into the documents, `test_*.py` are microbenchmarks for pytest-benchmark.
 
-`python -m benchmarks.bench_loss` times, `python -m benchmarks.density` sweeps the share of active pairs and
-`python -m benchmarks.accuracy` measures errors against float64.
+What they measure with is `sface_kernels.benchmarking`.
 """

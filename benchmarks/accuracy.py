@@ -30,12 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import report
-from .bench_loss import INTERRUPTED, Parser, note, output_file, positive_int
-from .opponents import reference
-from .timing import failure_text
-from .truth import Errors, Truth, compute_truth, measure_errors
-from .workloads import Case, Shape, Workload, make_workload
+from sface_kernels import explain, sface_loss
+from sface_kernels.benchmarking import report
+from sface_kernels.benchmarking.opponents import reference
+from sface_kernels.benchmarking.report import filter_name
+from sface_kernels.benchmarking.timing import failure_text
+from sface_kernels.benchmarking.truth import Errors, Truth, compute_truth, measure_errors
+from sface_kernels.benchmarking.workloads import Case, Shape, Workload, make_workload
+
+from .arguments import INTERRUPTED, Parser, note, output_file, positive_int
 
 FILTERS = (*(2.0**-power for power in (8, 10, 12, 16, 20, 24)), 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +49,7 @@ def reference_errors(work: Workload, x: Tensor, truth: Truth) -> Errors | None:
     """The reference's in this dtype, under autocast for half embeddings; None where it cannot run."""
     x, w = x.detach().requires_grad_(), work.w.detach().requires_grad_()
     try:
-        with torch.autocast("cpu", dtype=x.dtype, enabled=x.dtype != torch.float32):
+        with torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype != torch.float32):
             loss = reference(x, w, work.y).loss
         loss.backward()
     except RuntimeError as error:
@@ -60,8 +63,6 @@ def package_errors(
     work: Workload, x: Tensor, truth: Truth, backend: str, filter_eps: float
 ) -> tuple[Errors, float, float]:
     """Errors, the certificate, and the share of pairs that were kept."""
-    from sface_kernels import sface_loss
-
     x, w = x.detach().requires_grad_(), work.w.detach().requires_grad_()
     loss, stats = sface_loss(x, w, work.y, filter_eps=filter_eps, backend=backend, return_stats=True)
     loss.backward()
@@ -111,10 +112,6 @@ def measure_workload(work: Workload, dtype_name: str, backend: str) -> list[dict
                 row["within_rule"] = within_rule(errors, of_reference)
         rows.append(row)
     return rows
-
-
-def filter_name(filter_eps: float) -> str:
-    return "0" if filter_eps == 0 else f"2^{round(torch.tensor(filter_eps).log2().item())}"
 
 
 def _cell(row: dict[str, Any], names: tuple[str, ...]) -> str:
@@ -177,6 +174,7 @@ def name_list(allowed: tuple[str, ...]) -> Any:
 def build_parser() -> Parser:
     parser = Parser(prog="accuracy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--backend", default="native", help="backend of the package")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--n", type=positive_int, default=128, help="samples")
     parser.add_argument("--c", type=int_list, default=[1000, 10_575, 85_742], help="classes, comma-separated")
     parser.add_argument("--d", type=int_list, default=[128, 512], help="features, comma-separated")
@@ -193,19 +191,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     try:
-        from sface_kernels import explain
-
-        explain(backend=options.backend)
-    except (ImportError, RuntimeError, ValueError) as error:
+        explain(options.device, backend=options.backend)
+    except (RuntimeError, ValueError) as error:
         parser.error(f"argument --backend: {error}")
     torch.set_num_threads(options.threads)
     kept = {key: value for key, value in vars(options).items() if key != "out"}
-    result = report.new_report("accuracy", {**kept, "filters": list(FILTERS)})
+    kept["device"] = str(options.device)
+    result = report.new_report("accuracy", {**kept, "filters": list(FILTERS)}, options.device)
     rows: list[dict[str, Any]] = result["rows"]
     try:
         for geometry, d, c in itertools.product(options.geometries, options.d, options.c):
             share = 0.05 if geometry == "dense" else None
-            work = make_workload(Case(Shape(options.n, c, d), geometry, share, options.seed))
+            work = make_workload(Case(Shape(options.n, c, d), geometry, share, options.seed), options.device)
             for dtype in options.dtypes:
                 note(f"{work.case.name}, {dtype}")
                 rows += measure_workload(work, dtype, options.backend)

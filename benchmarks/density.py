@@ -1,9 +1,8 @@
 """`python -m benchmarks.density`: forward and backward against the share of active pairs, from 1e-6 to 1.
 
 Shows whether the change from sparse to dense work is a cliff. The reference's work does not depend on the
-data, so it is timed at the first and the last density only and drawn as a horizontal line. `native@0` does
-the dense work at every density: the filtered curve should stay near the lower of its own sparse line and
-that one.
+data, so it is timed at the first and the last density only. `native@0` does the dense work at every density: the
+filtered curve should stay near the lower of its own sparse line and that one.
 
 Work: 2·N·C·D flop for the cosines, and 4·D flop for each active pair, or 4·N·C·D where all blocks are dense.
 """
@@ -11,18 +10,19 @@ Work: 2·N·C·D flop for the cosines, and 4·D flop for each active pair, or 4�
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import report
-from .bench_loss import INTERRUPTED, Parser, note, output_file, positive_float, positive_int, provider_list
-from .providers import resolve
-from .runner import Settings, run_case
-from .workloads import Case, Shape
+from sface_kernels.benchmarking import report
+from sface_kernels.benchmarking.contestant import MODES
+from sface_kernels.benchmarking.providers import resolve
+from sface_kernels.benchmarking.report import reference_median
+from sface_kernels.benchmarking.runner import Progress, Settings, run_case
+from sface_kernels.benchmarking.workloads import Case, Shape
+
+from .arguments import INTERRUPTED, Parser, note, output_file, positive_float, positive_int, provider_list
 
 DENSITIES = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 DEFAULT_PROVIDERS = ("native@2^-16", "native@0", "reference")
@@ -37,6 +37,19 @@ def densities(text: str) -> list[float]:
     return values
 
 
+class Notes(Progress):
+    """A line for each thing that begins."""
+
+    def __init__(self, workload: str) -> None:
+        self.workload = workload
+
+    def at(self, text: str, step: int) -> None:
+        note(f"{self.workload}: {text}")
+
+    def warn(self, text: str) -> None:
+        note(f"warning: {text}")
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="density", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--n", type=positive_int, default=128, help="samples")
@@ -45,19 +58,13 @@ def build_parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--densities", type=densities, default=list(DENSITIES), help="ascending")
     parser.add_argument("--providers", type=provider_list, default=[resolve(p) for p in DEFAULT_PROVIDERS])
-    parser.add_argument("--mode", choices=("forward", "backward", "both", "step"), default="both")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--mode", choices=MODES, default="both")
     parser.add_argument("--repeats", type=positive_int, default=9, help="rounds")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads())
     parser.add_argument("--budget-seconds", type=positive_float, default=20.0, help="for each density")
     parser.add_argument("--out", type=output_file, metavar="FILE.json")
-    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="needs matplotlib")
     return parser
-
-
-def reference_median(rows: list[dict[str, Any]]) -> float | None:
-    """Median over the densities of the reference's medians, ms."""
-    medians = [row["time_ms"]["median"] for row in rows if row["provider"] == HORIZONTAL and row["time_ms"]]
-    return statistics.median(medians) if medians else None
 
 
 def add_sweep_ratios(rows: list[dict[str, Any]]) -> None:
@@ -86,54 +93,23 @@ def print_sweep(rows: list[dict[str, Any]]) -> None:
         print(f"{row['density']:9.2e}  {row['provider']:<14} {median} {quartiles:<20} {ratio}")
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Times with quartiles over density, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name in dict.fromkeys(row["provider"] for row in rows if row["provider"] != HORIZONTAL):
-        own = [row for row in rows if row["provider"] == name and row["time_ms"] and row["density"] > 0]
-        if own:
-            where = [row["density"] for row in own]
-            axes.plot(where, [row["time_ms"]["median"] for row in own], marker="o", label=name)
-            low, high = ([row["time_ms"][key] for row in own] for key in ("q1", "q3"))
-            axes.fill_between(where, low, high, alpha=0.2)
-    baseline = reference_median(rows)
-    if baseline:
-        axes.axhline(baseline, color="black", linestyle="--", label="reference, eager")
-    first = rows[0]
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="share of active pairs at 2⁻¹⁶",
-        ylabel=f"{'forward and backward' if first['mode'] == 'both' else first['mode']}, ms",
-        title=f"N={first['n']}, C={first['c']}, D={first['d']}, float32",
-    )
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit status as that of `bench_loss`."""
     options = build_parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     torch.set_num_threads(options.threads)
-    kept = {key: value for key, value in vars(options).items() if key not in ("providers", "out", "plot")}
+    kept = {key: value for key, value in vars(options).items() if key not in ("providers", "out")}
     kept["providers"] = [provider.name for provider in options.providers]
-    result = report.new_report("density", kept)
-    settings = Settings(options.repeats, options.budget_seconds, options.threads, measure_memory=False)
+    kept["device"] = str(options.device)
+    result = report.new_report("density", kept, options.device)
+    settings = Settings(
+        options.repeats, options.budget_seconds, options.threads, measure_memory=False, device=options.device
+    )
     ends = (options.densities[0], options.densities[-1])
     try:
         for density in options.densities:
             chosen = [p for p in options.providers if p.name != HORIZONTAL or density in ends]
             case = Case(Shape(options.n, options.c, options.d), "dense", density, options.seed)
-            run_case(case, chosen, [options.mode], settings, result, note)
+            run_case(case, chosen, [options.mode], settings, result, Notes(case.name))
     except KeyboardInterrupt:
         result["interrupted"] = True
         note("interrupted; finished rows are kept")
@@ -143,11 +119,6 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is not None:
             report.save(result, options.out)
     print_sweep(rows)
-    if options.plot is not None and rows:
-        try:
-            draw(rows, options.plot)
-        except ImportError as error:
-            note(f"no plot: {error}")
     if result["interrupted"]:
         return INTERRUPTED
     return 1 if any(row["status"] == "wrong" for row in rows) else 0

@@ -34,7 +34,10 @@ MAY_IMPORT = {
     "__init__": {"_version", "types", "dispatch", "loss"},
     "distributed": {"types", "ops", "dispatch", "validation", "autograd"},
     "compat": {"types", "ops", "loss", "dispatch", "distributed"},
-    "cli": {"", "loss", "dispatch", "types", "compat", "distributed", "_version"},
+    "benchmarking": {"benchmarking", "loss", "dispatch", "validation", "_version"},
+    "benchmarking.plots": {"benchmarking"},
+    "cli": {"cli", "benchmarking", "dispatch", "_version"},
+    "__main__": {"cli"},
 }
 
 
@@ -110,7 +113,7 @@ def test_only_the_triton_backend_imports_triton():
 def test_leaves_need_torch_and_the_standard_library_only():
     """The package imports, traces and tests without numpy or anything else."""
     for name, tree in modules():
-        if layer(name) in ("cli", "compat", "backends.triton"):
+        if layer(name) in ("cli", "compat", "backends.triton", "benchmarking.plots"):
             continue
         foreign = {target.split(".")[0] for target in imports(name, tree)} - {"sface_kernels", "torch", "__future__"}
         assert foreign <= sys.stdlib_module_names, f"{name}: {foreign - sys.stdlib_module_names}"
@@ -162,7 +165,7 @@ def test_import_is_light():
     new = in_a_process(before + after).split()
     heavy = {"triton", "numpy", "torch._inductor", "torch._dynamo", "torch.utils.cpp_extension", "setuptools"}
     assert not heavy & set(new), heavy & set(new)
-    assert "sface_kernels.compat" not in new and "sface_kernels.cli" not in new
+    assert not {f"sface_kernels.{part}" for part in ("compat", "cli", "benchmarking")} & set(new)
 
 
 def test_one_openmp_runtime(native):

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .._version import __version__
+
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "bf16", "sve")
 ENV_NAMES = ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "TORCHINDUCTOR_CPP_WRAPPER", "ATEN_CPU_CAPABILITY")
 ENV_PREFIXES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "SFACE_", "DNNL_", "ONEDNN_")
@@ -34,8 +36,9 @@ def _cpu_info(*names: str) -> str | None:
     return None
 
 
-def facts() -> dict[str, Any]:
-    """The machine: `memory_bytes` in bytes, `thp` the kernel's setting of transparent huge pages."""
+def facts(device: torch.device | None = None) -> dict[str, Any]:
+    """The machine: `memory_bytes` in bytes, `thp` the kernel's setting of transparent huge pages, `gpu` the device
+    that is measured, or None for a CPU."""
     flags = set((_cpu_info("flags", "Features") or "").split())
     caches = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
@@ -56,7 +59,29 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_products_change_fp32_mm": _bf16_products_apply(),
+        "gpu": gpu_facts(device) if device is not None and device.type == "cuda" else None,
     }
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """Name, compute capability, memory and L2 cache in bytes, multiprocessors, and the CUDA or HIP version."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "multiprocessors": properties.multi_processor_count,
+        "runtime": torch.version.cuda or torch.version.hip,
+    }
+
+
+def title(facts: dict[str, Any]) -> str:
+    """One line that names what was measured, from the `machine` of a report."""
+    if facts.get("gpu"):
+        return facts["gpu"]["name"]
+    isa = "AVX-512" if "avx512f" in facts["isa"] else "AVX2" if "avx2" in facts["isa"] else ""
+    return ", ".join(filter(None, (facts["cpu"], isa, f"{facts['threads']} threads")))
 
 
 def _bf16_products_apply() -> bool:
@@ -74,14 +99,12 @@ def _bf16_products_apply() -> bool:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, PyTorch and the package; None where something is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import sface_kernels
-
-        found["sface_kernels"] = sface_kernels.__version__
-    except ImportError:
-        found["sface_kernels"] = None
-    for name in ("numpy", "rich"):
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sface_kernels": __version__,
+    }
+    for name in ("triton", "numpy", "typer", "rich", "matplotlib"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -7,7 +7,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
+
+import torch
 
 from . import machine
 
@@ -19,12 +21,48 @@ MAX_VISIT = 5
 MIN_ROUNDS = 3  # even when the budget is spent
 
 
-class Timed(Protocol):
+class Timed:
     """A contestant: `prepare` outside the timed region, then `run` inside it."""
 
-    def prepare(self) -> None: ...
+    rotates = False  # whether `prepare` changes to other inputs each time, unless `hot`
+    hot = False
+    rests = False  # whether `rest` gave back what the first run of the next turn must make again
 
-    def run(self) -> None: ...
+    def prepare(self) -> None:
+        raise NotImplementedError
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+    def rest(self) -> None:
+        """At the end of a turn."""
+
+
+Clock = Callable[[Callable[[], None]], float]  # runs a function and returns its seconds
+
+
+def wall_clock(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class CudaClock:
+    """Time between two events on the current stream, launches that the host is late with included."""
+
+    def __init__(self) -> None:
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, run: Callable[[], None]) -> float:
+        self.start.record()
+        run()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else wall_clock
 
 
 class Samples:
@@ -32,7 +70,8 @@ class Samples:
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
-        self.failures: dict[str, str] = {}
+        self.hot: dict[str, list[float]] = {}  # with the same inputs again and again, where they rotate
+        self.failures: dict[str, BaseException] = {}
         self.other_busy_cores: float | None = None  # cores that other processes used meanwhile
 
 
@@ -57,19 +96,29 @@ def failure_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()[:200] if lines else ''}".rstrip(": ")
 
 
-def run_once(contestant: Timed) -> float:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on whatever device; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def recover_memory() -> None:
+    """After a provider ran out of it, so that the others have it."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def run_once(contestant: Timed, clock: Clock = wall_clock) -> float:
     """Seconds of one run."""
     contestant.prepare()
-    start = time.perf_counter()
-    contestant.run()
-    return time.perf_counter() - start
+    return clock(contestant.run)
 
 
-def warm_up(contestant: Timed) -> None:
+def warm_up(contestant: Timed, clock: Clock = wall_clock) -> None:
     """Runs until two times in a row agree within STEADY, or the limits above."""
-    begin, last = time.perf_counter(), run_once(contestant)
+    begin, last = time.perf_counter(), run_once(contestant, clock)
     for _ in range(MAX_WARM_UP - 1):
-        now = run_once(contestant)
+        now = run_once(contestant, clock)
         steady, last = abs(now - last) <= STEADY * last, now
         if steady or time.perf_counter() - begin > MAX_WARM_UP_SECONDS:
             return
@@ -102,39 +151,41 @@ def interleave(
     repeats: int,
     budget_seconds: float,
     samples: Samples | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str, int], None] = lambda text, steps: None,
+    clock: Clock = wall_clock,
 ) -> Samples:
     """Times every contestant in `repeats` rounds, or fewer (at least MIN_ROUNDS) to keep to the budget. The
     warm-up does not count in it.
 
     In its turn a contestant that takes less than VISIT_SECONDS runs once untimed, to have its data in the
     caches as it left them, and then up to MAX_VISIT times. One that raises is dropped with its reason; the
-    others go on.
+    others go on. `progress` gets what comes next and how many of the len(contestants) + repeats steps are done.
     """
     samples = samples or Samples()
     begin, busy, own = time.perf_counter(), machine.busy_seconds(), machine.own_seconds()
     alive = []
-    for name, contestant in contestants.items():
-        progress(f"warming up {name}")
+    for done, name in enumerate(list(contestants)):
+        progress(f"warming up {name}", done)
         try:
-            warm_up(contestant)
+            warm_up(contestants[name], clock)
+            contestants[name].rest()
             alive.append(name)
         except Exception as error:
-            samples.failures[name] = failure_text(error)
+            _drop(name, error, contestants, samples)
     orders, rounds_begin = balanced_orders(alive), time.perf_counter()
     with _no_garbage_collection():
         for done in range(repeats if alive else 0):
             spent = time.perf_counter() - rounds_begin
             if done >= MIN_ROUNDS and spent * (done + 1) / done > budget_seconds:
                 break
-            progress(f"round {done + 1} of {repeats}, {spent:.0f} s")
+            progress(f"round {done + 1} of {repeats}", len(alive) + done)
             for name in next(orders):
-                if name in samples.failures:
+                if name not in contestants:
                     continue
                 try:
-                    _visit(contestants[name], samples.seconds.setdefault(name, []))
+                    _visit(name, contestants[name], samples, clock)
                 except Exception as error:
-                    samples.failures[name] = failure_text(error)
+                    _drop(name, error, contestants, samples)
     wall = time.perf_counter() - begin
     if busy is not None and wall > 0:
         others = (machine.busy_seconds() or busy) - busy - (machine.own_seconds() - own)
@@ -142,12 +193,32 @@ def interleave(
     return samples
 
 
-def _visit(contestant: Timed, seconds: list[float]) -> None:
-    if seconds and seconds[-1] < VISIT_SECONDS:
-        run_once(contestant)
+def _drop(name: str, error: Exception, contestants: dict[str, Timed], samples: Samples) -> None:
+    # its traceback holds the frames in which its tensors live
+    samples.failures[name] = error.with_traceback(None)
+    del contestants[name]
+    recover_memory()
+
+
+def _visit(name: str, contestant: Timed, samples: Samples, clock: Clock) -> None:
+    seconds = samples.seconds.setdefault(name, [])
+    if contestant.rests or (seconds and seconds[-1] < VISIT_SECONDS):
+        run_once(contestant, clock)
+    _runs(contestant, seconds, clock)
+    if contestant.rotates:
+        contestant.hot = True
+        try:
+            run_once(contestant, clock)
+            _runs(contestant, samples.hot.setdefault(name, []), clock)
+        finally:
+            contestant.hot = False
+    contestant.rest()
+
+
+def _runs(contestant: Timed, seconds: list[float], clock: Clock) -> None:
     spent = 0.0
     for _ in range(MAX_VISIT):
-        seconds.append(run_once(contestant))
+        seconds.append(run_once(contestant, clock))
         spent += seconds[-1]
         if spent >= VISIT_SECONDS:
             return

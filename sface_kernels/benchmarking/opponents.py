@@ -32,8 +32,8 @@ def reference(x: Tensor, w: Tensor, y: Tensor) -> ReferenceOutputs:
     A cosine rounded past 1 gives NaN, as it does there.
     """
     logits = F.linear(F.normalize(x), F.normalize(w)) * S  # [N, C]
-    own = torch.zeros(logits.shape, dtype=logits.dtype).scatter_(1, y.view(-1, 1), 1)
-    other = torch.ones(logits.shape, dtype=logits.dtype).scatter_(1, y.view(-1, 1), 0)
+    own = torch.zeros_like(logits).scatter_(1, y.view(-1, 1), 1)
+    other = torch.ones_like(logits).scatter_(1, y.view(-1, 1), 0)
 
     logit_target = (own * logits).sum(1)  # [N]
     with torch.no_grad():

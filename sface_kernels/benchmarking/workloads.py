@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 GEOMETRIES = ("random", "trained", "dense")
+CLASSES = {"casia": 10_575, "ms1mv2": 85_742, "glint360k": 360_232, "wf42m": 2_059_906, "4m": 4_000_000}  # identities
 S, K, A, B = 64.0, 80.0, 0.80, 1.23  # scale, slope, and the two angles in radians: the defaults of the loss
 FAST_EPS = 2.0**-16  # the filter at which densities are requested and reported
 MAX_PAIRS = 1 << 24  # pairs looked at when a density is measured; 64 MiB of cosines
@@ -34,7 +35,7 @@ class Shape(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One workload by its description; equal cases give equal tensors."""
+    """One workload by its description; equal cases give equal tensors on one kind of device."""
 
     shape: Shape
     geometry: str = "random"
@@ -51,8 +52,8 @@ class Workload(NamedTuple):
     """The tensors of a case."""
 
     case: Case
-    x: Tensor  # [N, D] float32
-    w: Tensor  # [C, D] float32
+    x: Tensor  # [N, D], in the dtype asked for
+    w: Tensor  # [C, D] float32, master weights
     y: Tensor  # [N] int64
     density: float  # measured share of non-target pairs that are active at FAST_EPS
 
@@ -73,10 +74,10 @@ def active_cosine(filter_eps: float, k: float = K, b: float = B) -> float:
     return math.cos(min(math.pi, max(0.0, b + math.log(1 / filter_eps - 1) / k)))
 
 
-def make_workload(case: Case) -> Workload:
-    """The tensors of `case`. Takes 3 to 9 seconds at C=85,742, D=512, longest for very low densities."""
-    shape, generator = case.shape, torch.Generator().manual_seed(case.seed)
-    y = torch.randint(shape.c, (shape.n,), generator=generator)  # [N]
+def make_workload(case: Case, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Workload:
+    """The tensors of `case`, drawn on `device`, with the embeddings rounded to `dtype`."""
+    shape, generator = case.shape, torch.Generator(device).manual_seed(case.seed)
+    y = torch.randint(shape.c, (shape.n,), generator=generator, device=device)  # [N]
     if case.geometry == "random":
         x, w = _random(shape, generator)
     elif case.geometry == "trained":
@@ -85,7 +86,8 @@ def make_workload(case: Case) -> Workload:
         x, w = _dense(shape, y, 0.05 if case.density is None else case.density, generator)
     else:
         raise ValueError(f"geometry: expected one of {GEOMETRIES}, got {case.geometry!r}")
-    return Workload(case, x, w, y, measure_density(x, w, y))
+    x = x.to(dtype)
+    return Workload(case, x, w, y, measure_density(x.float(), w, y))
 
 
 def measure_density(x: Tensor, w: Tensor, y: Tensor, filter_eps: float = FAST_EPS) -> float:
@@ -108,11 +110,11 @@ def _active_share(cos: Tensor, y: Tensor, step: int, threshold: float) -> float:
 
 
 def _normal(generator: torch.Generator, *size: int) -> Tensor:
-    return torch.randn(*size, generator=generator)
+    return torch.randn(*size, generator=generator, device=generator.device)
 
 
 def _uniform(generator: torch.Generator, low: float, high: float, size: int) -> Tensor:
-    return torch.empty(size).uniform_(low, high, generator=generator)
+    return torch.empty(size, device=generator.device).uniform_(low, high, generator=generator)
 
 
 def _unit(t: Tensor) -> Tensor:
@@ -144,9 +146,9 @@ def _spectrum(d: int) -> Tensor:
 
 def _trained(shape: Shape, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     n, c, d = shape
-    scale = _spectrum(d)
+    scale = _spectrum(d).to(generator.device)
     clusters = max(1, min(900, c // 4))
-    cluster = torch.randint(clusters, (c,), generator=generator)  # [C]
+    cluster = torch.randint(clusters, (c,), generator=generator, device=generator.device)  # [C]
     middle = _unit(_normal(generator, clusters, d) * scale)  # [clusters, D]
     likeness = _uniform(generator, 0.1, 0.6, clusters)  # cosine of two classes of one cluster
     w = _normal(generator, c, d).mul_(scale)

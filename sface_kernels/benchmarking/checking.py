@@ -1,0 +1,142 @@
+"""The check against float64 that every provider passes before it is timed, and the budget that it must keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..loss import sface_loss
+from . import opponents
+from .contestant import Contestant
+from .providers import CONTEXT, OPPONENT, PACKAGE, PRODUCT, LossFunction, Provider
+from .truth import Errors, Truth, compute_truth, measure_errors
+from .workloads import Workload
+
+FULL_CHECK_LIMIT = 1.5e10  # N·C·D up to which all classes are checked; float64 takes some 10 s there on a CPU
+OPPONENT_LIMIT = 1e-4  # relative error of float32 arithmetic as people write it
+BF16_LIMIT = 0.5  # products in bf16 move cosines by 1e-3, which k = 80 blows up: it only tells right from wrong
+# Backends whose loss takes the cosines of dropped pairs from a 16-bit screen: 6 % of those terms (docs/math.md, 3).
+SCREENED = {"native": 0.06, "triton": 0.06}
+HALF_PRODUCTS = ("triton",)  # backends that multiply half embeddings as they are
+HALF = (torch.float16, torch.bfloat16)
+
+
+def budget(truth: Truth, reference: Errors, backend: str) -> Errors:
+    """What a backend's errors may be: twice the reference's in the same dtype and one rounding of each cosine,
+    angle and term, and the share of the loss that a screen may move."""
+    doubled = [2 * (own + rounding) for own, rounding in zip(reference, truth.rounding, strict=True)]
+    return Errors(doubled[0] + SCREENED.get(backend, 0.0) * truth.dropped_loss, doubled[1], doubled[2])
+
+
+def package_errors(truth: Truth, x: Tensor, w: Tensor, y: Tensor, backend: str, filter_eps: float) -> Errors:
+    """Of the mean loss and its gradients, rows with a negative class ignored."""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    loss = sface_loss(x, w, y, ignore_index=-1, filter_eps=filter_eps, backend=backend)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert x.grad is not None and w.grad is not None
+    return measure_errors(truth, loss.detach(), x.grad, w.grad)
+
+
+def autocast_errors(truth: Truth, x: Tensor, w: Tensor, y: Tensor) -> Errors:
+    """Of the published arithmetic under autocast to the dtype of `x`: what such a training has now."""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    with torch.autocast(x.device.type, x.dtype):
+        loss = opponents.reference(x, w, y).loss
+    loss.backward()
+    assert x.grad is not None and w.grad is not None
+    return measure_errors(truth, loss.detach(), x.grad, w.grad)
+
+
+def reduced(work: Workload) -> Workload:
+    """The workload, or where it is large one with fewer classes: the targets' and evenly spaced others."""
+    shape = work.case.shape
+    keep = int(FULL_CHECK_LIMIT / (shape.n * shape.d))
+    if shape.c <= keep:
+        return work
+    spaced = torch.arange(0, shape.c, -(-shape.c // keep), device=work.y.device)
+    classes = torch.cat([work.y, spaced]).unique()
+    case = work.case._replace(shape=shape._replace(c=len(classes)))
+    return Workload(case, work.x, work.w[classes], torch.searchsorted(classes, work.y), work.density)
+
+
+class Checker:
+    """Holds the float64 results of a workload, and what the reference makes of it."""
+
+    def __init__(self, work: Workload, bf16_products: bool = False) -> None:
+        self.work, self.bf16_products = reduced(work), bf16_products
+        self.exact = compute_truth(self.work.x, self.work.w, self.work.y)
+        self.filtered: tuple[float, Truth, Errors] | None = None  # of the last filter asked for
+        self.autocast: Errors | None = None
+
+    def check(self, provider: Provider, function: LossFunction | None = None) -> dict[str, Any]:
+        """`ok`, the number of classes checked, errors against the exact float64 result and against the one
+        with the provider's filter, and the limits of the latter. Raises what the provider raises."""
+        contestant = Contestant(provider, self.work, "both", self.bf16_products, function)
+        if provider.kind == PRODUCT:
+            return self._check_product(contestant)
+        found = contestant.results()
+        if provider.kind == CONTEXT:
+            errors = exact = self._cross_entropy_errors(*found)
+            limits = self._opponent_limits(provider)
+        else:
+            meant, limits = self._meant(provider)
+            errors, exact = measure_errors(meant, *found), measure_errors(self.exact, *found)
+        return {
+            "ok": all(error <= limit for error, limit in zip(errors, limits, strict=True)),
+            "classes": self.work.case.shape.c,
+            "errors": exact._asdict(),
+            "errors_beyond_filter": errors._asdict(),
+            "limits": limits._asdict(),
+        }
+
+    def _meant(self, provider: Provider) -> tuple[Truth, Errors]:
+        """What the provider is meant to return, and how far off it may be."""
+        if provider.kind == OPPONENT:
+            return self.exact, self._opponent_limits(provider)
+        assert provider.kind == PACKAGE and provider.backend is not None
+        x, w, y = self.work.x, self.work.w, self.work.y
+        filter_eps = provider.filter_for(x.dtype, x.shape[1])
+        if self.filtered is None or self.filtered[0] != filter_eps:
+            truth = compute_truth(x, w, y, filter_eps) if filter_eps else self.exact
+            self.filtered = filter_eps, truth, package_errors(truth, x, w, y, "reference", filter_eps)
+        _, truth, reference = self.filtered
+        limits = budget(truth, reference, provider.backend)
+        if x.dtype in HALF and provider.backend in HALF_PRODUCTS:
+            self.autocast = self.autocast or autocast_errors(self.exact, x, w, y)
+            limits = Errors(*map(max, limits, self.autocast))
+        return truth, limits
+
+    def _opponent_limits(self, provider: Provider) -> Errors:
+        half = self.bf16_products or provider.autocast
+        rounding = torch.finfo(self.work.x.dtype).eps  # of ∂x, which is stored in the embeddings' dtype
+        limit = BF16_LIMIT if half else OPPONENT_LIMIT
+        return Errors(limit, limit + rounding, limit)
+
+    def _cross_entropy_errors(self, loss: Tensor, grad_x: Tensor, grad_w: Tensor) -> Errors:
+        x, w = (t.double().requires_grad_() for t in (self.work.x, self.work.w))
+        truth = F.cross_entropy(x @ w.t(), self.work.y)
+        truth.backward()
+        assert x.grad is not None and w.grad is not None
+        value = float(truth.detach())
+        meant = self.exact._replace(loss=value, magnitude=abs(value), grad_x=x.grad, grad_w=w.grad)
+        return measure_errors(meant, loss, grad_x, grad_w)
+
+    def _check_product(self, contestant: Contestant) -> dict[str, Any]:
+        contestant.prepare()
+        contestant.run()
+        step = max(1, len(self.work.w) // 4096)
+        truth = self.work.x.double() @ self.work.w[::step].double().t()
+        error = float((contestant.out[:, ::step].double() - truth).norm() / truth.norm())
+        exact = contestant.provider.product == torch.float32 and contestant.precision == "highest"
+        limit = 1e-5 if exact else 2e-2
+        return {
+            "ok": error <= limit,
+            "classes": len(truth[0]),
+            "errors": {"product": error},
+            "errors_beyond_filter": {"product": error},
+            "limits": {"product": limit},
+        }

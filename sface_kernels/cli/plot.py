@@ -1,0 +1,54 @@
+"""`sface-kernels plot`: pictures of result files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..benchmarking import report
+from . import options
+
+FORMATS = ("png", "svg")
+
+
+def plot(
+    files: Annotated[
+        list[Path], typer.Argument(help="JSON files of bench, benchmarks.density or benchmarks.accuracy.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures; it is made where it is missing.")] = Path("plots"),
+    prefix: Annotated[str, typer.Option(help="Of the pictures' names.")] = "",
+    formats: Annotated[str, typer.Option(help="Comma-separated.")] = "png,svg",
+    mode: Annotated[str, typer.Option(help="Which of the modes in the files.")] = "both",
+) -> None:
+    """Draw time and memory against C and N, ratios, error against filter_eps, time against the share of active pairs.
+
+    Each picture is drawn where the files hold its data; several files of one kind are drawn together.
+    """
+    endings = options.split("--formats", formats, options.one_of(FORMATS))
+    reports = []
+    for file in files:
+        try:
+            reports.append(report.load(file))
+        except report.ReportError as error:
+            raise options.wrong("FILES", str(error)) from error
+        except OSError as error:
+            raise options.wrong("FILES", f"cannot read {file}: {error.strerror}") from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise options.wrong("--out", f"cannot make the folder {out}: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise options.wrong("--out", f"cannot write into {out}")
+    from ..benchmarking import plots
+
+    figures = plots.draw(reports, mode)
+    if not figures:
+        raise options.wrong("FILES", f"nothing to draw: no timed rows of mode {mode!r} and no errors in these files")
+    for name, figure in figures.items():
+        for ending in endings:
+            path = out / f"{prefix}{name}.{ending}"
+            figure.savefig(path)
+            typer.echo(path)
