@@ -15,7 +15,7 @@ from .plot import plot
 
 INTERRUPTED = 130
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for command in (info, check, bench, plot):
     app.command()(command)
 

@@ -40,7 +40,7 @@ def bench(
     mode: Annotated[str | None, typer.Option(help="forward, backward, both, step (with SGD) or all; several with commas.", show_default="both; all with --suite")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>; the GPU if there is one.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the embeddings; the weights are float32.")] = Dtype.float32,  # type: ignore[attr-defined]
-    providers: Annotated[str, typer.Option(help="Comma-separated names, default or all. A filter: native@2^-12.")] = "default",
+    providers: Annotated[str, typer.Option(help="Comma-separated; default, or all, or names (a wrong one lists them). A filter: native@2^-12.")] = "default",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all take their turn.")] = 15,
     budget_seconds: Annotated[float, typer.Option(help="Timing of one workload and mode; at least 3 rounds.")] = 60.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if left out.")] = None,

@@ -50,16 +50,15 @@ def check(
     where = options.device(device)
     small = os.environ.get(INTERPRET) == "1" and "triton" in chosen
     console = Console(width=None if sys.stdout.isatty() else 120)
-    outcomes: list[selfcheck.Outcome] = []
-    dtypes = track(options.DTYPES.values(), "Checking", console=Console(stderr=True), transient=True)
-    for dtype in dtypes:
-        outcomes += selfcheck.run(chosen, where, dtype, small)
-    for backend in chosen:
-        reason = selfcheck.unavailable(backend, where, options.DTYPES["float32"])
+    reasons = {backend: selfcheck.unavailable(backend, where, options.DTYPES["float32"]) for backend in chosen}
+    for backend, reason in reasons.items():
         if reason is not None:
             console.print(f"{backend} is not checked: {reason}", highlight=False, soft_wrap=True)
-    if not outcomes:
+    if all(reasons.values()):
         raise options.wrong("--backends", f"none of {', '.join(chosen)} runs on {where}")
+    outcomes: list[selfcheck.Outcome] = []
+    for dtype in track(options.DTYPES.values(), "Checking", console=Console(stderr=True), transient=True):
+        outcomes += selfcheck.run(chosen, where, dtype, small)
     over = [outcome for outcome in outcomes if not outcome.ok]
     console.print(_table(outcomes if verbose else _worst(outcomes), f"Errors on {where}, beside their budget"))
     for outcome in over:
