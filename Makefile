@@ -11,8 +11,9 @@ TRITON36 := $(VENV)/triton36
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test test-triton36 compile-matrix gpu check lint format build bench accuracy density clean
+.PHONY: demo test test-triton36 compile-matrix gpu check lint format build bench results pictures tables clean FORCE
 .DEFAULT_GOAL := build
+.NOTPARALLEL: # two measurements at once measure each other
 
 build: $(VENV)/built
 
@@ -67,15 +68,61 @@ format: build
 
 check: lint test
 
-# The benchmarks want a quiet machine; each writes a file under benchmarks/results/.
+# Microbenchmarks, within three minutes on two cores. BENCH=--benchmark-autosave keeps them, BENCH=--benchmark-compare
+# compares with the last that were kept.
 bench: build
-	$(BIN)/python -m benchmarks.bench_loss --suite --out benchmarks/results/cpu_loss.json
+	$(BIN)/python -m pytest benchmarks -q --benchmark-group-by=group --benchmark-sort=name \
+		--benchmark-columns=median,iqr,min,max,rounds $(BENCH)
 
-density: build
-	$(BIN)/python -m benchmarks.density --out benchmarks/results/cpu_density.json
+# Everything in benchmarks/results/ and in the tables, on a quiet machine. DEVICE=cuda measures a GPU. A single file is made
+# again by its name, as in `make benchmarks/results/cpu-random.json pictures tables`.
+DEVICE := cpu
+OUT := benchmarks/results/$(DEVICE)
+PLOT = $(BIN)/python -m sface_kernels plot --out $(dir $(OUT)) --prefix $(DEVICE)- --formats png
+ifeq ($(DEVICE),cpu)
+SHAPE := ms1mv2
+CASES := random trained dense casia all thp thp-bf16 modes classes samples
+else
+SHAPE := --n 1024 --c 1000000 --dtype bfloat16
+CASES := random trained dense casia all modes classes samples
+endif
+random := $(SHAPE)
+trained := $(SHAPE) --geometry trained
+dense := $(SHAPE) --geometry dense
+casia := casia --n 512
+all := $(SHAPE) --providers all
+thp := $(SHAPE) --thp
+thp-bf16 := $(SHAPE) --thp --bf16-opponents
+modes := $(SHAPE) --mode all --no-memory
+classes := --c 1000,10575,85742,360232
+samples := ms1mv2 --n 16,64,256,1024
 
-accuracy: build
-	$(BIN)/python -m benchmarks.accuracy --out benchmarks/results/cpu_accuracy.json
+results: $(CASES:%=$(OUT)-%.json) $(OUT)-density.json $(OUT)-accuracy.json $(OUT)-accuracy-dense.json
+	$(MAKE) pictures tables
+
+$(OUT)-density.json: build FORCE
+	$(BIN)/python -m benchmarks.density --device $(DEVICE) --out $@
+
+$(OUT)-accuracy.json: build FORCE
+	$(BIN)/python -m benchmarks.accuracy --device $(DEVICE) --out $@
+
+$(OUT)-accuracy-dense.json: build FORCE
+	$(BIN)/python -m benchmarks.accuracy --device $(DEVICE) --c 85742 --d 512 --geometries dense --out $@
+
+$(OUT)-%.json: build FORCE
+	$(BIN)/python -m sface_kernels bench $($*) --device $(DEVICE) --budget-seconds 30 --out $@
+
+pictures: build
+	$(PLOT) $(OUT)-random.json $(OUT)-trained.json $(OUT)-dense.json $(OUT)-casia.json --only ratio
+	$(PLOT) $(OUT)-classes.json --only time_vs_classes,memory_vs_classes
+	$(PLOT) $(OUT)-samples.json --only time_vs_samples,memory_vs_samples
+	$(PLOT) $(OUT)-density.json
+	$(PLOT) $(OUT)-accuracy.json --only error_vs_filter
+
+tables: build
+	$(BIN)/python -m benchmarks.tables README.md docs/performance.md
+
+FORCE:
 
 clean:
 	rm -rf $(VENV) build runs sface_kernels/*.so *.egg-info

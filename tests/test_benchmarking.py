@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
-from benchmarks import accuracy, density
+from benchmarks import accuracy, density, tables
 from sface_kernels import sface_loss
 from sface_kernels.benchmarking import memory, opponents, providers, report, selfcheck, timing, work
 from sface_kernels.benchmarking.checking import Checker, reduced
-from sface_kernels.benchmarking.contestant import MODES, Contestant
+from sface_kernels.benchmarking.contestant import MODES, enter
 from sface_kernels.benchmarking.truth import compute_truth, measure_errors
 from sface_kernels.benchmarking.workloads import (
     FAST_EPS,
@@ -29,7 +31,7 @@ from sface_kernels.benchmarking.workloads import (
 def test_opponents_alone_get_bf16_products():
     work = make_workload(Case(Shape(4, 30, 16)))
     for name, expected in (("careful", "medium"), ("mm-fp32", "medium"), ("chunked", "highest")):
-        assert Contestant(providers.resolve(name), work, "both", True).precision == expected
+        assert enter(providers.resolve(name), work, "both", True).precision == expected
 
 
 def test_peak_memory_of_a_process_of_its_own():
@@ -105,13 +107,13 @@ def test_memory_that_runs_out_while_timing_leaves_the_others():
 def test_contestants_rotate_their_own_copies():
     data = make_workload(Case(Shape(4, 30, 16), "trained"))
     for name in ("careful", "mm-fp32"):
-        one = Contestant(providers.resolve(name), data, "both", copies=2)
+        one = enter(providers.resolve(name), data, "both", copies=2)
         seen = []
         for hot in (False, False, True, False):
             one.hot = hot
             one.prepare()
             one.run()
-            seen.append(one.pairs[one.at][1] if name == "mm-fp32" else one.now.w)
+            seen.append(one.now[1] if name == "mm-fp32" else one.now.w)
         pointers = [w.data_ptr() for w in seen]
         assert pointers[0] != pointers[1] == pointers[2] != pointers[3] == pointers[0]
         assert all(torch.equal(w, data.w) for w in seen)
@@ -126,6 +128,8 @@ def test_work_is_counted_as_stated(mode):
     assert loss.flop == {"forward": 2, "backward": 4, "both": 6, "step": 6}[mode] * ncd
     assert loss.bytes == inputs * (1 if mode in ("forward", "backward") else 2) + 20 * c * d * (mode == "step")
     assert product == (2 * ncd, 2 * (n * d + c * d + n * c))
+    bare = [work.count(providers.resolve(name), Shape(n, c, d), mode, torch.float32) for name in ("read-w", "write-w")]
+    assert bare == [(c * d, 4 * (c * d + c)), (0, 4 * c * d)]
     assert work.rates(work.Work(10**12, 10**9), 500.0) == {"tflops": 2.0, "gb_per_s": 2.0}
 
 
@@ -145,7 +149,7 @@ def test_every_provider_that_runs_here_passes_the_check(dtype):
         found = checker.check(provider, function)
         assert found["ok"], (provider.name, found)
         checked.append(provider.name)
-    assert {"reference", "careful-bf16", "chunked", "mm-fp32", "mm-bf16"} <= set(checked)
+    assert {"reference", "careful-bf16", "chunked", "mm-fp32", "mm-bf16", "read-w", "write-w"} <= set(checked)
 
 
 @pytest.mark.parametrize("wrong", ["loss", "grad_x", "grad_w"])
@@ -352,3 +356,73 @@ def test_accuracy_rejects_an_unknown_backend(capsys):
     with pytest.raises(SystemExit) as stop:
         accuracy.main(["--backend", "nonsense"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def write_result(path, **changes):
+    """A results file of one row, as `bench` writes it."""
+    row = {
+        **{
+            "workload": "N=8 C=60 D=16 random",
+            "n": 8,
+            "c": 60,
+            "d": 16,
+            "geometry": "random",
+            "density_requested": None,
+        },
+        **{"density": 0.5, "device": "cpu", "dtype": "float32", "mode": "both", "provider": "native"},
+        **{"hot_ms": None, "rates": {"tflops": 0.5, "gb_per_s": 3.25}, "memory": {"peak_extra_bytes": 3 << 20}},
+        **{"time_ms": {"median": 1234.5, "q1": 12.34, "q3": 1.234}, "other_busy_cores": 0.0},
+        "ratios": {"speedup_vs_reference": 24.06, "time_vs_mm_fp32": None},
+    }
+    result = {
+        **{
+            "schema": report.SCHEMA,
+            "schema_version": report.SCHEMA_VERSION,
+            "kind": "bench",
+            "commit": "0" * 40 + "-dirty",
+        },
+        **{"date": "2030-01-02T03:04:05+00:00", "versions": {"torch": "9.9"}},
+        **{"machine": {"cpu": "Abacus", "isa": ["avx2"], "threads": 2, "gpu": None}, "rows": [{**row, **changes}]},
+    }
+    path.write_text(json.dumps(result))
+
+
+def test_tables_are_written_from_the_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    write_result(tmp_path / "r.json")
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- table: r.json mode=both providers=native -->\nold figures\n<!-- end -->\nafter\n")
+    assert tables.main([str(document), "--check"]) == 1 and "old figures" in document.read_text()
+    assert tables.main([str(document)]) == 0
+    text = document.read_text()
+    assert "| native | 1234 | 12.3–1.23 | 24.1 | 3 | 0.50 | 3.2 |" in text and "old figures" not in text
+    assert "Abacus, AVX2, 2 threads; torch 9.9; 2030-01-02, commit 0000000000-dirty." in text
+    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
+    assert tables.main([str(document), "--check"]) == 0
+    write_result(tmp_path / "r.json", other_busy_cores=0.9)
+    assert tables.main([str(document)]) == 0 and "used up to 0.9 cores" in document.read_text()
+    (tmp_path / "r.json").unlink()
+    with pytest.raises(SystemExit) as stop:
+        tables.main([str(document)])
+    assert stop.value.code == 2 and "r.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/performance.md"])
+def test_the_documents_say_what_the_results_say(document):
+    text = (ROOT / document).read_text()
+    assert "<!-- table:" in text and tables.rewrite(text) == text, (
+        "python -m benchmarks.tables README.md docs/performance.md"
+    )
+
+
+def test_every_picture_in_the_documents_is_there():
+    for document in ("README.md", "docs/performance.md"):
+        path = ROOT / document
+        pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text())
+        assert pictures and all((path.parent / picture).is_file() for picture in pictures), pictures
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
+def test_committed_results_can_be_read(path):
+    result = report.load(path)
+    assert result["rows"] and result["commit"] and result["machine"]["cpu"] and not result["interrupted"]

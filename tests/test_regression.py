@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sface_kernels import sface_loss
 from sface_kernels.benchmarking import workloads
-from sface_kernels.benchmarking.contestant import Contestant
+from sface_kernels.benchmarking.contestant import enter
 from sface_kernels.benchmarking.providers import resolve
 from sface_kernels.benchmarking.timing import run_once
 
@@ -22,7 +22,7 @@ ATTEMPTS, RUNS = 5, 3
 def test_native_is_several_times_as_fast_as_the_published_arithmetic(native):
     """Forward and backward with the dense ∂w. Fastest of a few alternating runs: other processes can only add time."""
     work = workloads.make_workload(workloads.Case(workloads.Shape(128, 20_000, 512)))
-    ours, theirs = (Contestant(resolve(name), work, "both") for name in ("native@2^-16", "reference"))
+    ours, theirs = (enter(resolve(name), work, "both") for name in ("native@2^-16", "reference"))
     seen = []
     for _ in range(ATTEMPTS):
         seconds = {one: [run_once(one) for _ in range(RUNS)] for one in (ours, theirs)}

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..loss import sface_loss
 from . import opponents
-from .contestant import Contestant
-from .providers import CONTEXT, OPPONENT, PACKAGE, PRODUCT, LossFunction, Provider
-from .truth import Errors, Truth, compute_truth, measure_errors
+from .contestant import Bare, enter
+from .providers import CONTEXT, OPPONENT, PACKAGE, LossFunction, Provider, multiply, read
+from .truth import NOTHING, Errors, Truth, compute_truth, measure_errors
 from .workloads import Workload
 
 FULL_CHECK_LIMIT = 1.5e10  # N·C·D up to which all classes are checked; float64 takes some 10 s there on a CPU
@@ -75,9 +75,9 @@ class Checker:
     def check(self, provider: Provider, function: LossFunction | None = None) -> dict[str, Any]:
         """`ok`, the number of classes checked, errors against the exact float64 result and against the one
         with the provider's filter, and the limits of the latter. Raises what the provider raises."""
-        contestant = Contestant(provider, self.work, "both", self.bf16_products, function)
-        if provider.kind == PRODUCT:
-            return self._check_product(contestant)
+        contestant = enter(provider, self.work, "both", self.bf16_products, function)
+        if isinstance(contestant, Bare):
+            return self._check_bare(contestant)
         found = contestant.results()
         if provider.kind == CONTEXT:
             errors = exact = self._cross_entropy_errors(*found)
@@ -125,18 +125,23 @@ class Checker:
         meant = self.exact._replace(loss=value, magnitude=abs(value), grad_x=x.grad, grad_w=w.grad)
         return measure_errors(meant, loss, grad_x, grad_w)
 
-    def _check_product(self, contestant: Contestant) -> dict[str, Any]:
+    def _check_bare(self, contestant: Bare) -> dict[str, Any]:
         contestant.prepare()
         contestant.run()
         step = max(1, len(self.work.w) // 4096)
-        truth = self.work.x.double() @ self.work.w[::step].double().t()
-        error = float((contestant.out[:, ::step].double() - truth).norm() / truth.norm())
-        exact = contestant.provider.product == torch.float32 and contestant.precision == "highest"
-        limit = 1e-5 if exact else 2e-2
+        x, w = self.work.x.double(), self.work.w[::step].double()
+        found, limit = contestant.out, 1e-5
+        if contestant.operation is multiply:
+            found, truth = found[:, ::step], x @ w.t()
+            if found.dtype != torch.float32 or contestant.precision != "highest":
+                limit = 2e-2
+        else:
+            found, truth = found[::step], w.sum(1) if contestant.operation is read else torch.zeros_like(w)
+        error = float((found.double() - truth).norm() / truth.norm().clamp_min(NOTHING))
         return {
             "ok": error <= limit,
-            "classes": len(truth[0]),
-            "errors": {"product": error},
-            "errors_beyond_filter": {"product": error},
-            "limits": {"product": limit},
+            "classes": len(w),
+            "errors": {"result": error},
+            "errors_beyond_filter": {"result": error},
+            "limits": {"result": limit},
         }

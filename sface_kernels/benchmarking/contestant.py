@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .providers import CONTEXT, OPPONENT, PACKAGE, PRODUCT, LossFunction, Provider, build
+from .providers import BARE, PACKAGE, LossFunction, Provider, build, multiply, read
 from .timing import Timed
 from .workloads import Workload
 
 MODES = ("forward", "backward", "both", "step")
-CACHE_FACTOR = 2  # rotated inputs together are this many times the L2 cache, so that none of them is still in it
+CACHE_FACTOR = 4  # rotated inputs in float32 are this many times the L2 cache, so that none is still in it
 MAX_COPIES = 16
 
 
@@ -26,6 +26,29 @@ def copies_for(work: Workload) -> int:
     size = sum(t.numel() * t.element_size() for t in (work.x, work.w))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return min(MAX_COPIES, max(1, math.ceil(CACHE_FACTOR * cache / size)))
+
+
+class Bare(Timed):
+    """A bare operation on `copies` of the inputs in its dtype, in place: the same in every mode."""
+
+    def __init__(self, provider: Provider, work: Workload, precision: str, copies: int) -> None:
+        assert provider.operation is not None
+        self.operation, self.precision, self.rotates = provider.operation, precision, copies > 1
+        dtype = provider.dtype
+        self.pairs = [(work.x.to(dtype, copy=i > 0), work.w.to(dtype, copy=i > 0)) for i in range(copies)]
+        self.turns, self.now = itertools.cycle(self.pairs), self.pairs[0]
+        (n, d), c = work.x.shape, len(work.w)
+        size = (n, c) if self.operation is multiply else (c,) if self.operation is read else (c, d)
+        # zeros, so that its pages are there before the first run
+        self.out = torch.zeros(size, dtype=dtype, device=work.x.device)
+
+    def prepare(self) -> None:
+        torch.set_float32_matmul_precision(self.precision)
+        if not self.hot:
+            self.now = next(self.turns)
+
+    def run(self) -> None:
+        self.operation(*self.now, self.out)
 
 
 class _Inputs:
@@ -45,8 +68,8 @@ class Contestant(Timed):
     `prepare`; "both"; "step" adds SGD (momentum 0.9, weight decay 5e-4, fused) on w with learning rate 0,
     so that repeats do the work of an update on data that stays as it is. Where there is a backward, the
     timed region begins with freeing the last gradients (`zero_grad(set_to_none)`), which every training
-    step pays for; the upstream gradient is made beforehand. A bare product does the same one product in
-    every mode. Opponents get half embeddings as a training loop hands them over: converted to float32.
+    step pays for; the upstream gradient is made beforehand. Opponents get half embeddings as a training
+    loop hands them over: converted to float32.
     """
 
     def __init__(
@@ -58,44 +81,26 @@ class Contestant(Timed):
         function: LossFunction | None = None,
         copies: int = 1,
     ) -> None:
-        self.provider, self.mode, self.y = provider, mode, work.y
-        self.precision = provider.precision or "highest"
-        if bf16_products and provider.kind in (OPPONENT, CONTEXT, PRODUCT):
-            self.precision = "medium"
+        self.provider, self.mode, self.y, self.precision = provider, mode, work.y, _precision(provider, bf16_products)
         self.loss: Any = None
         self.rotates, self.rests = copies > 1, work.x.device.type == "cuda"
-        self.turns = itertools.cycle(range(copies))
         # a function that is given is shared, to be compiled once
         self.function = function or build(provider, work.x.device, work.x.dtype)
-        if provider.kind == PRODUCT:
-            dtype = provider.product
-            self.pairs = [(work.x.to(dtype, copy=i > 0), work.w.to(dtype, copy=i > 0)) for i in range(copies)]
-            # zeros, so that its pages are there before the first run
-            self.out = torch.zeros(len(work.x), len(work.w), dtype=dtype, device=work.x.device)  # [N, C]
-            self.at = 0
-            return
         leaves = [[t.clone() if i else t.detach() for t in (work.x, work.w)] for i in range(copies)]
         self.inputs = [_Inputs(x, w, mode) for x, w in leaves]
+        self.turns = itertools.cycle(self.inputs)
         self.last = self.now = self.inputs[0]
         self.upstream = torch.ones((), device=work.x.device)
 
     def prepare(self) -> None:
         torch.set_float32_matmul_precision(self.precision)
-        turn = None if self.hot else next(self.turns)
-        if self.provider.kind == PRODUCT:
-            self.at = self.at if turn is None else turn
-            return
         self.last = self.now
-        if turn is not None:
-            self.now = self.inputs[turn]
+        if not self.hot:
+            self.now = next(self.turns)
         if self.mode == "backward":
             self.loss = self._forward()[0]
 
     def run(self) -> None:
-        if self.provider.kind == PRODUCT:
-            x, w = self.pairs[self.at]
-            torch.mm(x, w.t(), out=self.out)
-            return
         if self.mode == "forward":
             self._forward()
             return
@@ -135,9 +140,28 @@ class Contestant(Timed):
 
         On a CPU they stay, as freeing them is a cost of every step there (pages go back to the system).
         """
-        if self.provider.kind == PRODUCT or not self.rests:
+        if not self.rests:
             return
         for inputs in self.inputs:
             inputs.w.grad = inputs.x.grad = None
             if inputs.optimizer is not None:
                 inputs.optimizer.state.clear()
+
+
+def _precision(provider: Provider, bf16_products: bool) -> str:
+    """Of float32 products: what is allowed to opponents and floors is not allowed to the package."""
+    return "medium" if bf16_products and provider.kind != PACKAGE else provider.precision or "highest"
+
+
+def enter(
+    provider: Provider,
+    work: Workload,
+    mode: str,
+    bf16_products: bool = False,
+    function: LossFunction | None = None,
+    copies: int = 1,
+) -> Bare | Contestant:
+    """The provider on the workload, ready to be timed."""
+    if provider.kind == BARE:
+        return Bare(provider, work, _precision(provider, bf16_products), copies)
+    return Contestant(provider, work, mode, bf16_products, function, copies)

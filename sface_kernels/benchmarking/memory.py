@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .contestant import Contestant
-from .providers import PRODUCT, Provider, build, resolve
+from .providers import Provider, build, resolve
 from .timing import failure_text, out_of_memory
 from .workloads import Case, Shape, make_workload
 
@@ -102,6 +102,8 @@ def _run(contestant: Contestant, times: int) -> None:
 
 def _measure_here(provider: Provider, case: Case, setting: Setting) -> dict[str, Any]:
     device, dtype, mode = torch.device(setting.device), getattr(torch, setting.dtype), setting.mode
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     small = case._replace(shape=Shape(min(case.shape.n, 64), min(case.shape.c, 512), case.shape.d))
     function = build(provider, device, dtype)
 
@@ -115,7 +117,7 @@ def _measure_here(provider: Provider, case: Case, setting: Setting) -> dict[str,
         _run(measured, 1)
         measured.now.x.grad = measured.now.w.grad = None
     returned = 0
-    if provider.kind != PRODUCT and mode != "forward":
+    if mode != "forward":
         returned = sum(t.numel() * t.element_size() for t in (measured.now.x, measured.now.w))
     peak, method = (_cuda_peak if device.type == "cuda" else _cpu_peak)(measured)
     return {"peak_extra_bytes": max(0, peak - returned), "method": method, "mode": mode}

@@ -28,7 +28,13 @@ STYLE: Any = {
     "legend.fontsize": 9,
     "svg.hashsalt": "sface",  # the same file for the same data
 }
-FLOORS = {"mm-fp32": (0, (6, 2, 1, 2)), "mm-tf32": (0, (4, 3)), "mm-bf16": (0, (1, 1.5))}  # bare products
+FLOORS = {  # bare operations: their dashes, and what they are
+    "mm-fp32": ((0, (6, 2, 1, 2)), "ONE fp32 product"),
+    "mm-tf32": ((0, (4, 3)), "ONE TF32 product"),
+    "mm-bf16": ((0, (1, 1.5)), "ONE bf16 product"),
+    "read-w": ((0, (8, 3)), "reading w"),
+    "write-w": ((0, (2, 4)), "writing as much as w"),
+}
 COLOURS = {"reference": "#f97316", "careful": "#a16207", "chunked": "#0d9488", "native": "#2563eb", "triton": "#16a34a"}
 DASHES = {"": "-", "compiled": (0, (5, 2)), "2^-16": (0, (5, 2)), "0": (0, (1, 1.5))}
 MARKERS = {"": "o", "compiled": "s", "2^-16": "s", "0": "^"}
@@ -80,11 +86,16 @@ def _add(figures: dict[str, Figure], name: str, sweeps: list[Sweep], panel: Call
     figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=share)
     for axes, sweep in zip(grid.flat, sweeps, strict=False):
         panel(axes, sweep)
-        axes.set_title(sweep.title)
+        axes.set_title(sweep.title + _noise(sweep.rows))
     for axes in list(grid.flat)[len(sweeps) :]:
         axes.set_visible(False)
     figures[name] = figure
     plt.close(figure)
+
+
+def _noise(rows: list[Row]) -> str:
+    others = max(row.get("other_busy_cores") or 0.0 for row in rows)
+    return f"; others used up to {others:.1f} cores" if others > machine.BUSY_LIMIT else ""
 
 
 def _groups(rows: list[Row], key: Callable[[Row], tuple[Any, ...]]) -> dict[tuple[Any, ...], list[Row]]:
@@ -126,14 +137,14 @@ def _geometries(rows: list[Row]) -> list[Sweep]:
 def _style(provider: str) -> dict[str, Any]:
     """Colour by what it is, dashes and markers by the variant, so that they tell apart in grey too."""
     if provider in FLOORS:
-        return {"color": "black", "linestyle": FLOORS[provider], "marker": "", "linewidth": 1.2}
+        return {"color": "black", "linestyle": FLOORS[provider][0], "marker": "", "linewidth": 1.2}
     base, _, variant = provider.partition("@" if "@" in provider else "-")
     colour = COLOURS.get(base, "#7c3aed")
     return {"color": colour, "linestyle": DASHES.get(variant, "-."), "marker": MARKERS.get(variant, "d")}
 
 
 def _name(provider: str) -> str:
-    return f"{provider}: ONE product, the floor" if provider in FLOORS else provider
+    return f"floor: {FLOORS[provider][1]}" if provider in FLOORS else provider
 
 
 def _milliseconds(mode: str) -> str:
@@ -143,8 +154,9 @@ def _milliseconds(mode: str) -> str:
 def _lines(axes: Axes, sweep: Sweep, size: str, value: Callable[[Row], float | None]) -> None:
     """A line for each provider over `size`."""
     for provider in dict.fromkeys(row["provider"] for row in sweep.rows):
-        found = [(row[size], value(row)) for row in sweep.rows if row["provider"] == provider]
-        points = sorted((x, y) for x, y in found if y is not None)
+        # the last file's, where several hold this size
+        found = {row[size]: value(row) for row in sweep.rows if row["provider"] == provider}
+        points = sorted((x, y) for x, y in found.items() if y is not None)
         if points:
             axes.plot(*zip(*points, strict=True), label=_name(provider), markersize=4, **_style(provider))
 
@@ -196,9 +208,13 @@ def _memory(axes: Axes, sweep: Sweep, size: str, label: str) -> None:
 
 def _ratio(axes: Axes, sweep: Sweep) -> None:
     """Bars of how many times faster than the reference, bare products hatched."""
-    rows = [row for row in sweep.rows if _speedup(row)]
+    # the last file's, where several hold this workload
+    found = {
+        row["provider"]: row for row in sweep.rows if _speedup(row) and row["provider"] not in ("read-w", "write-w")
+    }
+    rows = list(found.values())
     names = [row["provider"] for row in rows]
-    labels = [f"{name}, ONE product" if name in FLOORS else name for name in names]
+    labels = [_name(name) for name in names]
     values = [_speedup(row) or 0.0 for row in rows]
     bars = axes.barh(labels, values, color=[_style(name)["color"] for name in names])
     for bar, name in zip(bars, names, strict=True):

@@ -21,8 +21,9 @@ from . import opponents
 from .workloads import FAST_EPS
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Any]  # x, w, y to the loss, or to a tuple with `.loss`
+Operation = Callable[[Tensor, Tensor, Tensor], None]  # x, w, and where the result goes
 FILTERED = ("chunked", "native", "triton")  # backends that can be asked for with a filter
-PRODUCT = "product"  # ONE bare matrix product
+BARE = "bare"  # one operation that every such loss needs, the floor
 OPPONENT = "opponent"  # the same loss by other means: may be allowed bf16 products
 PACKAGE = "package"
 CONTEXT = "context"  # another loss of the same shape of work
@@ -32,18 +33,34 @@ class Unavailable(Exception):
     """The provider cannot run here; the text says why."""
 
 
+def multiply(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """`out` [N, C]"""
+    torch.mm(x, w.t(), out=out)
+
+
+def read(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """`out` [C]"""
+    torch.sum(w, 1, out=out)
+
+
+def write(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """`out` [C, D]"""
+    out.zero_()
+
+
 class Provider(NamedTuple):
     """One row of the table."""
 
     name: str
     kind: str
     what: str
-    function: LossFunction | None = None  # of an opponent; None for a product and for a backend
+    function: LossFunction | None = None  # of an opponent
     compiled: bool = False
     autocast: bool = False  # to bf16
     backend: str | None = None
     filter_eps: float | None = None  # of a backend; None: its default
-    product: torch.dtype | None = None
+    operation: Operation | None = None  # of a bare one, with its dtype
+    dtype: torch.dtype = torch.float32
     precision: str | None = None  # of float32 products, where it is part of what is timed
 
     def filter_for(self, dtype: torch.dtype, features: int) -> float:
@@ -77,16 +94,18 @@ _TABLE = (
     *(_backend(backend, None, backend, "default filter") for backend in FILTERED),
     *(_backend(backend, FAST_EPS, f"{backend}@2^-16", "fast filter") for backend in FILTERED[1:]),
     *(_backend(backend, 0.0, f"{backend}@0", "every pair") for backend in FILTERED[1:]),
-    Provider("mm-fp32", PRODUCT, "ONE bare product x·wᵀ, not a loss", product=torch.float32, precision="highest"),
-    Provider("mm-tf32", PRODUCT, "ONE bare TF32 product, not a loss", product=torch.float32, precision="high"),
-    Provider("mm-bf16", PRODUCT, "ONE bare bf16 product, precast, not a loss", product=torch.bfloat16),
+    Provider("mm-fp32", BARE, "ONE bare product x·wᵀ, not a loss", operation=multiply),
+    Provider("mm-tf32", BARE, "ONE bare TF32 product, not a loss", operation=multiply, precision="high"),
+    Provider("mm-bf16", BARE, "ONE bare bf16 product, precast, not a loss", operation=multiply, dtype=torch.bfloat16),
+    Provider("read-w", BARE, "reading w once, not a loss", operation=read),
+    Provider("write-w", BARE, "writing something as large as w once, not a loss", operation=write),
     Provider("linear-cross-entropy", CONTEXT, "CONTEXT: torch's fused softmax loss, another loss on the same shapes"),
 )
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _TABLE}
 # What a run times unless told otherwise: the slow and the exotic ones are asked for by name, or by "all".
 DEFAULT = (
     *("reference", "careful", "careful-compiled", *FILTERED),
-    *("native@2^-16", "triton@2^-16", "native@0", "triton@0", "mm-fp32", "mm-bf16"),
+    *("native@2^-16", "triton@2^-16", "native@0", "triton@0", "mm-fp32", "mm-bf16", "read-w", "write-w"),
 )
 
 
@@ -105,8 +124,8 @@ def resolve(name: str) -> Provider:
 
 
 def build(provider: Provider, device: torch.device, dtype: torch.dtype) -> LossFunction | None:
-    """What is timed for embeddings of `dtype` on `device`; None for a product. Raises `Unavailable`."""
-    if provider.kind == PRODUCT:
+    """What is timed for embeddings of `dtype` on `device`; None for a bare operation. Raises `Unavailable`."""
+    if provider.kind == BARE:
         if provider.precision == "high" and device.type != "cuda":
             raise Unavailable(f"TF32 products exist on CUDA devices, not on {device.type}")
         return None

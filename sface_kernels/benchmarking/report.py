@@ -16,6 +16,10 @@ from . import machine
 
 SCHEMA = "sface-kernels/benchmark"
 SCHEMA_VERSION = 2
+FIGURES = (  # what `plots` draws
+    *("time_vs_classes", "memory_vs_classes", "time_vs_samples", "memory_vs_samples"),
+    *("ratio", "density", "error_vs_filter"),
+)
 KINDS = ("bench", "density", "accuracy")
 _RATIOS = {  # name: (provider compared with, True for a speedup: their time over ours)
     "speedup_vs_reference": ("reference", True),

@@ -9,8 +9,8 @@ import torch
 
 from . import machine, memory, report
 from .checking import Checker
-from .contestant import Contestant, copies_for
-from .providers import LossFunction, Provider, Unavailable, build
+from .contestant import copies_for, enter
+from .providers import BARE, LossFunction, Provider, Unavailable, build
 from .timing import Samples, Timed, clock_for, failure_text, interleave, out_of_memory, recover_memory, summarise
 from .work import count, rates
 from .workloads import Case, Workload, make_workload
@@ -123,7 +123,7 @@ class _Run:
         except Unavailable as error:
             entry.fail("unavailable", str(error))
             return
-        if not settings.measure_memory:
+        if not settings.measure_memory or provider.kind == BARE:
             return
         self.progress.at(f"memory of {provider.name}", self.steps)
         setting = memory.Setting(settings.threads, str(settings.device), settings.dtype_name, settings.bf16_products)
@@ -159,9 +159,7 @@ class _Run:
                 continue
             name = entry.provider.name
             try:
-                contestants[name] = Contestant(
-                    entry.provider, work, mode, settings.bf16_products, entry.function, copies
-                )
+                contestants[name] = enter(entry.provider, work, mode, settings.bf16_products, entry.function, copies)
             except Exception as error:
                 samples.failures[name] = error.with_traceback(None)
         try:

@@ -50,7 +50,8 @@ def wall_clock(run: Callable[[], None]) -> float:
 class CudaClock:
     """Time between two events on the current stream, launches that the host is late with included."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)  # whose stream the events are recorded on
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, run: Callable[[], None]) -> float:
@@ -62,7 +63,7 @@ class CudaClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    return CudaClock() if device.type == "cuda" else wall_clock
+    return CudaClock(device) if device.type == "cuda" else wall_clock
 
 
 class Samples:

@@ -7,6 +7,7 @@ nothing else: a backend that skips the products of inactive pairs may show more 
     bytes    forward reads x and w once; backward writes ∂x and ∂w once; both: the two together; step: SGD with
              momentum on top, which reads w, its gradient and the momentum and writes w and the momentum, 20·C·D
     product  2·N·C·D flop; reads x and w, writes N×C, in its own dtype, in every mode
+    read-w   C·D flop, reads w and writes C; write-w writes C·D
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .providers import PRODUCT, Provider
+from .providers import BARE, Provider, multiply, read
 from .workloads import Shape
 
 MASTER = 4  # bytes of a weight and of its gradient: float32
@@ -31,9 +32,11 @@ def count(provider: Provider, shape: Shape, mode: str, dtype: torch.dtype) -> Wo
     """Of one run with embeddings of `dtype`."""
     n, c, d = shape
     product = 2 * n * c * d
-    if provider.kind == PRODUCT:
-        assert provider.product is not None
-        return Work(product, provider.product.itemsize * (n * d + c * d + n * c))
+    if provider.kind == BARE:
+        size = provider.dtype.itemsize
+        if provider.operation is multiply:
+            return Work(product, size * (n * d + c * d + n * c))
+        return Work(c * d, size * (c * d + c)) if provider.operation is read else Work(0, size * c * d)
     inputs = dtype.itemsize * n * d + MASTER * c * d  # and so large are their gradients
     if mode == "forward":
         return Work(product, inputs)

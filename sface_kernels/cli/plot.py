@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..benchmarking import report
+from ..benchmarking.contestant import MODES
 from . import options
 
 FORMATS = ("png", "svg")
@@ -21,13 +22,16 @@ def plot(
     out: Annotated[Path, typer.Option(help="Folder for the pictures; it is made where it is missing.")] = Path("plots"),
     prefix: Annotated[str, typer.Option(help="Of the pictures' names.")] = "",
     formats: Annotated[str, typer.Option(help="Comma-separated.")] = "png,svg",
+    only: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(report.FIGURES)}.")] = None,
     mode: Annotated[str, typer.Option(help="Which of the modes in the files.")] = "both",
 ) -> None:
     """Draw time and memory against C and N, ratios, error against filter_eps, time against the share of active pairs.
 
     Each picture is drawn where the files hold its data; several files of one kind are drawn together.
     """
+    options.split("--mode", mode, options.one_of(MODES))
     endings = options.split("--formats", formats, options.one_of(FORMATS))
+    wanted = list(report.FIGURES) if only is None else options.split("--only", only, options.one_of(report.FIGURES))
     reports = []
     for file in files:
         try:
@@ -44,9 +48,16 @@ def plot(
         raise options.wrong("--out", f"cannot write into {out}")
     from ..benchmarking import plots
 
-    figures = plots.draw(reports, mode)
+    try:
+        drawn = plots.draw(reports, mode)
+    except KeyError as error:
+        raise options.wrong("FILES", f"a row lacks the key {error}, which benchmarks/README.md describes") from error
+    # an error picture has its dtype behind its name
+    figures = {name: figure for name, figure in drawn.items() if name.startswith(tuple(wanted))}
     if not figures:
-        raise options.wrong("FILES", f"nothing to draw: no timed rows of mode {mode!r} and no errors in these files")
+        raise options.wrong(
+            "FILES", f"nothing to draw: these files hold no data for {', '.join(wanted)} in mode {mode!r}"
+        )
     for name, figure in figures.items():
         for ending in endings:
             path = out / f"{prefix}{name}.{ending}"

@@ -14,6 +14,7 @@ from rich.table import Table
 from ..benchmarking import runner
 
 PRODUCTS = ("mm-fp32", "mm-tf32", "mm-bf16")
+BARE = (*PRODUCTS, "read-w", "write-w")
 
 
 class Bar:
@@ -124,10 +125,11 @@ def _cells(row: dict[str, Any], products: list[str], hot: bool) -> list[str]:
 def _counts(timed: list[dict[str, Any]]) -> str:
     """The stated counts behind the rates: those of the losses, and of the products."""
     parts = []
-    for is_product in (False, True):
-        row = next((row for row in timed if (row["provider"] in PRODUCTS) == is_product), None)
+    loss = next((row for row in timed if row["provider"] not in BARE), None)
+    product = next((row for row in timed if row["provider"] in PRODUCTS), None)
+    for row in (loss, product):
         if row:
-            name, work = row["provider"] if is_product else "a loss", row["work"]
+            name, work = "a loss" if row is loss else row["provider"], row["work"]
             parts.append(f"{name} {work['flop'] / 1e9:.4g} GFLOP, {work['bytes'] / 1e9:.3g} GB")
     return "Effective rates, by the counts of the dense computation: " + "; ".join(parts) if parts else ""
 
