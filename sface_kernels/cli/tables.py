@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..benchmarking import runner
 
@@ -63,7 +64,7 @@ class Bar:
             print(text, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
+        self.console.print(Text(text, style="yellow"), soft_wrap=True)
 
 
 class _Part(runner.Progress):
