@@ -83,6 +83,12 @@ def test_png_and_svg_of_what_the_files_hold(tmp_path, capsys, results, names):
         assert content.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in content
 
 
+def test_the_only_mode_in_the_files_is_drawn(tmp_path):
+    steps = result("bench", [row | {"mode": "step"} for row in BY_CLASSES["rows"]])
+    assert cli.main(["plot", *written(tmp_path, steps), "--out", str(tmp_path / "p"), "--only", "ratio"]) == 0
+    assert (tmp_path / "p" / "ratio.png").is_file()
+
+
 def test_a_disturbed_measurement_says_so():
     rows = [{**row, "other_busy_cores": 0.04} for row in BY_CLASSES["rows"]]
     assert "others" not in plots.draw([result("bench", rows)], "both")["ratio"].axes[0].get_title()

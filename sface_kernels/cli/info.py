@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..benchmarking import machine
-from ..dispatch import BACKENDS, select
+from ..dispatch import BACKENDS, explain
 from .options import DTYPES
 
 
@@ -25,12 +25,17 @@ def facts() -> dict[str, Any]:
             entry["gpu"] = machine.gpu_facts(device)
         for name, dtype in DTYPES.items():
             weight = torch.promote_types(dtype, torch.float32)
-            entry["auto"][name] = select("auto", device, dtype, weight)
+            entry["auto"][name] = _taken_by_auto(device, dtype, weight)
             for backend, about in BACKENDS.items():
                 reasons = entry["backends"].setdefault(backend, {"summary": about.summary, "unavailable": {}})
                 reasons["unavailable"][name] = about.unavailable(device, dtype, weight)
         found["devices"].append(entry)
     return found
+
+
+def _taken_by_auto(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
+    marked = next(line for line in explain(device, dtype, weight_dtype).splitlines() if line.startswith("->"))
+    return marked.split()[1]
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:

@@ -23,13 +23,16 @@ def plot(
     prefix: Annotated[str, typer.Option(help="Of the pictures' names.")] = "",
     formats: Annotated[str, typer.Option(help="Comma-separated.")] = "png,svg",
     only: Annotated[str | None, typer.Option(help=f"Comma-separated, of {', '.join(report.FIGURES)}.")] = None,
-    mode: Annotated[str, typer.Option(help="Which of the modes in the files.")] = "both",
+    mode: Annotated[
+        str | None, typer.Option(help="Which of the modes in the files.", show_default="both, or the one there is")
+    ] = None,
 ) -> None:
     """Draw time and memory against C and N, ratios, error against filter_eps, time against the share of active pairs.
 
     Each picture is drawn where the files hold its data; several files of one kind are drawn together.
     """
-    options.split("--mode", mode, options.one_of(MODES))
+    if mode is not None:
+        options.split("--mode", mode, options.one_of(MODES))
     endings = options.split("--formats", formats, options.one_of(FORMATS))
     wanted = list(report.FIGURES) if only is None else options.split("--only", only, options.one_of(report.FIGURES))
     reports = []
@@ -48,6 +51,8 @@ def plot(
         raise options.wrong("--out", f"cannot write into {out}")
     from ..benchmarking import plots
 
+    modes = [row.get("mode") for result in reports for row in result["rows"] if row.get("mode")]
+    mode = mode or ("both" if "both" in modes or not modes else modes[0])
     try:
         drawn = plots.draw(reports, mode)
     except KeyError as error:
