@@ -169,6 +169,17 @@ def test_the_check_sees_an_error_of_a_ten_thousandth(monkeypatch, wrong):
     assert len(seen) > 0.8 * len(chunked), f"{len(seen)} of {len(chunked)}"
 
 
+def test_products_of_half_embeddings_have_the_budget_of_autocast(monkeypatch):
+    """A backend that multiplies half embeddings as they are may err as the reference under autocast does, with ignored
+    rows too, and no more; in float32 nothing changes."""
+    monkeypatch.setattr(selfcheck, "HALF_PRODUCTS", ("chunked",))
+    strict = {o.problem: o for o in selfcheck.run(["chunked"], torch.device("cpu"), torch.float32)}
+    wide = {o.problem: o for o in selfcheck.run(["chunked"], torch.device("cpu"), torch.bfloat16)}
+    for name in ("random 31×101×61", "half the rows ignored"):
+        assert strict[name].limits.grad_w < 1e-4 and 1e-3 < wide[name].limits.grad_w < 1
+    assert all(outcome.ok for outcome in wide.values())
+
+
 def test_a_failing_backend_is_over_its_budget(monkeypatch):
     def errors(truth, x, w, y, backend, filter_eps):
         if backend == "chunked":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dispatch import BACKENDS
 from ..validation import default_filter_eps
-from .checking import HALF, HALF_PRODUCTS, autocast_errors, budget, package_errors
+from .checking import HALF, HALF_PRODUCTS, budget, half_budget, package_errors
 from .timing import failure_text
 from .truth import Errors, Truth, compute_truth
 from .workloads import Case, Shape, make_workload
@@ -136,8 +136,8 @@ def judge(problem: Problem, backend: str, filter_eps: float, truth: Truth) -> Ou
     else:
         stored = torch.finfo(x.dtype).eps / 2
         limits = truth.rounding._replace(grad_x=truth.rounding.grad_x + stored)
-    if x.dtype in HALF and backend in HALF_PRODUCTS and bool((y >= 0).all()):
-        limits = Errors(*map(max, limits, autocast_errors(truth, x, w, y)))
+    if x.dtype in HALF and backend in HALF_PRODUCTS:
+        limits = Errors(*map(max, limits, half_budget(truth, x, w, y)))
     described = backend, str(x.dtype).removeprefix("torch."), filter_eps, problem.name
     try:
         return Outcome(*described, package_errors(truth, x, w, y, backend, filter_eps), limits)

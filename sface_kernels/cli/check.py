@@ -134,7 +134,9 @@ def _compile(text: str) -> int:
         for heading in ("registers", "spills", "shared bytes", "tensor-core instructions"):
             table.add_column(heading, justify="right")
         table.add_column("problem")
-        for row in module.compile_table(name):
+        with Console(stderr=True).status(f"compiling for {name}"):
+            rows = module.compile_table(name)
+        for row in rows:
             problems += row["problem"] is not None
             counts = (row["registers"], row["spills"], row["shared_bytes"], row["tensor_core_instructions"])
             table.add_row(
