@@ -316,7 +316,14 @@ def test_ctrl_c_in_a_terminal(tmp_path):
         "2",
     ]
     command += ["--providers", "careful,chunked", "--out", str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignore"
+    )
     try:
         end = time.monotonic() + 120
         while not out.exists() and time.monotonic() < end:  # written when the first workload is done
