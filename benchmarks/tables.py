@@ -37,7 +37,7 @@ def bench_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [_line(head), "|" + "---|" * (1 + len(several)) + "---:|" * (len(head) - 1 - len(several))]
     for row in timed:
         time, rates, ratios = row["time_ms"], row["rates"], row["ratios"]
-        cells = [*(row[key] for key in several), row["provider"]]
+        cells = [*(row[key] for key in several), report.label(row["provider"])]
         cells += [_time(time["median"]), f"{_time(time['q1'])}–{_time(time['q3'])}"]
         cells += [_time(row["hot_ms"]["median"]) if row["hot_ms"] else "–"] * hot
         cells += [_number(ratios["speedup_vs_reference"], 1)]

@@ -217,6 +217,14 @@ def test_several_sizes_and_workloads_by_name(monkeypatch):
     assert seen == [Shape(128, 10, 512), Shape(128, 1000, 512)]
 
 
+def test_another_loss_is_labelled_so(tmp_path, capsys):
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    _, result = run(tmp_path, names="linear-cross-entropy,careful")
+    assert result["rows"][0]["status"] == "ok" and "another loss" in result["rows"][0]["what"]
+    assert "linear-cross-entropy (another loss)" in capsys.readouterr().out
+
+
 def test_half_embeddings(tmp_path):
     status, result = run(tmp_path, "--dtype", "bfloat16", names="reference,reference-bf16,chunked")
     assert status == 0 and [row["status"] for row in result["rows"]] == ["ok"] * 3

@@ -144,7 +144,7 @@ def _style(provider: str) -> dict[str, Any]:
 
 
 def _name(provider: str) -> str:
-    return f"floor: {FLOORS[provider][1]}" if provider in FLOORS else provider
+    return f"floor: {FLOORS[provider][1]}" if provider in FLOORS else report.label(provider)
 
 
 def _milliseconds(mode: str) -> str:

@@ -52,6 +52,11 @@ def new_report(kind: str, settings: dict[str, Any], device: torch.device | None 
     }
 
 
+def label(provider: str) -> str:
+    """A provider as pictures and tables name it: what is no SFace loss says so."""
+    return f"{provider} (another loss)" if provider == "linear-cross-entropy" else provider
+
+
 def filter_name(filter_eps: float) -> str:
     """As providers are named: "2^-16", or "0"."""
     return "0" if filter_eps == 0 else f"2^{round(math.log2(filter_eps))}"

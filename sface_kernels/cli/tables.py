@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..benchmarking import runner
+from ..benchmarking import report, runner
 
 PRODUCTS = ("mm-fp32", "mm-tf32", "mm-bf16")
 BARE = (*PRODUCTS, "read-w", "write-w")
@@ -99,7 +99,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     for text in (*headings, "extra MiB", "TFLOP/s", "GB/s"):
         table.add_column(text, justify="right", no_wrap=text in ("median ms", "quartiles"))
     for row in timed:
-        table.add_row(row["provider"], *_cells(row, products, hot))
+        table.add_row(report.label(row["provider"]), *_cells(row, products, hot))
     console = Console(width=None if sys.stdout.isatty() else 140)
     if timed:
         console.print(table)
