@@ -77,8 +77,8 @@ bench: build
 # Everything in benchmarks/results/ and in the tables, on a quiet machine. DEVICE=cuda measures a GPU. A single file is made
 # again by its name, as in `make benchmarks/results/cpu-random.json pictures tables`.
 DEVICE := cpu
-OUT := benchmarks/results/$(DEVICE)
-PLOT = $(BIN)/python -m sface_kernels plot --out $(dir $(OUT)) --prefix $(DEVICE)- --formats png
+RESULTS := benchmarks/results/$(DEVICE)
+PLOT = $(BIN)/python -m sface_kernels plot --out $(dir $(RESULTS)) --prefix $(DEVICE)- --formats png
 ifeq ($(DEVICE),cpu)
 SHAPE := ms1mv2
 CASES := random trained dense casia all thp thp-bf16 modes classes samples
@@ -97,27 +97,27 @@ modes := $(SHAPE) --mode all --no-memory
 classes := --c 1000,10575,85742,360232
 samples := ms1mv2 --n 16,64,256,1024
 
-results: $(CASES:%=$(OUT)-%.json) $(OUT)-density.json $(OUT)-accuracy.json $(OUT)-accuracy-dense.json
+results: $(CASES:%=$(RESULTS)-%.json) $(RESULTS)-density.json $(RESULTS)-accuracy.json $(RESULTS)-accuracy-dense.json
 	$(MAKE) pictures tables
 
-$(OUT)-density.json: build FORCE
+$(RESULTS)-density.json: build FORCE
 	$(BIN)/python -m benchmarks.density --device $(DEVICE) --out $@
 
-$(OUT)-accuracy.json: build FORCE
+$(RESULTS)-accuracy.json: build FORCE
 	$(BIN)/python -m benchmarks.accuracy --device $(DEVICE) --out $@
 
-$(OUT)-accuracy-dense.json: build FORCE
+$(RESULTS)-accuracy-dense.json: build FORCE
 	$(BIN)/python -m benchmarks.accuracy --device $(DEVICE) --c 85742 --d 512 --geometries dense --out $@
 
-$(OUT)-%.json: build FORCE
+$(RESULTS)-%.json: build FORCE
 	$(BIN)/python -m sface_kernels bench $($*) --device $(DEVICE) --budget-seconds 30 --out $@
 
 pictures: build
-	$(PLOT) $(OUT)-random.json $(OUT)-trained.json $(OUT)-dense.json $(OUT)-casia.json --only ratio
-	$(PLOT) $(OUT)-classes.json --only time_vs_classes,memory_vs_classes
-	$(PLOT) $(OUT)-samples.json --only time_vs_samples,memory_vs_samples
-	$(PLOT) $(OUT)-density.json
-	$(PLOT) $(OUT)-accuracy.json --only error_vs_filter
+	$(PLOT) $(RESULTS)-random.json $(RESULTS)-trained.json $(RESULTS)-dense.json $(RESULTS)-casia.json --only ratio
+	$(PLOT) $(RESULTS)-classes.json --only time_vs_classes,memory_vs_classes
+	$(PLOT) $(RESULTS)-samples.json --only time_vs_samples,memory_vs_samples
+	$(PLOT) $(RESULTS)-density.json
+	$(PLOT) $(RESULTS)-accuracy.json --only error_vs_filter
 
 tables: build
 	$(BIN)/python -m benchmarks.tables README.md docs/performance.md
