@@ -17,7 +17,7 @@ from oracle import truth as full_truth
 from problems import random_problem
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, problems
+from benchmarks.gpu import checks, problems, speed
 from benchmarks.gpu.session import Outcome, Part, results, run
 
 RECORD = "from benchmarks.gpu.session import record; "
@@ -164,3 +164,10 @@ def test_a_check_that_fails_is_recorded(tmp_path, monkeypatch):
     assert checks.main() == 1
     first, second = results(tmp_path)
     assert first["error"] == "AssertionError: off by one" and second["skipped"] == "one GPU"
+
+
+@pytest.mark.parametrize("opponent", [speed.reference, speed.careful])
+def test_what_it_compares_with_is_the_same_loss(on_cpu, opponent):
+    inputs = problems.dense(64, 2003, 128, 0.05)
+    exact = float(full_truth(*inputs).row_loss.mean())
+    assert abs(float(opponent(*inputs)) - exact) <= speed.LOSS_TOLERANCE * max(1.0, abs(exact))

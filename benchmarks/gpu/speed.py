@@ -37,7 +37,7 @@ def left() -> float:
 
 def reference(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     """The published module's arithmetic under autocast: one-hot masks, a new N×C tensor a step, bf16 products."""
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         logits = F.linear(F.normalize(x), F.normalize(w)) * S  # [N, C]
     logits = logits.float()
     own = torch.zeros_like(logits).scatter_(1, y.view(-1, 1), 1)
