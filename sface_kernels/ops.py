@@ -160,6 +160,7 @@ TRITON_ROWS = 128  # samples that buffers are padded to
 TRITON_LIST_BYTES = 44 << 20  # of lists, plus what the memory bound grants for C and N·D
 TRITON_SLOT_BYTES = 16  # class, weight, cosine, and in the backward a link
 TRITON_PARTIAL_BYTES = 16 << 20  # of partial sums of ∂x
+TRITON_CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: it stays in the L2 cache
 
 _library.define(
     f"triton_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, bool dense)"
@@ -183,7 +184,8 @@ def triton_lists(rows: int, classes: int, features: int, dense: bool) -> tuple[i
     if dense:
         return 1, 0
     tiles = -(-classes // 128)
-    stripes = max(1, min(TRITON_PROGRAMS // max(1, triton_padded(rows) // TRITON_ROWS), tiles))
+    in_chunk = TRITON_CHUNK_BYTES // (2 * 128 * (features + 127))  # a chunk holds a tile of every stripe
+    stripes = max(1, min(TRITON_PROGRAMS // max(1, triton_padded(rows) // TRITON_ROWS), tiles, in_chunk))
     granted = TRITON_LIST_BYTES + 12 * classes + 4 * rows * features
     capacity = granted // TRITON_SLOT_BYTES // (max(TRITON_ROWS, triton_padded(rows)) * stripes)
     return stripes, max(1, min(capacity, -(-tiles // stripes) * 128))

@@ -112,11 +112,9 @@ def test_small_tiles(poisoned, monkeypatch, lists, shape, filter_eps):
 @pytest.mark.parametrize("filter_eps", [FAST, 0.0])
 def test_chunks(poisoned, monkeypatch, filter_eps):
     """Classes in several chunks, the last of them short: sums, lists and gradients go on across them."""
-    from sface_kernels.backends.triton import launch_forward
-
     problem = GEOMETRIES["trained"](20, 400, 24)
     whole = run(CASE, problem, filter_eps=filter_eps)
-    monkeypatch.setattr(launch_forward, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(ops, "TRITON_CHUNK_BYTES", 1 << 17)
     monkeypatch.setattr(ops, "TRITON_PROGRAMS", 2)
     result = run(CASE, problem, filter_eps=filter_eps)
     Judge(problem, filter_eps=filter_eps).check(result, "triton")
@@ -242,7 +240,7 @@ class TestRules:
 
 class TestTiles:
     @pytest.mark.parametrize(
-        "text", ["{", "[]", '{"scren": {}}', '{"screen": {"block": 1}}', '{"screen": {"warps": "8"}}', '{"screen": {"warps": 0}}']
+        "text", ["{", "[]", '{"scren": {}}', '{"screen": {"block": 1}}', '{"screen": {"warps": "8"}}', '{"screen": {"warps": 0}}', '{"screen": {"block_c": 256}}']
     )  # fmt: skip
     def test_a_wrong_override_says_what_was_expected(self, monkeypatch, text):
         monkeypatch.setenv("SFACE_TILES", text)

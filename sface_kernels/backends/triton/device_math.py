@@ -48,16 +48,16 @@ def inter_weight(c, k_inter, b):
 def inter_weight_below(c, k_inter, b):
     """(4) without s where it is at most 2⁻¹⁰ and c at most 0.26; 0 at NO_COSINE.
 
-    The exponent k(asin c + b − π/2) by five terms of the series, 1/(1 + 1/e) by e − e². Where c is more negative than
-    the series is good for, the weight is below 2⁻⁶⁰ (`rules.make_rules` sees to it). Above its range it is finite.
+    The exponent k(asin c + b − π/2) by four terms of the series, off by less than k·2e-7 there, and 1/(1 + 1/e) by
+    e − e². Where c is more negative than the series is good for, the weight is below 2⁻⁶⁰ (`rules.make_rules` sees to
+    it). Above its range the value is finite.
     """
     slope = k_inter * LOG2E
     square = c * c
-    t = square * (105.0 / 3456.0) + 15.0 / 336.0
-    t = t * square + 3.0 / 40.0
-    t = t * square + 1.0 / 6.0
-    t = t * square + 1.0
-    e = tl.exp2(tl.minimum(slope * (t * c + (b - PI * 0.5)), 0.0))
+    t = square * (slope * (15.0 / 336.0)) + slope * (3.0 / 40.0)
+    t = t * square + slope * (1.0 / 6.0)
+    t = t * square + slope
+    e = tl.exp2(tl.minimum(t * c + slope * (b - PI * 0.5), 0.0))
     return e - e * e
 
 

@@ -21,8 +21,6 @@ from .prepare import prepare_classes, prepare_samples
 from .rules import make_rules
 from .screen import screen
 
-CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: they stay in the L2 cache of a large GPU
-
 
 class Samples:
     """The samples' unit rows and norms, and the call's flags."""
@@ -83,10 +81,15 @@ def prepare_chunk(call: Call, unit: Tensor, inv_norm: Tensor, flags: Tensor, fir
     )
 
 
+def dense_granules(call: Call) -> int:
+    """How many granules of classes a chunk of a dense call may have."""
+    bytes_of_a_class = (call.padded_d + call.padded_n) * call.unit_dtype.itemsize
+    return max(1, ops.TRITON_CHUNK_BYTES // (bytes_of_a_class * GRANULE))
+
+
 def dense_chunk(call: Call, stripes: int) -> int:
     """Classes in a chunk of a dense call: whole rounds of `stripes` granules."""
-    bytes_of_a_class = (call.padded_d + call.padded_n) * call.unit_dtype.itemsize
-    rounds = max(1, CHUNK_BYTES // (bytes_of_a_class * GRANULE * stripes))
+    rounds = max(1, dense_granules(call) // stripes)
     return min(rounds * stripes, triton.cdiv(call.c, GRANULE)) * GRANULE
 
 
@@ -100,7 +103,7 @@ def _screen(call: Call, samples: Samples, inv_norm: Tensor, cheap: bool) -> dict
     }
     name = "screen" if cheap else "screen_full"
     block_c, row_blocks = call.tile(name).block_c, call.row_blocks(name)
-    rounds = max(1, CHUNK_BYTES // (2 * call.padded_d * GRANULE * call.stripes))
+    rounds = max(1, ops.TRITON_CHUNK_BYTES // (2 * call.padded_d * GRANULE * call.stripes))
     chunk = min(rounds * call.stripes, triton.cdiv(call.c, GRANULE)) * GRANULE
     unit_w = call.unit_rows(chunk)
     for first, rows in call.chunks(chunk):
@@ -135,7 +138,8 @@ def _screen(call: Call, samples: Samples, inv_norm: Tensor, cheap: bool) -> dict
 
 def _overflow(call: Call, samples: Samples, inv_norm: Tensor, need_grad: bool) -> Partials:
     t, row_blocks = call.tile("overflow_samples"), call.row_blocks("overflow_samples")
-    block_d = min(call.block_d, tiles.GRADIENT_FEATURES)
+    # three TF32 products for one keep two parts of each operand
+    block_d = min(call.block_d, tiles.GRADIENT_FEATURES // (1 if call.precision == "half" else 2))
     d_blocks = triton.cdiv(call.d, block_d)
     in_memory = ops.TRITON_PARTIAL_BYTES // (4 * call.padded_n * call.d)
     parts = max(
@@ -167,7 +171,7 @@ def _overflow(call: Call, samples: Samples, inv_norm: Tensor, need_grad: bool) -
 def _dense(call: Call, samples: Samples, inv_norm: Tensor, need_grad: bool) -> Partials:
     t, rows_of = call.tile("row_gradient"), call.row_blocks
     granules = triton.cdiv(call.c, GRANULE)
-    stripes = max(1, min(ops.TRITON_PROGRAMS // rows_of("row_coefficients"), granules))
+    stripes = max(1, min(ops.TRITON_PROGRAMS // rows_of("row_coefficients"), granules, dense_granules(call)))
     d_blocks = triton.cdiv(call.d, t.block_c)
     in_memory = ops.TRITON_PARTIAL_BYTES // (4 * call.padded_n * call.d)
     splits = max(1, min(ops.TRITON_PROGRAMS // (rows_of("row_gradient") * d_blocks), max(2, in_memory), granules))

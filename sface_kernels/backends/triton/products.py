@@ -41,9 +41,12 @@ def store_class_gradient(
 ):
     """(8) from its two sums: the tangent part of `raw`, divided by the norm, in the dtype of the weight."""
     mask = (j < c)[:, None] & (out < d)[None, :]
-    w = tl.load(w_ptr + j[:, None] * w_stride_c + out[None, :] * w_stride_d, mask=mask, other=0.0).to(tl.float32)
     # below NORM_EPS normalize divides by a constant, so nothing is projected away
     along = tl.where(inv_w * NORM_EPS >= 1.0, 0.0, along)
+    # most classes have no pair, and nothing to project: their rows of w are not read
+    w = tl.load(
+        w_ptr + j[:, None] * w_stride_c + out[None, :] * w_stride_d, mask=mask & (along != 0)[:, None], other=0.0
+    ).to(tl.float32)
     grad = (raw - along[:, None] * (w * inv_w[:, None])) * (inv_w * (s / upstream_scale))[:, None]
     grad = tl.where(poison > 0, float("nan"), grad)
     tl.store(grad_w_ptr + j[:, None] * d + out[None, :], grad.to(grad_w_ptr.dtype.element_ty), mask=mask)

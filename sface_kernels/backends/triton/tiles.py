@@ -1,8 +1,9 @@
 """Tile shapes, warps and pipeline stages of every kernel, by family of GPU: one table, each row with its reason.
 
 `SFACE_TILES` overrides it for tuning: a JSON object of kernel names and the fields to change, for example
-`SFACE_TILES='{"screen": {"block_c": 256, "warps": 8}}'`. Nothing tunes itself at import or in a training step;
-`python -m sface_kernels.backends.triton.tune` times the alternatives on a GPU and prints the object to set.
+`SFACE_TILES='{"screen": {"block_n": 64, "warps": 4}}'`; blocks are 16, 32, 64 or 128. Nothing tunes itself at import or
+in a training step; `python -m sface_kernels.backends.triton.tune` times the alternatives on a GPU and prints the object
+to set.
 Imports neither torch nor Triton.
 """
 
@@ -106,9 +107,17 @@ TABLES = {
 }
 
 
+def _fits(field: str, value: object) -> bool:
+    """Blocks are powers of two that divide what buffers are padded to."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return value in (16, 32, 64, 128) if field.startswith("block") else value > 0
+
+
 @functools.cache
 def _overrides(text: str) -> dict[str, dict[str, int]]:
-    expected = f"SFACE_TILES: expected a JSON object of {sorted(TABLES)} with integers for {list(Tile._fields)}"
+    allowed = f"{list(Tile._fields)}, blocks of 16, 32, 64 or 128"
+    expected = f"SFACE_TILES: expected a JSON object of {sorted(TABLES)} with {allowed}"
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -116,7 +125,7 @@ def _overrides(text: str) -> dict[str, dict[str, int]]:
     well_formed = isinstance(found, dict) and all(
         kernel in TABLES
         and isinstance(fields, dict)
-        and all(name in Tile._fields and isinstance(value, int) and value > 0 for name, value in fields.items())
+        and all(name in Tile._fields and _fits(name, value) for name, value in fields.items())
         for kernel, fields in found.items()
     )
     if not well_formed:
