@@ -32,8 +32,12 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 demo: build
 	$(BIN)/python examples/train_faces.py --head both --out runs/demo
 
+# The interpreter runs Triton's kernels on the CPU, and must be asked for before they are imported: a process of its own.
 test: build
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/test_triton.py tests/test_triton_memory.py \
+		tests/test_parity.py --deselect tests/test_parity.py::test_default_filter_on_a_shared_direction \
+		--deselect tests/test_parity.py::test_dense_and_sparse_blocks_in_one_call
 
 # The Triton that torch 2.11 comes with, beside the environment's own; its interpreter needs the older numpy. 200 MB.
 $(TRITON36)/installed: $(VENV)/requirements
