@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -156,6 +157,14 @@ with FakeTensorMode():
     out = torch.ops.sface.native_forward(x, w, y, 64.0, 80.0, 80.0, 0.8, 1.23, 0.0, True, True, 15)
     assert out[0].shape == (3,)
 """)
+
+
+def test_every_package_is_installed():
+    """setuptools takes the list in pyproject.toml as it stands; an editable install hides what is missing from it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(re.findall(r'"(sface_kernels[a-z_.]*)",', text[text.index("packages = [") :]))
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert listed == there
 
 
 def test_import_is_light():

@@ -294,6 +294,57 @@ class TestDispatch:
         assert reason in backend.unavailable(torch.device("cuda"), f32, f32)
 
 
+class TestDensity:
+    """The choice by an earlier count, with an event that arrives when the test says so."""
+
+    @pytest.fixture(autouse=True)
+    def _without_a_gpu(self, monkeypatch):
+        class Event:
+            arrived = False
+
+            def record(self):
+                pass
+
+            def query(self):
+                return Event.arrived
+
+        self.event = Event
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(density, "_host_buffer", torch.zeros_like)
+        monkeypatch.setattr(density, "_watches", {})
+        monkeypatch.setattr(density, "_readable", lambda x: True)
+        self.kind = torch.empty(10, 4), torch.empty(1000, 4), HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, FAST)
+
+    def test_it_does_not_wait(self):
+        x, w, hp = self.kind
+        many, few = torch.tensor([5000, 0]), torch.tensor([5, 0])
+        assert not density.expects_dense(x, w, hp)
+        density.learn(many, x, w, hp)
+        assert not density.expects_dense(x, w, hp)  # the count has not arrived
+        density.learn(few, x, w, hp)  # not sent: the buffer is in use
+        self.event.arrived = True
+        assert density.expects_dense(x, w, hp)
+        density.learn(few, x, w, hp)
+        assert not density.expects_dense(x, w, hp)
+
+    def test_kinds_of_calls_do_not_mix(self):
+        x, w, hp = self.kind
+        self.event.arrived = True
+        density.learn(torch.tensor([5000, 0]), x, w, hp)
+        assert not density.expects_dense(x, w, hp._replace(filter_eps=2.0**-8))
+        assert not density.expects_dense(x, w[:500], hp)
+        assert density.expects_dense(x[:7], w, hp)  # the last batch of an epoch is of the same kind
+
+
+@pytest.mark.parametrize("reason", ["deterministic", "cpu"])
+def test_a_count_is_not_read_where_the_way_must_not_vary(reason):
+    torch.use_deterministic_algorithms(reason == "deterministic")
+    try:
+        assert not density._readable(torch.empty(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_no_samples():
     x, w = (torch.randn(size, 8, device=DEVICE).requires_grad_() for size in (0, 5))
     loss = sface_loss(x, w, torch.zeros(0, dtype=torch.int64, device=DEVICE), backend="triton")

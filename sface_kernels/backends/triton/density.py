@@ -18,11 +18,16 @@ from ...types import HyperParameters
 DENSE_SHARE = 2.5e-3
 
 
+def _host_buffer(counts: Tensor) -> Tensor:
+    """Pinned, or a copy to it would wait."""
+    return torch.zeros(counts.shape, dtype=counts.dtype, pin_memory=True)
+
+
 class _Watch:
     """The last count of calls of one kind that has arrived, and the one that is under way."""
 
     def __init__(self, counts: Tensor):
-        self.host = torch.zeros(counts.shape, dtype=counts.dtype, pin_memory=True)
+        self.host = _host_buffer(counts)
         self.arrived = torch.cuda.Event()
         self.under_way = False
         self.dense = False
