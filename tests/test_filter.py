@@ -134,12 +134,16 @@ def test_certificate(case32, geometry, filter_eps):
         length = float(problem.x.norm())
         lacking = float((filtered.grad_x - exact.grad_x).norm()) * length
         rounding = 2 * float(t.worst.x) * length
-        screened = math.expm1(80 * 128**0.5 * 2.0**-15 / math.sin(1.3))
+        screen_error = 2.0**-10 if case32.backend == "triton" else 128**0.5 * 2.0**-15
+        screened = math.expm1(80 * screen_error / math.sin(1.3))
         assert lacking <= float(filtered.stats.dropped) * (1 + screened) + float(t.flip_x) * length + rounding
         assert float(filtered.stats.dropped) <= len(whole.w) * filter_eps * 64
         assert float(exact.stats.dropped) == 0
         seen += lacking
-    assert (seen > 0) == (geometry != "collapsed")
+    if geometry != "collapsed":
+        assert seen > 0
+    elif case32.backend != "triton":  # there lists and dense products round differently; the others do not change ways
+        assert seen == 0
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
