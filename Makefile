@@ -35,7 +35,7 @@ demo: build
 # The interpreter runs Triton's kernels on the CPU, and must be asked for before they are imported: a process of its own.
 test: build
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/test_triton.py tests/test_triton_memory.py \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/test_triton.py tests/test_compile.py \
 		tests/test_parity.py --deselect tests/test_parity.py::test_default_filter_on_a_shared_direction \
 		--deselect tests/test_parity.py::test_dense_and_sparse_blocks_in_one_call
 

@@ -162,6 +162,20 @@ def test_opcheck_native(shape, weight_dtype, filter_eps, native):
     opcheck("native_grad_weight", (x, w, target, upstream, *hyper, *saved))
 
 
+@pytest.mark.parametrize("shape", OP_SHAPES)
+@pytest.mark.parametrize("weight_dtype", [f32, f16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
+def test_opcheck_triton(shape, weight_dtype, dense):
+    case = Case("triton", "cpu", weight_dtype, weight_dtype)
+    if case.reason_to_skip():
+        pytest.skip(f"{case}: {case.reason_to_skip()}")
+    x, w, target, upstream = operands(*shape, weight_dtype, weight_dtype)
+    for need_x, need_w in ((True, True), (False, False)):
+        opcheck("triton_forward", (x, w, target, *HYPER, need_x, need_w, dense))
+    saved = torch.ops.sface.triton_forward(x, w, target, *HYPER, True, True, dense)[4:]
+    opcheck("triton_grad_weight", (x, w, target, upstream, *HYPER, dense, *saved))
+
+
 def test_every_operator_is_checked():
     """An operator on tensors that is added to the schemas needs an opcheck here, and a line below."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sface::")}
@@ -172,4 +186,6 @@ def test_every_operator_is_checked():
         "chunked_grad_weight",
         "native_forward",
         "native_grad_weight",
+        "triton_forward",
+        "triton_grad_weight",
     }

@@ -172,7 +172,7 @@ class TestDegenerateGeometry:
             torch.set_num_threads(threads)
         t = truth(*zeroed, filter_eps=filter_eps)
         assert all(torch.isfinite(value).all() for value in (result.row_loss, result.grad_x, result.grad_w))
-        assert ((result.row_loss - t.row_loss).abs() <= t.worst.loss + t.screen_loss).all()
+        assert ((result.row_loss - t.row_loss).abs() <= t.worst.loss + t.screen_loss.get(case32.backend, 0)).all()
         assert ((result.grad_x - t.grad_x).norm(dim=1) <= t.worst.x + t.flip_x).all()
 
     @pytest.mark.parametrize("c", [1, 2])
