@@ -118,8 +118,9 @@ def test_statistics(case, shape, geometry):
     assert all(value.dim() == 0 and value.device.type == case.device for value in stats)
 
     loss_error = float(t.worst.loss.mean())
+    screened_loss = float((t.screen_loss.get(case.backend, 0) * torch.ones(n)).mean())
     assert abs(float(stats.intra) - float(t.intra.mean())) <= loss_error
-    assert abs(float(stats.inter) - float(t.inter.mean())) <= loss_error
+    assert abs(float(stats.inter) - float(t.inter.mean())) <= loss_error + screened_loss
 
     cos_error = worst_cosine_roundings(x.shape[1]) * torch.finfo(judge.dtype).eps / 2
     own = torch.zeros_like(t.active).scatter_(1, labels.unsqueeze(1), True)
