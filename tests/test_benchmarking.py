@@ -35,11 +35,13 @@ def test_opponents_alone_get_bf16_products():
 
 
 def test_peak_memory_of_a_process_of_its_own():
-    # 4·N·C bytes = 8 MB: the reference holds several such tensors, and 9 at its peak
-    found = memory.measure(providers.resolve("reference"), Case(Shape(100, 20_000, 8)), memory.Setting(threads=1))
-    assert found.get("error") is None
-    if found["method"].startswith("VmHWM"):
-        assert 5 * 8e6 < found["peak_extra_bytes"] < 16 * 8e6
+    # 4·N·C bytes = 8 MB: the reference makes 21 such tensors and holds 9 at its peak. What the allocator keeps of the
+    # others varies from process to process (8 to 15 in all were seen), so the middle of three.
+    case, setting = Case(Shape(100, 20_000, 8)), memory.Setting(threads=1)
+    found = [memory.measure(providers.resolve("reference"), case, setting) for _ in range(3)]
+    assert all(measured.get("error") is None for measured in found)
+    if found[0]["method"].startswith("VmHWM"):
+        assert 5 * 8e6 < sorted(measured["peak_extra_bytes"] for measured in found)[1] < 21 * 8e6
 
 
 def test_a_killed_process_counts_as_out_of_memory(monkeypatch):
