@@ -8,20 +8,33 @@ constexpr double kDenseShare = 0.18;
 // block, so one in 16 costs a hundredth.
 constexpr int kBlindBlocks = 15;
 
+// 1/‖w‖ of each row, Σ ŵ over the block where it is wanted, and the rows in fixed point where they are screened.
 inline void prepare_rows(const Block& block, int d, int padded_d, bool sum_classes, bool screen, Workspace& work) {
-  for (int row = 0; row < block.rows; ++row) {
-    const float* w = block.w + row * block.row_stride;
-    const double norm = row_norm(w, d);
-    const float inv = static_cast<float>(1.0 / (norm < kNormEps ? kNormEps : norm));
-    work.inv_norm[row] = finite(norm) ? inv : __builtin_nanf("");
-    int16_t* fixed = reinterpret_cast<int16_t*>(work.pairs.data() + static_cast<int64_t>(row) * (padded_d / 2));
-    if (!finite(norm)) {
-      std::memset(fixed, 0, sizeof(int16_t) * padded_d);
-    } else if (screen) {
-      to_fixed_point(w, d, padded_d, inv, fixed, sum_classes ? work.class_sum.data() : nullptr);
-    } else if (sum_classes) {
-      axpy(inv, w, work.class_sum.data(), d);
+  for (int start = 0; start < block.rows; start += kRowsAtOnce) {
+    const float* rows[kRowsAtOnce];
+    float squares[kRowsAtOnce], inv[kRowsAtOnce] = {};
+    bool all_finite = true;
+    // past the last row: that row again, 0 times
+    for (int r = 0; r < kRowsAtOnce; ++r) rows[r] = block.w + std::min(start + r, block.rows - 1) * block.row_stride;
+    sums_of_squares(rows, d, squares);
+    for (int r = 0; r < kRowsAtOnce && start + r < block.rows; ++r) {
+      const double norm = row_norm(rows[r], d, squares[r]);
+      inv[r] = finite(norm) ? static_cast<float>(1.0 / (norm < kNormEps ? kNormEps : norm)) : __builtin_nanf("");
+      work.inv_norm[start + r] = inv[r];
+      all_finite &= finite(norm);
     }
+    if (screen)
+      for (int r = 0; r < kRowsAtOnce && start + r < block.rows; ++r) {
+        int16_t* fixed =
+            reinterpret_cast<int16_t*>(work.pairs.data() + static_cast<int64_t>(start + r) * (padded_d / 2));
+        if (finite(inv[r])) {
+          to_fixed_point(rows[r], d, padded_d, inv[r] * kScale, fixed);
+        } else {
+          std::memset(fixed, 0, sizeof(int16_t) * padded_d);
+        }
+      }
+    // a row that is not finite makes every loss NaN: what Σ ŵ holds then is not read
+    if (sum_classes && all_finite) add_scaled(rows, inv, d, work.class_sum.data());
   }
 }
 

@@ -69,9 +69,10 @@ void intra(const Hyper& hyper, float cosine, float* p) {
   *p = hyper.s * sigmoid_of_angle(theta, -hyper.k_intra * kLog2E, hyper.a)[0];
 }
 
-// Length of a row, in double where the fp32 sum of squares leaves the range that keeps its accuracy.
-inline double row_norm(const float* row, int d) {
-  const float square = dot(row, row, d);
+constexpr int kRowsAtOnce = 4;
+
+// Length of a row from its fp32 sum of squares, again in double where that leaves the range that keeps its accuracy.
+inline double row_norm(const float* row, int d, float square) {
   if (square > 1e-30f && square < 1e37f) return __builtin_sqrt(static_cast<double>(square));
   double sum = 0;
   for (int k = 0; k < d; ++k) sum += static_cast<double>(row[k]) * row[k];
@@ -80,29 +81,48 @@ inline double row_norm(const float* row, int d) {
 
 inline bool finite(double v) { return v - v == 0; }
 
-// row·scale rounded to int16, `padded_d` of them; `class_sum` += row·inv where it is wanted.
-inline void to_fixed_point(const float* row, int d, int padded_d, float inv, int16_t* out, float* class_sum) {
+// row·scale rounded to int16, `padded_d` of them.
+inline void to_fixed_point(const float* row, int d, int padded_d, float scale, int16_t* out) {
   constexpr float kRound = 12582912.0f;  // leaves round(v) in the low bits, two's complement
-  const float scale = inv * kScale;
+  int k = 0;
+  for (; k + kLanes <= d; k += kLanes)
+    *reinterpret_cast<I16*>(out + k) = __builtin_convertvector(I32(load(row + k) * scale + kRound), I16);
+  for (; k < d; ++k) out[k] = static_cast<int16_t>(I32(broadcast(row[k] * scale) + kRound)[0]);
+  for (; k < padded_d; ++k) out[k] = 0;
+}
+
+// Σ x² of each row. Together: the additions of one row wait for each other.
+inline void sums_of_squares(const float* const rows[kRowsAtOnce], int d, float out[kRowsAtOnce]) {
+  F32 sum[kRowsAtOnce] = {}, more[kRowsAtOnce] = {};
+  int k = 0;
+  for (; k + 2 * kLanes <= d; k += 2 * kLanes)
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const F32 first = load(rows[r] + k), second = load(rows[r] + k + kLanes);
+      sum[r] += first * first;
+      more[r] += second * second;
+    }
+  for (int r = 0; r < kRowsAtOnce; ++r) out[r] = sum_lanes(sum[r] + more[r]);
+  for (; k < d; ++k)
+    for (int r = 0; r < kRowsAtOnce; ++r) out[r] += rows[r][k] * rows[r][k];
+}
+
+// sum += Σ_r scale[r]·rows[r]
+inline void add_scaled(const float* const rows[kRowsAtOnce], const float scale[kRowsAtOnce], int d, float* sum) {
   int k = 0;
   for (; k + kLanes <= d; k += kLanes) {
-    const F32 v = load(row + k);
-    *reinterpret_cast<I16*>(out + k) = __builtin_convertvector(I32(v * scale + kRound), I16);
-    if (class_sum) store(class_sum + k, load(class_sum + k) + inv * v);
+    F32 total = load(sum + k);
+    for (int r = 0; r < kRowsAtOnce; ++r) total += scale[r] * load(rows[r] + k);
+    store(sum + k, total);
   }
-  for (; k < d; ++k) {
-    const F32 shifted = broadcast(row[k] * scale) + kRound;
-    out[k] = static_cast<int16_t>(I32(shifted)[0]);
-    if (class_sum) class_sum[k] += inv * row[k];
-  }
-  for (; k < padded_d; ++k) out[k] = 0;
+  for (; k < d; ++k)
+    for (int r = 0; r < kRowsAtOnce; ++r) sum[k] += scale[r] * rows[r][k];
 }
 
 void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms) {
   constexpr int kAtOnce = kFeaturePad / 2;  // the lines that these features are written to stay in the L1 cache
   for (int i = 0; i < count; ++i) {
     float* row = rows + static_cast<int64_t>(i) * padded_d;
-    const double norm = row_norm(row, d);
+    const double norm = row_norm(row, d, dot(row, row, d));
     norms[i] = static_cast<float>(norm);
     const double inv = finite(norm) ? 1.0 / (norm < kNormEps ? kNormEps : norm) : 0.0;
     for (int k = 0; k < d; ++k) row[k] = inv > 0 ? static_cast<float>(row[k] * inv) : 0.0f;
@@ -120,8 +140,8 @@ void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int
     for (int start = 0; start < padded_d / 2; start += kAtOnce)
       for (int i = 0; i < count; ++i) {
         int32_t fixed[kAtOnce];
-        to_fixed_point(rows + static_cast<int64_t>(i) * padded_d + 2 * start, 2 * kAtOnce, 2 * kAtOnce, 1.0f,
-                       reinterpret_cast<int16_t*>(fixed), nullptr);
+        to_fixed_point(rows + static_cast<int64_t>(i) * padded_d + 2 * start, 2 * kAtOnce, 2 * kAtOnce, kScale,
+                       reinterpret_cast<int16_t*>(fixed));
         for (int k = 0; k < kAtOnce; ++k) pairs[(start + k) * kPanel + i] = fixed[k];
       }
   }
