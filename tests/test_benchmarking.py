@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import subprocess
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import ROOT
 
 from benchmarks import accuracy, density, tables
 from sface_kernels import sface_loss
-from sface_kernels.benchmarking import memory, opponents, providers, report, selfcheck, timing, work
+from sface_kernels.benchmarking import machine, memory, opponents, providers, report, selfcheck, timing, work
 from sface_kernels.benchmarking.checking import Checker, reduced
 from sface_kernels.benchmarking.contestant import MODES, enter
 from sface_kernels.benchmarking.truth import compute_truth, measure_errors
@@ -402,6 +403,36 @@ def write_result(path, **changes):
         **{"machine": {"cpu": "Abacus", "isa": ["avx2"], "threads": 2, "gpu": None}, "rows": [{**row, **changes}]},
     }
     path.write_text(json.dumps(result))
+
+
+def test_commit_is_dirty_where_code_differs_and_not_where_results_do(tmp_path):
+    def git(*command):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    code, results, page = (
+        tmp_path / "package" / "code.py",
+        tmp_path / "benchmarks" / "results" / "r.json",
+        tmp_path / "a.md",
+    )
+    for path in (code, results, page):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("old")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    head = git("rev-parse", "HEAD").strip()
+    assert machine.commit(code.parent) == head
+    results.write_text("new")
+    page.write_text("new")
+    assert machine.commit(code.parent) == head
+    code.write_text("new")
+    assert machine.commit(code.parent) == head + "-dirty"
+
+
+def test_no_commit_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert machine.commit(tmp_path) is None
 
 
 def test_tables_are_written_from_the_results(tmp_path, monkeypatch, capsys):

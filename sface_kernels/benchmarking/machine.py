@@ -117,21 +117,36 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in sorted(os.environ.items()) if key in ENV_NAMES or key.startswith(ENV_PREFIXES)}
 
 
-def commit() -> str | None:
-    """The git commit of this checkout, with "-dirty" where tracked files differ; None outside a checkout."""
-    where = Path(__file__).resolve().parent
+# What a measurement writes, and text: neither changes what is measured.
+UNMEASURED = ("benchmarks/results", "docs", "*.md")
+
+
+def commit(where: Path | None = None) -> str | None:
+    """The git commit of this checkout, with "-dirty" where code differs from it; None outside a checkout."""
+    where = where or Path(__file__).resolve().parent
     try:
-        text = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=where,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # reads the checkout, refreshes nothing in it
-            capture_output=True,
-            text=True,
-            timeout=10,
+        head = _git(where, "rev-parse", "HEAD")
+        # "git status" rather than "git diff": it looks at contents where only a file's time differs
+        changed = _git(
+            where,
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            ":/",
+            *(f":(top,exclude){path}" for path in UNMEASURED),
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
-    return text.stdout.strip() or None if text.returncode == 0 else None
+    return head + ("-dirty" if changed else "")
+
+
+def _git(where: Path, *command: str) -> str:
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # reads the checkout, refreshes nothing in it
+    run = subprocess.run(
+        ["git", *command], cwd=where, env=environment, capture_output=True, text=True, timeout=10, check=True
+    )
+    return run.stdout.strip()
 
 
 def date() -> str:
