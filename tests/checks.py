@@ -150,3 +150,14 @@ def active_pairs(case: Case, problem: Problem, **options) -> Tensor:
         (grad,) = torch.autograd.grad(rows[i], w, retain_graph=True)
         found[i] = (grad != 0).any(1).cpu()
     return found
+
+
+def assert_same(ours: Result, theirs: Result) -> None:
+    for name in ("row_loss", "grad_x", "grad_w"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def check(case, problem: Problem, **options) -> Result:
+    result = run(case, problem, **options)
+    Judge(problem, **options).check(result, case.backend)
+    return result

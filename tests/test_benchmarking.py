@@ -1,30 +1,19 @@
-"""What the benchmarks measure with: workloads, float64 results, opponents, the check, interleaved timing, memory."""
+"""What the benchmarks measure with: the check, interleaved timing, counted work, memory."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
-import re
-import subprocess
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import ROOT
 
-from benchmarks import accuracy, density, tables
-from sface_kernels import sface_loss
-from sface_kernels.benchmarking import machine, memory, opponents, providers, report, selfcheck, timing, work
-from sface_kernels.benchmarking.checking import Checker, reduced
+from sface_kernels.benchmarking import memory, providers, selfcheck, timing, work
+from sface_kernels.benchmarking.checking import Checker
 from sface_kernels.benchmarking.contestant import MODES, enter
-from sface_kernels.benchmarking.truth import compute_truth, measure_errors
 from sface_kernels.benchmarking.workloads import (
-    FAST_EPS,
-    SUITE,
     Case,
     Shape,
-    active_cosine,
     make_workload,
 )
 
@@ -205,12 +194,6 @@ def test_small_problems_are_small():
         assert len(problem.x) <= selfcheck.SMALL.n and problem.w.numel() <= selfcheck.SMALL.c * selfcheck.SMALL.d
 
 
-def test_a_report_has_no_number_that_json_lacks(tmp_path):
-    path = tmp_path / "report.json"
-    report.save({"rows": [{"errors": {"loss": math.nan, "grad_x": math.inf, "grad_w": 1.0}}]}, path)
-    assert json.loads(path.read_text())["rows"][0]["errors"] == {"loss": None, "grad_x": None, "grad_w": 1.0}
-
-
 def test_orders_are_balanced():
     names = ["a", "b", "c", "d"]
     rounds = list(itertools.islice(timing.balanced_orders(names), 8))
@@ -237,240 +220,3 @@ def test_the_budget_ends_the_rounds():
 
     samples = timing.interleave({"slow": Slow()}, repeats=100, budget_seconds=0.1)
     assert len(samples.seconds["slow"]) == timing.MIN_ROUNDS
-
-
-@pytest.mark.parametrize("geometry", ["random", "trained", "dense"])
-def test_workloads_are_deterministic_by_seed(geometry):
-    case = Case(Shape(16, 200, 32), geometry, seed=3)
-    first, again, other = make_workload(case), make_workload(case), make_workload(case._replace(seed=4))
-    assert all(torch.equal(a, b) for a, b in zip(first[1:4], again[1:4], strict=True))
-    assert not torch.equal(first.x, other.x) and not torch.equal(first.w, other.w)
-    assert first.x.abs().min(dim=1).values.count_nonzero() == 16
-
-
-@pytest.mark.parametrize("share", [1e-3, 0.05, 0.5, 1.0])
-@pytest.mark.parametrize("d", [64, 256])
-def test_requested_density_is_reached(share, d):
-    work = make_workload(Case(Shape(64, 3000, d), "dense", share))
-    assert work.density == pytest.approx(share, rel=0.02)
-    cos = F.normalize(work.x) @ F.normalize(work.w).t()
-    active = cos >= active_cosine(FAST_EPS)
-    assert active.float().mean() == pytest.approx(share, rel=0.1)  # the targets counted as well
-    if share >= 0.05:  # scattered: every hundred classes have some
-        assert active.any(0).view(30, 100).any(1).all()
-
-
-def test_density_is_what_a_backend_counts():
-    work = make_workload(Case(Shape(32, 1000, 64), "dense", 0.05))
-    _, stats = sface_loss(work.x, work.w, work.y, filter_eps=FAST_EPS, backend="chunked", return_stats=True)
-    assert int(stats.active_pairs) == pytest.approx(work.density * 32 * 999, abs=2)  # ties of rounding
-
-
-def test_trained_geometry_is_like_a_trained_head():
-    work = make_workload(Case(Shape(64, 4000, 512), "trained"))
-    cos = F.normalize(work.x) @ F.normalize(work.w).t()
-    positives = cos[torch.arange(64), work.y]
-    assert positives.mean() == pytest.approx(0.70, abs=0.03) and 0.03 < positives.std() < 0.09
-    assert cos.std() == pytest.approx(0.062, abs=0.004)
-    assert 5e-4 < work.density < 2.5e-3
-
-
-def test_suite_is_the_one_announced():
-    assert {case.shape for case in SUITE} == {Shape(128, 85_742, 512), Shape(512, 10_575, 512)}
-    assert any(case.density == 0.05 for case in SUITE)
-
-
-@pytest.mark.parametrize("shape", [Shape(8, 60, 16), Shape(33, 701, 96)])
-@pytest.mark.parametrize("function", [opponents.reference, opponents.careful])
-def test_opponents_agree_with_float64(function, shape):
-    work = make_workload(Case(shape, "trained"))
-    truth = compute_truth(work.x, work.w, work.y)
-    for dtype, limit in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
-        x, w = (t.to(dtype, copy=True).requires_grad_() for t in (work.x, work.w))
-        loss = function(x, w, work.y)
-        loss = loss.loss if isinstance(loss, tuple) else loss
-        loss.backward()
-        errors = measure_errors(truth, loss.detach(), x.grad, w.grad)
-        assert max(errors) < limit, (dtype, errors)
-
-
-def test_the_filtered_float64_result_is_the_autograd_of_kept_entries():
-    work = make_workload(Case(Shape(8, 200, 16), "trained"))
-    x, w = (t.double().requires_grad_() for t in (work.x, work.w))
-    cos = F.normalize(x) @ F.normalize(w).t()
-    own = F.one_hot(work.y, 200).bool()
-    with torch.no_grad():
-        p, q = (64 * torch.sigmoid(v) for v in (80 * (cos.acos() - 0.80), -80 * (cos.acos() - 1.23)))
-        coef = torch.where(own, -p, torch.where(q < FAST_EPS * 64, 0, q))
-    loss = (coef * cos).sum(1).mean()
-    loss.backward()
-    filtered = compute_truth(work.x, work.w, work.y, FAST_EPS)
-    errors = measure_errors(filtered, torch.tensor(filtered.loss, dtype=torch.float64), x.grad, w.grad)
-    assert max(errors) < 1e-12
-    exact = compute_truth(work.x, work.w, work.y)
-    assert filtered.loss == exact.loss and not torch.equal(filtered.grad_x, exact.grad_x)
-
-
-def test_reference_returns_the_six_published_values():
-    work = make_workload(Case(Shape(8, 60, 16), "trained"))
-    outputs = opponents.reference(work.x, work.w, work.y)
-    cos = F.normalize(work.x) @ F.normalize(work.w).t()
-    own = cos[torch.arange(8), work.y]
-    assert torch.allclose(outputs.logits, 64 * cos, atol=1e-4)
-    assert torch.allclose(outputs.loss, outputs.intra + outputs.inter)
-    assert torch.allclose(outputs.cos_target, own.mean())
-    assert torch.allclose(outputs.cos_other, (cos.sum() - own.sum()) / cos.numel(), atol=1e-6)
-
-
-def test_large_workloads_are_checked_on_fewer_classes(monkeypatch):
-    monkeypatch.setattr("sface_kernels.benchmarking.checking.FULL_CHECK_LIMIT", 8 * 16 * 100)
-    work = make_workload(Case(Shape(8, 1000, 16), "trained"))
-    part = reduced(work)
-    assert 50 < part.case.shape.c < 120 and len(part.w) == part.case.shape.c
-    assert torch.equal(part.w[part.y], work.w[work.y])
-    found = Checker(work).check(providers.resolve("careful"))
-    assert found["ok"] and found["classes"] == part.case.shape.c
-
-
-def test_density_sweep_writes_json(tmp_path):
-    out = tmp_path / "density.json"
-    arguments = [
-        "--n",
-        "8",
-        "--c",
-        "200",
-        "--d",
-        "32",
-        "--threads",
-        "1",
-        "--repeats",
-        "3",
-        "--densities",
-        "0.01,0.1,1",
-    ]
-    names = ["--providers", "chunked@2^-16,reference"]
-    assert density.main([*arguments, *names, "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["rows"]
-    ends = ["chunked@2^-16", "reference"]
-    assert [row["provider"] for row in rows] == [*ends, "chunked@2^-16", *ends]
-    assert all(row["ratios"]["speedup_vs_reference"] > 0 for row in rows)
-
-
-def test_accuracy_marks_the_filters_within_the_rule(tmp_path, capsys):
-    out = tmp_path / "accuracy.json"
-    arguments = ["--n", "16", "--c", "300", "--d", "64", "--threads", "1", "--dtypes", "float32,bfloat16"]
-    assert accuracy.main([*arguments, "--backend", "chunked", "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 2 * 2 * len(accuracy.FILTERS)
-    for row in rows:
-        assert row["errors"] is not None, row["reason"]
-        if row["dtype"] == "float32":
-            assert row["within_rule"] or row["filter_eps"] > 2.0**-24
-            assert not row["within_rule"] or row["filter_eps"] < 2.0**-12
-    assert "| trained | 64 | 300 |" in capsys.readouterr().out
-
-
-def test_accuracy_rejects_an_unknown_backend(capsys):
-    with pytest.raises(SystemExit) as stop:
-        accuracy.main(["--backend", "nonsense"])
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def write_result(path, **changes):
-    """A results file of one row, as `bench` writes it."""
-    row = {
-        **{
-            "workload": "N=8 C=60 D=16 random",
-            "n": 8,
-            "c": 60,
-            "d": 16,
-            "geometry": "random",
-            "density_requested": None,
-        },
-        **{"density": 0.5, "device": "cpu", "dtype": "float32", "mode": "both", "provider": "native"},
-        **{"hot_ms": None, "rates": {"tflops": 0.5, "gb_per_s": 3.25}, "memory": {"peak_extra_bytes": 3 << 20}},
-        **{"time_ms": {"median": 1234.5, "q1": 12.34, "q3": 1.234}, "other_busy_cores": 0.0},
-        "ratios": {"speedup_vs_reference": 24.06, "time_vs_mm_fp32": None},
-    }
-    result = {
-        **{
-            "schema": report.SCHEMA,
-            "schema_version": report.SCHEMA_VERSION,
-            "kind": "bench",
-            "commit": "0" * 40 + "-dirty",
-        },
-        **{"date": "2030-01-02T03:04:05+00:00", "versions": {"torch": "9.9"}},
-        **{"machine": {"cpu": "Abacus", "isa": ["avx2"], "threads": 2, "gpu": None}, "rows": [{**row, **changes}]},
-    }
-    path.write_text(json.dumps(result))
-
-
-def test_commit_is_dirty_where_code_differs_and_not_where_results_do(tmp_path):
-    def git(*command):
-        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-        return subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-
-    code, results, page = (
-        tmp_path / "package" / "code.py",
-        tmp_path / "benchmarks" / "results" / "r.json",
-        tmp_path / "a.md",
-    )
-    for path in (code, results, page):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("old")
-    git("init", "--quiet")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "all")
-    head = git("rev-parse", "HEAD").strip()
-    assert machine.commit(code.parent) == head
-    results.write_text("new")
-    page.write_text("new")
-    assert machine.commit(code.parent) == head
-    code.write_text("new")
-    assert machine.commit(code.parent) == head + "-dirty"
-
-
-def test_no_commit_outside_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert machine.commit(tmp_path) is None
-
-
-def test_tables_are_written_from_the_results(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    write_result(tmp_path / "r.json")
-    document = tmp_path / "page.md"
-    document.write_text("before\n<!-- table: r.json mode=both providers=native -->\nold figures\n<!-- end -->\nafter\n")
-    assert tables.main([str(document), "--check"]) == 1 and "old figures" in document.read_text()
-    assert tables.main([str(document)]) == 0
-    text = document.read_text()
-    assert "| native | 1234 | 12.3–1.23 | 24.1 | 3 | 0.50 | 3.2 |" in text and "old figures" not in text
-    assert "Abacus, AVX2, 2 threads; torch 9.9; 2030-01-02, commit 0000000000-dirty." in text
-    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
-    assert tables.main([str(document), "--check"]) == 0
-    write_result(tmp_path / "r.json", other_busy_cores=0.9)
-    assert tables.main([str(document)]) == 0 and "used up to 0.9 cores" in document.read_text()
-    (tmp_path / "r.json").unlink()
-    with pytest.raises(SystemExit) as stop:
-        tables.main([str(document)])
-    assert stop.value.code == 2 and "r.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("document", ["README.md", "docs/performance.md"])
-def test_the_documents_say_what_the_results_say(document):
-    text = (ROOT / document).read_text()
-    assert "<!-- table:" in text and tables.rewrite(text) == text, (
-        "python -m benchmarks.tables README.md docs/performance.md"
-    )
-
-
-def test_every_picture_in_the_documents_is_there():
-    for document in ("README.md", "docs/performance.md"):
-        path = ROOT / document
-        pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text())
-        assert pictures and all((path.parent / picture).is_file() for picture in pictures), pictures
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
-def test_committed_results_can_be_read(path):
-    result = report.load(path)
-    assert result["rows"] and result["commit"] and result["machine"]["cpu"] and not result["interrupted"]
