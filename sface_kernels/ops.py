@@ -108,9 +108,8 @@ def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, t
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
-CHUNKED_MAX_PAIRS = (
-    1 << 21
-)  # active pairs (12 B each in float32) that the chunked backend lists before it recomputes instead
+# active pairs (12 B each in float32) that the chunked backend lists before it recomputes instead
+CHUNKED_MAX_PAIRS = 1 << 21
 
 
 def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
@@ -134,22 +133,7 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
 
 
 @torch.library.register_fake(f"{NAMESPACE}::chunked_grad_weight", lib=_library)
-def _(
-    x,
-    w,
-    target,
-    grad_row,
-    s,
-    k_intra,
-    k_inter,
-    a,
-    b,
-    filter_eps,
-    chunk,
-    pairs,
-    coefficients,
-    chunk_pairs,
-):
+def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, chunk, pairs, coefficients, chunk_pairs):
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 

@@ -334,6 +334,7 @@ class TestDensity:
         assert not density.expects_dense(x, w, hp._replace(filter_eps=2.0**-8))
         assert not density.expects_dense(x, w[:500], hp)
         assert density.expects_dense(x[:7], w, hp)  # the last batch of an epoch is of the same kind
+        assert density.expects_dense(x, w, hp._replace(s=32.0, b=1.2))  # and so is the next step of a schedule
 
 
 @pytest.mark.parametrize("reason", ["deterministic", "cpu"])

@@ -48,16 +48,15 @@ _watches: dict[tuple[object, ...], _Watch] = {}
 
 
 def _readable(x: Tensor) -> bool:
-    return not (
-        torch.compiler.is_compiling()
-        or not x.is_cuda
-        or torch.are_deterministic_algorithms_enabled()
-        or torch.cuda.is_current_stream_capturing()
-    )
+    if torch.compiler.is_compiling() or not x.is_cuda or torch.are_deterministic_algorithms_enabled():
+        return False
+    with torch.cuda.device_of(x):
+        return not torch.cuda.is_current_stream_capturing()
 
 
 def _kind(x: Tensor, w: Tensor, hp: HyperParameters) -> tuple[object, ...]:
-    return x.device, x.shape[1], w.shape[0], hp
+    # s, k, a and b may follow a schedule: a kind of its own for every value would never see its count arrive
+    return x.device, x.shape[1], w.shape[0], hp.filter_eps
 
 
 def expects_dense(x: Tensor, w: Tensor, hp: HyperParameters) -> bool:
@@ -75,6 +74,7 @@ def learn(counts: Tensor, x: Tensor, w: Tensor, hp: HyperParameters) -> None:
     if not _readable(x):
         return
     kind = _kind(x, w, hp)
-    if kind not in _watches:
-        _watches[kind] = _Watch(counts)
-    _watches[kind].send(counts)
+    with torch.cuda.device_of(x):  # an event is recorded on the current device
+        if kind not in _watches:
+            _watches[kind] = _Watch(counts)
+        _watches[kind].send(counts)
