@@ -124,7 +124,7 @@ pictures: build
 	$(PLOT) $(RESULTS)-accuracy.json --only error_vs_filter
 
 tables: build
-	$(BIN)/python -m benchmarks.tables README.md docs/performance.md
+	$(BIN)/python -m benchmarks.tables README.md docs/performance.md docs/accuracy.md
 
 FORCE:
 

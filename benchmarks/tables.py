@@ -1,13 +1,13 @@
-"""`python -m benchmarks.tables README.md docs/performance.md`: writes the tables of the documents from the results files.
+"""`python -m benchmarks.tables README.md docs/*.md`: writes the tables of the documents from the results files.
 
 A table stands between two comments, the first of which says what it is made from:
 
     <!-- table: benchmarks/results/cpu-random.json mode=both providers=reference,native -->
     <!-- end -->
 
-`mode` is "both" and `providers` are all if left out; both may be several. Below each table a line names machine, versions, commit and date, so
-that no figure in a document was typed. Exit status: 0; 1 with --check where a document is not what the files say; 2 for a
-file that is missing or not a result.
+`mode` is "both" and `providers` are all if left out; both may be several. A file of errors gives all its tables, or those
+of some `dtypes`. Below, a line names machine, versions, commit and date, so that no figure in a document was typed.
+Exit status: 0; 1 with --check where a document is not what the files say; 2 for a file that is missing or not a result.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from sface_kernels.benchmarking import machine, report
 
+from .accuracy import markdown as accuracy_tables
 from .arguments import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +80,7 @@ def _mebibytes(memory: dict[str, Any] | None) -> str:
 def origin(path: str, result: dict[str, Any]) -> str:
     versions, commit = result["versions"], result["commit"] or "an unknown commit"
     made = f"{machine.title(result['machine'])}; torch {versions['torch']}; {result['date'][:10]}, commit {commit[:10]}"
-    others = max((row["other_busy_cores"] or 0 for row in result["rows"]), default=0)
+    others = max((row.get("other_busy_cores") or 0 for row in result["rows"]), default=0)
     noise = f" Other processes used up to {others:.1f} cores meanwhile." if others > machine.BUSY_LIMIT else ""
     return f"`{path}`: {made}{commit[40:]}.{noise}"
 
@@ -88,6 +89,10 @@ def block(path: str, options: str) -> str:
     """What belongs between the two comments."""
     chosen = dict(option.split("=", 1) for option in options.split())
     result = report.load(ROOT / path)
+    if result["kind"] == "accuracy":
+        dtypes = chosen["dtypes"].split(",") if "dtypes" in chosen else {row["dtype"] for row in result["rows"]}
+        rows = [row for row in result["rows"] if row["dtype"] in dtypes]
+        return "\n".join(["", accuracy_tables(rows), "", origin(path, result), "", ""])
     modes = chosen.get("mode", "both").split(",")
     rows = [row for row in result["rows"] if row["mode"] in modes]
     if "providers" in chosen:

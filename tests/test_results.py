@@ -137,16 +137,19 @@ def test_tables_are_written_from_the_results(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and "r.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/performance.md", "docs/accuracy.md"])
 def test_the_documents_say_what_the_results_say(document):
     text = (ROOT / document).read_text()
-    assert "<!-- table:" in text and tables.rewrite(text) == text, (
-        "python -m benchmarks.tables README.md docs/performance.md"
-    )
+    assert "<!-- table:" in text and tables.rewrite(text) == text, "make tables"
+
+
+def test_tables_of_errors_by_dtype():
+    block = tables.block("benchmarks/results/cpu-accuracy.json", " dtypes=float32")
+    assert "Embeddings float32" in block and "bfloat16" not in block and "commit " in block
 
 
 def test_every_picture_in_the_documents_is_there():
-    for document in ("README.md", "docs/performance.md"):
+    for document in ("README.md", "docs/performance.md", "docs/accuracy.md"):
         path = ROOT / document
         pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text())
         assert pictures and all((path.parent / picture).is_file() for picture in pictures), pictures
