@@ -36,8 +36,7 @@ demo: build
 test: build
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/test_triton.py tests/test_compile.py \
-		tests/test_parity.py --deselect tests/test_parity.py::test_default_filter_on_a_shared_direction \
-		--deselect tests/test_parity.py::test_dense_and_sparse_blocks_in_one_call
+		tests/test_parity.py tests/test_filter.py tests/test_layouts.py
 
 # The Triton that torch 2.11 comes with, beside the environment's own; its interpreter needs the older numpy. 200 MB.
 $(TRITON36)/installed: $(VENV)/requirements
