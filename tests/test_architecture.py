@@ -167,6 +167,13 @@ def test_every_package_is_installed():
     assert listed == there
 
 
+def test_kernels_compile_nothing_of_the_standard_library_for_an_instruction_set():
+    """The linker could pick such a copy of a shared function for a CPU without it (csrc/cpu/kernels_avx512.cpp)."""
+    files = sorted((ROOT / "csrc" / "cpu").glob("*.inl"))
+    used = {name for path in files for name in re.findall(r"std::(\w+)", path.read_text())}
+    assert files and used <= {"memcpy", "memset"}, used  # not templates, and in the C library
+
+
 def test_import_is_light():
     """Importing starts no thread pool, no compiler, and touches no GPU; inductor and triton stay out until they are needed."""
     before = "import sys, torch; before = set(sys.modules);"

@@ -15,7 +15,8 @@ inline void prepare_rows(const Block& block, int d, int padded_d, bool sum_class
     float squares[kRowsAtOnce], inv[kRowsAtOnce] = {};
     bool all_finite = true;
     // past the last row: that row again, 0 times
-    for (int r = 0; r < kRowsAtOnce; ++r) rows[r] = block.w + std::min(start + r, block.rows - 1) * block.row_stride;
+    for (int r = 0; r < kRowsAtOnce; ++r)
+      rows[r] = block.w + (start + r < block.rows ? start + r : block.rows - 1) * block.row_stride;
     sums_of_squares(rows, d, squares);
     for (int r = 0; r < kRowsAtOnce && start + r < block.rows; ++r) {
       const double norm = row_norm(rows[r], d, squares[r]);
