@@ -74,3 +74,18 @@ def test_amd_assembly():
     assert [instruction.text.split()[0] for instruction in code][-2:] == ["v_exp_f32_e32", "s_branch"]
     assert [sorted(loop) for loop in m.product_loops(code)] == [[1, 2, 3]]
     assert m.count_in_product_loops(code, m.LOCAL_MEMORY) == 1
+
+
+def test_a_product_minus_itself_is_seen_in_ptx():
+    """LLVM fuses v − v, where v is a product, into the product's rounding error."""
+    product = "mul.f32 \t%r3, %r1, %r2;\n"
+    assert m.rounding_residues(product + "neg.f32 %r4, %r3;\nfma.rn.f32 \t%r5, %r2, %r1, %r4; // v - v")
+    assert m.rounding_residues(product + "neg.f32 %r4, %r1;\nfma.rn.f32 \t%r5, %r4, %r2, %r3;")
+    pairs = "mul.f32x2 %rd3, %rd1, %rd2;\nneg.f32x2 %rd4, %rd3;\nfma.rn.f32x2 %rd5, %rd1, %rd2, %rd4;"
+    assert m.rounding_residues(pairs)
+    for right in (
+        "neg.f32 %r4, %r9;\nfma.rn.f32 %r5, %r1, %r2, %r4;",  # less another value
+        "fma.rn.f32 %r5, %r1, %r2, %r3;",  # twice the product
+        "neg.f32 %r4, %r3;\nfma.rn.f32 %r5, %r1, %r9, %r4;",  # less another product
+    ):
+        assert not m.rounding_residues(product + right)

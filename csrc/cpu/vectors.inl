@@ -79,7 +79,12 @@ inline double row_norm(const float* row, int d, float square) {
   return __builtin_sqrt(sum);
 }
 
-inline bool finite(double v) { return v - v == 0; }
+// By its bits: no compiler flag and no fused operation changes what this answers.
+inline bool finite(double v) {
+  uint64_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return (bits >> 52 & 0x7ff) != 0x7ff;
+}
 
 // row·scale rounded to int16, `padded_d` of them.
 inline void to_fixed_point(const float* row, int d, int padded_d, float scale, int16_t* out) {

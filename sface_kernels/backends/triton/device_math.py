@@ -75,7 +75,8 @@ def row_norm(rows):
 
 @triton.jit
 def is_finite(v):
-    return v - v == 0
+    """False for NaN and infinities. Not v − v = 0: where v is a product a GPU fuses that into its rounding error."""
+    return tl.abs(v) < float("inf")
 
 
 @triton.jit

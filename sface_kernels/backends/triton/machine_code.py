@@ -1,6 +1,7 @@
 """Disassembled kernels as a graph of instructions: their loops, what stands in them, how long the epilogue is.
 
-Reads cuobjdump's listing of NVIDIA machine code and the AMD compiler's assembly. Imports neither torch nor Triton.
+Reads cuobjdump's listing of NVIDIA machine code and the AMD compiler's assembly, and PTX for one fault that is easier
+to see there. Imports neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ _SASS_CALL = re.compile(r"\bCALL\S* .*0x([0-9a-f]+)$")
 _BARRIER = re.compile(r"\b(BSSY|BSYNC)\S* (B\d+)(?:, 0x([0-9a-f]+))?$")
 _AMD_LABEL = re.compile(r"^(\.L\w+):")
 _AMD_BRANCH = re.compile(r"^s_(c?)branch\w*\s+(\.L\w+)")
+
+_PTX_PRODUCT = re.compile(r"\bmul\.(?:rn\.)?(?:ftz\.)?(?:f32|f32x2)\s+(%\w+), ([^\s,]+), ([^\s,]+)$")
+_PTX_NEGATION = re.compile(r"\bneg\.(?:ftz\.)?(?:f32|f32x2)\s+(%\w+), (%\w+)$")
+_PTX_FUSED = re.compile(r"\bfma\.rn\.(?:ftz\.)?(?:f32|f32x2)\s+%\w+, ([^\s,]+), ([^\s,]+), ([^\s,]+)$")
 
 
 class Instruction(NamedTuple):
@@ -171,3 +176,26 @@ def epilogue(code: Sequence[Instruction]) -> int | None:
             since, until = _distances(after, products, loop), _distances(before, products, loop)
             return max(since[at] + until[at] - 1 for at in exponentials)
     return None
+
+
+def rounding_residues(ptx: str) -> list[str]:
+    """The fused multiply-adds of a PTX text that compute a·b − (a·b): what v − v becomes where v is a product.
+
+    Such a difference is the product's rounding error and not 0, so a test like v − v = 0 for "v is finite" fails.
+    """
+    products: dict[str, tuple[str, ...]] = {}
+    negated: dict[str, str] = {}
+    found = []
+    for line in ptx.splitlines():
+        text = line.partition("//")[0].strip().rstrip(";")
+        if product := _PTX_PRODUCT.search(text):
+            products[product[1]] = tuple(sorted(product.groups()[1:]))
+        elif negation := _PTX_NEGATION.search(text):
+            negated[negation[1]] = negation[2]
+        elif fused := _PTX_FUSED.search(text):
+            # one of the three is negated: the addend, or a factor
+            signs = sum(operand in negated for operand in fused.groups())
+            first, second, addend = (negated.get(operand, operand) for operand in fused.groups())
+            if signs == 1 and products.get(addend) == tuple(sorted((first, second))):
+                found.append(text)
+    return found

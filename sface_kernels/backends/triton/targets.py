@@ -182,6 +182,8 @@ def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, A
         problems.append(f"{columns} columns of tensor memory, the target has {TENSOR_MEMORY}")
     if fp64 := machine_code.count(code, machine_code.FP64):
         problems.append(f"{fp64} fp64 instructions")
+    if residues := machine_code.rounding_residues(compiled.asm.get("ptx", "")):
+        problems.append(f"{len(residues)} differences of a product and itself are fused: {residues[0]}")
     if row["spills_in_products"]:
         problems.append(f"{row['spills_in_products']} spills in the loop of a product")
     # AMD's matrix cores have fp32 products, NVIDIA's have none of that precision
