@@ -35,8 +35,8 @@ demo: build
 # The interpreter runs Triton's kernels on the CPU, and must be asked for before they are imported: a process of its own.
 test: build
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/test_triton.py tests/test_compile.py \
-		tests/test_parity.py tests/test_filter.py tests/test_layouts.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/triton/test_triton.py tests/loss/test_compile.py \
+		tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py
 
 # The Triton that torch 2.11 comes with, beside the environment's own; its interpreter needs the older numpy. 200 MB.
 $(TRITON36)/installed: $(VENV)/requirements
@@ -45,13 +45,13 @@ $(TRITON36)/installed: $(VENV)/requirements
 	touch $@
 
 test-triton36: build $(TRITON36)/installed
-	PYTHONPATH=$(CURDIR)/$(TRITON36) $(BIN)/python -m pytest tests/test_triton_compile.py
+	PYTHONPATH=$(CURDIR)/$(TRITON36) $(BIN)/python -m pytest tests/triton/test_triton_compile.py
 	PYTHONPATH=$(CURDIR)/$(TRITON36) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
-		$(filter-out tests/test_triton_compile.py tests/test_triton_gpu.py,$(wildcard tests/test_triton*.py))
+		tests/triton/test_triton.py tests/triton/test_triton_memory.py
 
 # The compile tables of docs/kernels.md. Needs no GPU; some minutes. SFACE_COMPILE_EVERY=1 make test checks more cases.
 compile-matrix: build
-	$(BIN)/python -m sface_kernels.backends.triton.targets --targets sm_80,sm_90,sm_100,sm_120,gfx942 --jobs 2 \
+	$(BIN)/python -m sface_kernels.backends.triton.tools.compile_report --targets sm_80,sm_90,sm_100,sm_120,gfx942 --jobs 2 \
 		--write docs/kernels.md
 
 # On a machine with a GPU: uses the interpreter PYTHON as it is, installs nothing, ends inside ten minutes.
@@ -74,7 +74,7 @@ check: lint test
 # Microbenchmarks, within three minutes on two cores. BENCH=--benchmark-autosave keeps them, BENCH=--benchmark-compare
 # compares with the last that were kept.
 bench: build
-	$(BIN)/python -m pytest benchmarks -q --benchmark-group-by=group --benchmark-sort=name \
+	$(BIN)/python -m pytest benchmarks/micro -q --benchmark-group-by=group --benchmark-sort=name \
 		--benchmark-columns=median,iqr,min,max,rounds $(BENCH)
 
 # Everything in benchmarks/results/ and in the tables, on a quiet machine. DEVICE=cuda measures a GPU. A single file is made

@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 
 from sface_kernels import explain, sface_loss
-from sface_kernels.benchmarking import report
-from sface_kernels.benchmarking.opponents import reference
-from sface_kernels.benchmarking.report import filter_name
-from sface_kernels.benchmarking.timing import failure_text
-from sface_kernels.benchmarking.truth import Errors, Truth, compute_truth, measure_errors
-from sface_kernels.benchmarking.workloads import Case, Shape, Workload, make_workload
+from sface_kernels.bench import report
+from sface_kernels.bench.report import filter_name
+from sface_kernels.testing.failure import failure_text
+from sface_kernels.testing.published import reference
+from sface_kernels.testing.truth import Errors, Truth, compute_truth, measure_errors
+from sface_kernels.testing.workloads import Case, Shape, Workload, make_workload
 
 from .arguments import INTERRUPTED, Parser, note, output_file, positive_int
 

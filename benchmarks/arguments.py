@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from sface_kernels.benchmarking import report
-from sface_kernels.benchmarking.providers import Provider, resolve
+from sface_kernels.bench import report
+from sface_kernels.bench.providers import Provider, resolve
 
 INTERRUPTED = 130
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from sface_kernels.benchmarking import report
-from sface_kernels.benchmarking.contestant import MODES
-from sface_kernels.benchmarking.providers import resolve
-from sface_kernels.benchmarking.report import reference_median
-from sface_kernels.benchmarking.runner import Progress, Settings, run_case
-from sface_kernels.benchmarking.workloads import Case, Shape
+from sface_kernels.bench import report
+from sface_kernels.bench.contestant import MODES
+from sface_kernels.bench.providers import resolve
+from sface_kernels.bench.report import reference_median
+from sface_kernels.bench.runner import Progress, Settings, run_case
+from sface_kernels.testing.workloads import Case, Shape
 
 from .arguments import INTERRUPTED, Parser, note, output_file, positive_float, positive_int, provider_list
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sface_kernels.benchmarking import machine, report
+from sface_kernels.bench import machine, report
 
 from .accuracy import markdown as accuracy_tables
 from .arguments import Parser

@@ -1,4 +1,4 @@
-"""The command `sface-kernels`, a thin layer of typer and rich over `benchmarking/`. One file for each command.
+"""The command `sface-kernels`, a thin layer of typer and rich over `bench/`. One file for each command.
 
 Exit status: 0; 1 where a result is wrong; 2 for options that cannot be used, with one line that says why; 130 after an
 interrupt.

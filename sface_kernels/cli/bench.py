@@ -12,11 +12,11 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
-from ..benchmarking import report
-from ..benchmarking.contestant import MODES
-from ..benchmarking.providers import DEFAULT, PROVIDERS, Provider, resolve
-from ..benchmarking.runner import Settings, run_case, steps_of
-from ..benchmarking.workloads import CLASSES, GEOMETRIES, SUITE, Case, Shape
+from ..bench import report
+from ..bench.contestant import MODES
+from ..bench.providers import DEFAULT, PROVIDERS, Provider, resolve
+from ..bench.runner import Settings, run_case, steps_of
+from ..testing.workloads import CLASSES, GEOMETRIES, SUITE, Case, Shape
 from . import options
 from .tables import Bar, print_rows
 

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..benchmarking import report, selfcheck
+from ..bench import report
 from ..dispatch import BACKENDS
+from ..testing import selfcheck
 from . import options
 
-TARGETS = "sface_kernels.backends.triton.targets"  # imported on demand: it needs Triton
+TARGETS = "sface_kernels.backends.triton.tools.compile_report"  # imported on demand: it needs Triton
 INTERPRET = "TRITON_INTERPRET"  # Triton reads it when it is imported
 WORST = ("loss", "grad_x", "grad_w")
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..benchmarking import machine
+from ..bench import machine
 from ..dispatch import BACKENDS, explain
 from .options import DTYPES
 

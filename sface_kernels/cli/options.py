@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import typer
 
-from ..benchmarking import report
+from ..bench import report
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

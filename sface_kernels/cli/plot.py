@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..benchmarking import report
-from ..benchmarking.contestant import MODES
+from ..bench import report
+from ..bench.contestant import MODES
 from . import options
 
 FORMATS = ("png", "svg")
@@ -49,7 +49,7 @@ def plot(
         raise options.wrong("--out", f"cannot make the folder {out}: {error.strerror}") from error
     if not os.access(out, os.W_OK):
         raise options.wrong("--out", f"cannot write into {out}")
-    from ..benchmarking import plots
+    from ..bench import plots
 
     modes = [row.get("mode") for result in reports for row in result["rows"] if row.get("mode")]
     mode = mode or ("both" if "both" in modes or not modes else modes[0])

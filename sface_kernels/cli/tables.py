@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..benchmarking import report, runner
+from ..bench import report, runner
 
 PRODUCTS = ("mm-fp32", "mm-tf32", "mm-bf16")
 BARE = (*PRODUCTS, "read-w", "write-w")

@@ -38,7 +38,7 @@ class Saved(NamedTuple):
 
 
 class Recorder(NamedTuple):
-    """Takes launches instead of a GPU, as if for one of `family`: how `targets` learns what would be compiled."""
+    """Records launches instead of running them, for a GPU of `family`; `tools.compile_report` reads the record."""
 
     family: str
     taken: list[tuple[Any, dict[str, Any]]]  # kernels and their arguments

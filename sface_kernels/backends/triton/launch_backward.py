@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...types import HyperParameters
 from . import tiles
-from .dense import class_coefficients, class_gradient
+from .kernels.dense import class_coefficients, class_gradient
+from .kernels.scatter import link_pairs, prepare_upstream, scatter_classes
 from .launch import Call, Saved, launch
 from .launch_forward import Samples, dense_chunk, prepare_chunk
-from .scatter import link_pairs, prepare_upstream, scatter_classes
 
 
 def _prepare_upstream(call: Call, grad_row: Tensor, norm: Tensor) -> Tensor:

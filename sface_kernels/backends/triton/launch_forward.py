@@ -13,13 +13,13 @@ from torch import Tensor
 from ... import ops
 from ...types import HyperParameters
 from . import tiles
-from .dense import row_coefficients, row_gradient
-from .finish import finish_samples
+from .kernels.dense import row_coefficients, row_gradient
+from .kernels.finish import finish_samples
+from .kernels.overflow import overflow_samples
+from .kernels.prepare import prepare_classes, prepare_samples
+from .kernels.screen import screen
 from .launch import FLAGS, GRANULE, SUM_PLANES, Call, Saved, launch
-from .overflow import overflow_samples
-from .prepare import prepare_classes, prepare_samples
 from .rules import make_rules
-from .screen import screen
 
 
 class Samples:

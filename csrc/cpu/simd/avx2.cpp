@@ -1,0 +1,40 @@
+// The kernels for AVX2 with FMA: 256-bit vectors. The headers come before the target region: nothing of theirs may be
+// compiled for it, or the linker could pick that copy for a CPU without AVX2.
+#include "../kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#include <cstring>
+#include <vector>
+
+#include "target.h"
+SFACE_TARGET_BEGIN("avx2,fma,popcnt,bmi")
+namespace sface::avx2 {
+namespace {
+constexpr const char* kName = "avx2";
+constexpr int kLanes = 8;
+constexpr int kStripRows = 6;  // 6 × 2 accumulators, 2 sample vectors, 1 broadcast, 1 product: 16 registers
+constexpr int kPanelVectors = 2;
+
+typedef float F32 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t I32 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int16_t I16 __attribute__((vector_size(16), aligned(2), may_alias));
+
+// acc + the products of two int16 pairs per lane, exact
+SFACE_INLINE I32 dot_pairs(I32 acc, I32 x, I32 w) { return acc + I32(_mm256_madd_epi16(__m256i(x), __m256i(w))); }
+SFACE_INLINE uint32_t bits(I32 mask) { return static_cast<uint32_t>(_mm256_movemask_ps(__m256(mask))); }
+SFACE_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
+SFACE_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
+SFACE_INLINE F32 square_root(F32 v) { return F32(_mm256_sqrt_ps(__m256(v))); }
+SFACE_INLINE F32 larger(F32 a, F32 b) { return F32(_mm256_max_ps(__m256(a), __m256(b))); }
+SFACE_INLINE F32 smaller(F32 a, F32 b) { return F32(_mm256_min_ps(__m256(a), __m256(b))); }
+SFACE_INLINE bool can_stream(const float* p) { return reinterpret_cast<uintptr_t>(p) % 32 == 0; }
+SFACE_INLINE void stream(float* p, F32 v) { _mm256_stream_ps(p, __m256(v)); }
+
+#include "generic/all.inl"
+}  // namespace
+extern const Kernels* const table = &kTable;
+}  // namespace sface::avx2
+SFACE_TARGET_END
+#endif

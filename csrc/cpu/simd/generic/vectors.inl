@@ -1,0 +1,153 @@
+// Loops over feature rows that every kernel uses. Included per instruction set, after pack.inl and device_math.inl.
+
+constexpr int kPanel = kPanelVectors * kLanes;  // samples in a panel
+
+SFACE_INLINE F32 load(const float* p) { return *reinterpret_cast<const F32*>(p); }
+SFACE_INLINE void store(float* p, F32 v) { *reinterpret_cast<F32*>(p) = v; }
+SFACE_INLINE I32 load_int(const int32_t* p) { return *reinterpret_cast<const I32*>(p); }
+SFACE_INLINE void store_int(int32_t* p, I32 v) { *reinterpret_cast<I32*>(p) = v; }
+SFACE_INLINE float sum_lanes(F32 v) {
+  float part[kLanes];
+  store(part, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)  // halves: a chain of kLanes additions takes longer than a row
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
+}
+
+float dot(const float* x, const float* y, int d) {
+  F32 sum[4] = {};
+  int k = 0;
+  for (; k + 4 * kLanes <= d; k += 4 * kLanes)
+    for (int i = 0; i < 4; ++i) sum[i] += load(x + k + i * kLanes) * load(y + k + i * kLanes);
+  for (; k + kLanes <= d; k += kLanes) sum[0] += load(x + k) * load(y + k);
+  float total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; k < d; ++k) total += x[k] * y[k];
+  return total;
+}
+
+// Four dot products with one row: each element of `w` is loaded once.
+inline void dot4(const float* w, const float* const x[4], int d, float out[4]) {
+  F32 sum[4] = {}, more[4] = {};
+  int k = 0;
+  for (; k + 2 * kLanes <= d; k += 2 * kLanes) {
+    const F32 w0 = load(w + k), w1 = load(w + k + kLanes);
+    for (int i = 0; i < 4; ++i) {
+      sum[i] += load(x[i] + k) * w0;
+      more[i] += load(x[i] + k + kLanes) * w1;
+    }
+  }
+  for (; k + kLanes <= d; k += kLanes)
+    for (int i = 0; i < 4; ++i) sum[i] += load(x[i] + k) * load(w + k);
+  for (int i = 0; i < 4; ++i) {
+    out[i] = sum_lanes(sum[i] + more[i]);
+    for (int r = k; r < d; ++r) out[i] += x[i][r] * w[r];
+  }
+}
+
+void axpy(float scale, const float* x, float* y, int d) {
+  int k = 0;
+  for (; k + kLanes <= d; k += kLanes) store(y + k, load(y + k) + scale * load(x + k));
+  for (; k < d; ++k) y[k] += scale * x[k];
+}
+
+void combine(float scale, const float* raw, float along, const float* w, float* out, int d) {
+  int k = 0;
+  if (can_stream(out))
+    for (; k + kLanes <= d; k += kLanes) stream(out + k, scale * load(raw + k) + along * load(w + k));
+  for (; k < d; ++k) out[k] = scale * raw[k] + along * w[k];
+}
+
+void zero(float* out, int d) {
+  int k = 0;
+  if (can_stream(out))
+    for (; k + kLanes <= d; k += kLanes) stream(out + k, F32{});
+  for (; k < d; ++k) out[k] = 0;
+}
+
+void intra(const Hyper& hyper, float cosine, float* p) {
+  const F32 theta = arccos(broadcast(cosine));
+  *p = hyper.s * sigmoid_of_angle(theta, -hyper.k_intra * kLog2E, hyper.a)[0];
+}
+
+constexpr int kRowsAtOnce = 4;
+
+// Length of a row from its fp32 sum of squares, again in double where that leaves the range that keeps its accuracy.
+inline double row_norm(const float* row, int d, float square) {
+  if (square > 1e-30f && square < 1e37f) return __builtin_sqrt(static_cast<double>(square));
+  double sum = 0;
+  for (int k = 0; k < d; ++k) sum += static_cast<double>(row[k]) * row[k];
+  return __builtin_sqrt(sum);
+}
+
+// By its bits: no compiler flag and no fused operation changes what this answers.
+inline bool finite(double v) {
+  uint64_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return (bits >> 52 & 0x7ff) != 0x7ff;
+}
+
+// row·scale rounded to int16, `padded_d` of them.
+inline void to_fixed_point(const float* row, int d, int padded_d, float scale, int16_t* out) {
+  constexpr float kRound = 12582912.0f;  // leaves round(v) in the low bits, two's complement
+  int k = 0;
+  for (; k + kLanes <= d; k += kLanes)
+    *reinterpret_cast<I16*>(out + k) = __builtin_convertvector(I32(load(row + k) * scale + kRound), I16);
+  for (; k < d; ++k) out[k] = static_cast<int16_t>(I32(broadcast(row[k] * scale) + kRound)[0]);
+  for (; k < padded_d; ++k) out[k] = 0;
+}
+
+// Σ x² of each row. Together: the additions of one row wait for each other.
+inline void sums_of_squares(const float* const rows[kRowsAtOnce], int d, float out[kRowsAtOnce]) {
+  F32 sum[kRowsAtOnce] = {}, more[kRowsAtOnce] = {};
+  int k = 0;
+  for (; k + 2 * kLanes <= d; k += 2 * kLanes)
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const F32 first = load(rows[r] + k), second = load(rows[r] + k + kLanes);
+      sum[r] += first * first;
+      more[r] += second * second;
+    }
+  for (int r = 0; r < kRowsAtOnce; ++r) out[r] = sum_lanes(sum[r] + more[r]);
+  for (; k < d; ++k)
+    for (int r = 0; r < kRowsAtOnce; ++r) out[r] += rows[r][k] * rows[r][k];
+}
+
+// sum += Σ_r scale[r]·rows[r]
+inline void add_scaled(const float* const rows[kRowsAtOnce], const float scale[kRowsAtOnce], int d, float* sum) {
+  int k = 0;
+  for (; k + kLanes <= d; k += kLanes) {
+    F32 total = load(sum + k);
+    for (int r = 0; r < kRowsAtOnce; ++r) total += scale[r] * load(rows[r] + k);
+    store(sum + k, total);
+  }
+  for (; k < d; ++k)
+    for (int r = 0; r < kRowsAtOnce; ++r) sum[k] += scale[r] * rows[r][k];
+}
+
+void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms) {
+  constexpr int kAtOnce = kFeaturePad / 2;  // the lines that these features are written to stay in the L1 cache
+  for (int i = 0; i < count; ++i) {
+    float* row = rows + static_cast<int64_t>(i) * padded_d;
+    const double norm = row_norm(row, d, dot(row, row, d));
+    norms[i] = static_cast<float>(norm);
+    const double inv = finite(norm) ? 1.0 / (norm < kNormEps ? kNormEps : norm) : 0.0;
+    for (int k = 0; k < d; ++k) row[k] = inv > 0 ? static_cast<float>(row[k] * inv) : 0.0f;
+    for (int k = d; k < padded_d; ++k) row[k] = 0;
+  }
+  if (columns) {
+    std::memset(columns, 0, sizeof(float) * d * kPanel);
+    for (int start = 0; start < d; start += kAtOnce)
+      for (int i = 0; i < count; ++i)
+        for (int k = start; k < start + kAtOnce && k < d; ++k)
+          columns[k * kPanel + i] = rows[static_cast<int64_t>(i) * padded_d + k];
+  }
+  if (pairs) {
+    std::memset(pairs, 0, sizeof(int32_t) * (padded_d / 2) * kPanel);
+    for (int start = 0; start < padded_d / 2; start += kAtOnce)
+      for (int i = 0; i < count; ++i) {
+        int32_t fixed[kAtOnce];
+        to_fixed_point(rows + static_cast<int64_t>(i) * padded_d + 2 * start, 2 * kAtOnce, 2 * kAtOnce, kScale,
+                       reinterpret_cast<int16_t*>(fixed));
+        for (int k = 0; k < kAtOnce; ++k) pairs[(start + k) * kPanel + i] = fixed[k];
+      }
+  }
+}

@@ -1,0 +1,230 @@
+"""Whole calls by dense products: `filter_eps=0`, and steps in which many pairs are active.
+
+Chunk by chunk of classes: unit rows, then coefficients (6) `[padded N, chunk]`, then their product with the other
+operand. A chunk of coefficients is written and read while it is in the L2 cache; N×C is never in memory. The backward
+computes the coefficients again. Four products of 2·N·C·D operations in all: two cosines, ∂x, ∂w.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .math import IGNORED, NO_COSINE, arccos, inter_weight, sigmoid_of_angle
+from .products import operand, product, store_class_gradient
+
+
+@triton.jit
+def cosine_tile(
+    x_row, w_row, unit_x_ptr, unit_w_ptr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    PADDED_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, clamped."""
+    k = tl.arange(0, BLOCK_K)
+    x_tile = unit_x_ptr + x_row[:, None] * PADDED_D + k[None, :]
+    w_tile = unit_w_ptr + w_row[None, :] * PADDED_D + k[:, None]
+    cos = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for first in range(0, PADDED_D, BLOCK_K):
+        cos = product(tl.load(x_tile + first), tl.load(w_tile + first), cos, PRECISION, UPCAST)
+    return tl.minimum(tl.maximum(cos, -1.0), 1.0)
+
+
+@triton.jit
+def row_coefficients(
+    # pointers
+    unit_x_ptr,  # [padded N, PADDED_D]
+    unit_w_ptr,  # [padded chunk, PADDED_D]
+    target_ptr,  # [N]
+    coefficient_ptr,  # [padded N, padded chunk] out: (6) without s, own classes left out
+    sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
+    active_ptr,  # [stripes, padded N] int32
+    # sizes, floats
+    n,
+    c,
+    padded_n,
+    padded_chunk,
+    row_blocks,
+    first_class,
+    tiles,
+    stripes,
+    first_chunk,
+    k_inter,
+    b,
+    filter_eps,
+    # compile time
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    NEED_GRAD: tl.constexpr,  # False: only the sums
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A program owns a block of samples and every `stripes`-th tile of classes, chunk after chunk."""
+    pid = tl.program_id(0)
+    stripe = (pid // row_blocks).to(tl.int64)
+    i = (pid % row_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    column = tl.arange(0, BLOCK_C)
+    target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
+    at = stripe * padded_n + i
+    plane = padded_n.to(tl.int64) * stripes
+    later = (i >= 0) & (first_chunk == 0)
+    inter = tl.load(sums_ptr + at, mask=later, other=0.0)
+    dropped = tl.load(sums_ptr + plane + at, mask=later, other=0.0)
+    cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
+    best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
+    active = tl.load(active_ptr + at, mask=later, other=0)
+    for tile in range(stripe, tiles, stripes):
+        row = tile * BLOCK_C + column  # of the chunk
+        j = first_class + row
+        cos = cosine_tile(i, row, unit_x_ptr, unit_w_ptr, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, PRECISION, UPCAST)
+        cos_sum += tl.sum(cos, 1)
+        other = (j < c)[None, :] & (j[None, :] != target[:, None])
+        weight = tl.where(other, inter_weight(cos, k_inter, b), 0.0)
+        kept = other & (weight >= filter_eps)
+        g = tl.where(kept, weight, 0.0)
+        inter += tl.sum(weight * cos, 1)
+        dropped += tl.sum(weight - g, 1)
+        best = tl.maximum(best, tl.max(tl.where(other, cos, NO_COSINE), 1))
+        active += tl.sum(kept.to(tl.int32), 1)
+        if NEED_GRAD:
+            out = coefficient_ptr + i[:, None] * padded_chunk + row[None, :]
+            tl.store(out, operand(g, PRECISION))
+    tl.store(sums_ptr + at, inter)
+    tl.store(sums_ptr + plane + at, dropped)
+    tl.store(sums_ptr + 2 * plane + at, cos_sum)
+    tl.store(sums_ptr + 3 * plane + at, best)
+    tl.store(active_ptr + at, active)
+
+
+@triton.jit
+def row_gradient(
+    # pointers
+    coefficient_ptr,  # [padded N, padded chunk]
+    unit_w_ptr,  # [padded chunk, PADDED_D]
+    grad_ptr,  # [splits, padded N, D]: Σ weight·ŵ
+    # sizes
+    d,
+    padded_n,
+    padded_chunk,
+    row_blocks,
+    steps,  # of BLOCK_K classes
+    splits,
+    first_chunk,
+    # compile time
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # features of the output
+    BLOCK_K: tl.constexpr,  # classes
+    PADDED_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Adds the chunk's coefficients times its unit rows to the sum of (7); a split takes every `splits`-th step."""
+    pid = tl.program_id(0)
+    split = (pid // row_blocks).to(tl.int64)
+    i = (pid % row_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (out < d)[None, :]
+    row = tl.arange(0, BLOCK_K)
+    at = grad_ptr + (split * padded_n + i)[:, None] * d + out[None, :]
+    grad = tl.load(at, mask=inside & (first_chunk == 0), other=0.0)
+    for step in range(split, steps, splits):
+        j = step * BLOCK_K + row
+        g = tl.load(coefficient_ptr + i[:, None] * padded_chunk + j[None, :])
+        w = tl.load(unit_w_ptr + j[:, None] * PADDED_D + out[None, :], mask=(out < PADDED_D)[None, :], other=0.0)
+        grad = product(g, w, grad, PRECISION, UPCAST)
+    tl.store(at, grad, mask=inside)
+
+
+@triton.jit
+def class_coefficients(
+    # pointers
+    unit_x_ptr,
+    unit_w_ptr,
+    target_ptr,
+    grad_row_ptr,  # [N], u
+    upstream_ptr,  # [2]: what u is multiplied by
+    coefficient_ptr,  # [padded N, padded chunk] out: u times (6) without s
+    along_ptr,  # [padded chunk] out: Σ_i u_i g_ij c_ij / s
+    # sizes, floats
+    n,
+    c,
+    padded_chunk,
+    first_class,
+    k_intra,
+    k_inter,
+    a,
+    b,
+    filter_eps,
+    # compile time
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The same coefficients once more for ∂w, with u and with the own classes. A program owns a tile of classes."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # of the chunk
+    j = first_class + row
+    scale = tl.load(upstream_ptr)
+    along = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(0, n, BLOCK_N):
+        i = first + tl.arange(0, BLOCK_N).to(tl.int64)
+        target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
+        u = tl.load(grad_row_ptr + i, mask=target != IGNORED, other=0.0) * scale
+        cos = cosine_tile(i, row, unit_x_ptr, unit_w_ptr, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, PRECISION, UPCAST)
+        theta = arccos(cos)
+        weight = sigmoid_of_angle(theta, k_inter, b)
+        g = tl.where(weight >= filter_eps, weight, 0.0)
+        own = j[None, :] == target[:, None]
+        g = tl.where(own, -sigmoid_of_angle(theta, -k_intra, a), g)
+        g = tl.where((j < c)[None, :], g * u[:, None], 0.0)
+        along += tl.sum(g * cos, 0)
+        tl.store(coefficient_ptr + i[:, None] * padded_chunk + row[None, :], operand(g, PRECISION))
+    tl.store(along_ptr + row, along)
+
+
+@triton.jit
+def class_gradient(
+    # pointers
+    coefficient_ptr,  # [padded N, padded chunk]
+    unit_x_ptr,  # [padded N, PADDED_D]
+    along_ptr,  # [padded chunk]
+    w_ptr,
+    inv_norm_ptr,  # [C]
+    upstream_ptr,  # [2]
+    grad_w_ptr,  # [C, D] out
+    # sizes, strides, floats
+    n,
+    c,
+    d,
+    padded_chunk,
+    first_class,
+    w_stride_c,
+    w_stride_d,
+    s,
+    # compile time
+    BLOCK_N: tl.constexpr,  # features of the output
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # samples
+    PADDED_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """(8) for the chunk's classes."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    out = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sample = tl.arange(0, BLOCK_K).to(tl.int64)
+    raw = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+    for first in range(0, n, BLOCK_K):
+        i = first + sample
+        # rows past the last sample were not written
+        g = tl.load(coefficient_ptr + i[None, :] * padded_chunk + row[:, None], mask=(i < n)[None, :], other=0.0)
+        x = tl.load(unit_x_ptr + i[:, None] * PADDED_D + out[None, :], mask=(out < PADDED_D)[None, :], other=0.0)
+        raw = product(g, x, raw, PRECISION, UPCAST)
+    j = first_class + row
+    inv_w = tl.load(inv_norm_ptr + j, mask=j < c, other=0.0)
+    along = tl.load(along_ptr + row)
+    scale, poison = tl.load(upstream_ptr), tl.load(upstream_ptr + 1)
+    store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, poison, s, scale, c, d, w_stride_c, w_stride_d)

@@ -1,0 +1,92 @@
+"""Equations (2)–(4) as Triton functions, all in fp32. The same polynomials as `csrc/cpu/simd/generic/device_math.inl`.
+
+No libdevice call: the interpreter has none, and these cost fewer instructions.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PI: tl.constexpr = tl.constexpr(3.14159265358979323846)
+LOG2E: tl.constexpr = tl.constexpr(1.44269504088896340736)
+NORM_EPS: tl.constexpr = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
+NO_COSINE: tl.constexpr = tl.constexpr(-2.0)  # marks own classes and classes past the last; below every cosine
+IGNORED: tl.constexpr = tl.constexpr(-2)  # codes of the target, as in sface_kernels/types.py
+INVALID: tl.constexpr = tl.constexpr(-3)
+
+
+@triton.jit
+def arccos(c):
+    """(2) on [-1, 1], within 2 ulp of π. asin by a series where |c| ≤ 1/2, else through √((1 − |c|)/2)."""
+    a = tl.abs(c)
+    far = a > 0.5
+    square = tl.where(far, (1.0 - a) * 0.5, c * c)
+    root = tl.where(far, tl.sqrt(square), c)
+    series = square * 4.2163199048e-2 + 2.4181311049e-2
+    series = series * square + 4.5470025998e-2
+    series = series * square + 7.4953002686e-2
+    series = series * square + 1.6666752422e-1
+    asin = root + root * (series * square)
+    return tl.where(far, tl.where(c > 0, 2.0 * asin, PI - 2.0 * asin), PI * 0.5 - asin)
+
+
+@triton.jit
+def sigmoid_of_angle(theta, slope, centre):
+    """sigmoid(slope·(centre − θ)): (4) without s, and (3) with a negative slope."""
+    t = tl.minimum(tl.maximum((theta - centre) * (slope * LOG2E), -126.0), 126.0)
+    return 1.0 / (1.0 + tl.exp2(t))
+
+
+@triton.jit
+def inter_weight(c, k_inter, b):
+    """(4) without s, for any cosine."""
+    return sigmoid_of_angle(arccos(c), k_inter, b)
+
+
+@triton.jit
+def inter_weight_below(c, k_inter, b):
+    """(4) without s where it is at most 2⁻¹⁰ and c at most 0.26; 0 at NO_COSINE.
+
+    The exponent k(asin c + b − π/2) by four terms of the series, off by less than k·2e-7 there, and 1/(1 + 1/e) by
+    e − e². Where c is more negative than the series is good for, the weight is below 2⁻⁶⁰ (`rules.make_rules` sees to
+    it). Above its range the value is finite.
+    """
+    slope = k_inter * LOG2E
+    square = c * c
+    t = square * (slope * (15.0 / 336.0)) + slope * (3.0 / 40.0)
+    t = t * square + slope * (1.0 / 6.0)
+    t = t * square + slope
+    e = tl.exp2(tl.minimum(t * c + slope * (b - PI * 0.5), 0.0))
+    return e - e * e
+
+
+@triton.jit
+def row_norm(rows):
+    """Norms of rows `[R, D]`, zero padded: scaled by the largest entry, so that no square leaves fp32's range.
+
+    NaN where the row holds NaN or infinity.
+    """
+    largest = tl.max(tl.abs(rows), 1)  # [R]
+    scale = tl.where(largest > 0, largest, 1.0)
+    scaled = rows / scale[:, None]
+    return largest * tl.sqrt(tl.sum(scaled * scaled, 1))
+
+
+@triton.jit
+def is_finite(v):
+    """False for NaN and infinities. Not v − v = 0: where v is a product a GPU fuses that into its rounding error."""
+    return tl.abs(v) < float("inf")
+
+
+@triton.jit
+def sums_with_one_trip(row_max):
+    """`row_max` `[R]` unchanged, through a loop that runs once.
+
+    Reducing a reduced tensor-core accumulator again crashes Triton ≤ 3.7.1 on sm_100; behind a loop it compiles. Its
+    bound must be unknown to the compiler: num_programs(1) is always 1 here and never made a constant.
+    """
+    result = row_max
+    for _ in range(0, tl.num_programs(1)):
+        result = tl.maximum(result, row_max)
+    return result

@@ -1,0 +1,287 @@
+"""What the kernels compile to for a named GPU, without one: registers, spills, shared memory, tensor-core use.
+
+    python -m sface_kernels.backends.triton.tools.compile_report --targets sm_90 --every --jobs 2
+
+Runs the launch code on tensors without memory and compiles every launch that it would make (`launch.recording`), with
+the specialisations that Triton would choose. Not to be used with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ....types import HyperParameters
+from .. import launch, launch_backward, launch_forward
+from . import machine_code
+
+# name: (what Triton calls it, threads in a warp, bytes of shared memory that a program may have)
+TARGETS = {
+    "sm_80": (("cuda", 80), 32, 163 << 10),
+    "sm_90": (("cuda", 90), 32, 227 << 10),
+    "sm_100": (("cuda", 100), 32, 227 << 10),
+    "sm_120": (("cuda", 120), 32, 99 << 10),
+    "gfx942": (("hip", "gfx942"), 64, 64 << 10),
+}
+TENSOR_MEMORY = 512  # columns that a program may have on sm_100; where it asks for more, Triton's code is one trap
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
+LARGE = (1024, 1_000_000, 512)  # samples, classes, features
+# (shape, dtype, weight's dtype, float32 matmul precision). The two widths of a product's operands, which choose the
+# tiles, at the size that counts.
+FEW_CASES = [(LARGE, bf16, f32, "highest"), (LARGE, f32, f32, "highest")]
+# The other dtypes and precisions, and the shapes that choose other tiles and blocks; 100 features leave remainders.
+CASES = [
+    *FEW_CASES,
+    (LARGE, f32, f32, "high"),
+    (LARGE, bf16, bf16, "highest"),
+    (LARGE, f16, f16, "highest"),
+    *(
+        (shape, dtype, f32, "highest")
+        for shape in ((512, 85_742, 128), (32, 10_575, 1024), (100, 1009, 100))
+        for dtype in (bf16, f32)
+    ),
+]
+# (k_inter, dense, whether ∂x is asked for): the default; a slope for which the cheap form of the screen is not accurate
+MODES = [(80.0, False, True), (20.0, False, True), (80.0, True, True), (80.0, True, False)]
+
+
+def names() -> list[str]:
+    """Targets that can be asked for."""
+    return list(TARGETS)
+
+
+def _launches(family: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], str]]:
+    """(kernel, arguments, which call it came from) of forwards and backwards in every mode."""
+    before = torch.get_float32_matmul_precision()
+    for (n, c, d), dtype, weight_dtype, precision in CASES if every else FEW_CASES:
+        x = torch.empty(n, d, dtype=dtype, device="meta")
+        w = torch.empty(c, d, dtype=weight_dtype, device="meta")
+        target = torch.empty(n, dtype=torch.int64, device="meta")
+        recorder = launch.Recorder(family, [])
+        torch.set_float32_matmul_precision(precision)
+        with launch.recording(recorder):
+            for k_inter, dense, need_x in MODES:
+                hp = HyperParameters(64.0, 80.0, k_inter, 0.8, 1.23, 0.0 if dense else 2.0**-16)
+                saved = launch_forward.forward(x, w, target, hp, need_x, True, dense)[-1]
+                launch_backward.grad_weight(x, w, target, x.new_empty(n, dtype=f32), hp, dense, saved)
+        torch.set_float32_matmul_precision(before)
+        short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
+        for kernel, arguments in recorder.taken:
+            yield kernel, arguments, f"{short} D={d}"
+
+
+def _source(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The kernel specialised as Triton does at a launch: 1 is a constant, multiples of 16 are marked."""
+    signature, constants, attributes = {}, {}, {}
+    options: dict[str, Any] = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
+    for index, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name.isupper() or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], divisible = "*" + TYPES[value.dtype], True
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        else:
+            signature[name], divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def _distinct(target: str, every: bool) -> list[tuple[Any, dict[str, Any], str]]:
+    """The launches that are compiled differently, each once."""
+    found: dict[Any, tuple[Any, dict[str, Any], str]] = {}
+    for kernel, arguments, call in _launches(target, every):
+        source, options = _source(kernel, arguments)
+        found.setdefault((source.hash(), *sorted(options.items())), (kernel, arguments, call))
+    return list(found.values())
+
+
+@functools.cache
+def _disassembler() -> str:
+    packaged = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(packaged) if packaged.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        raise RuntimeError("cuobjdump is neither in the Triton package nor on PATH: machine code cannot be read")
+    return tool
+
+
+def _machine_code(compiled: Any) -> tuple[str, int]:
+    """The disassembly, and the registers of a thread."""
+    if "amdgcn" in compiled.asm:
+        listing = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s*(\d+)", listing)
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+            listing = run([_disassembler(), "-sass", file.name]).stdout
+            registers = re.search(r"REG:(\d+)", run([_disassembler(), "-res-usage", file.name]).stdout)
+    if registers is None:
+        raise RuntimeError("the disassembly does not say how many registers the kernel takes")
+    return listing, int(registers[1])
+
+
+def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, Any]:
+    (backend, architecture), warp, shared_limit = TARGETS[target]
+    name = kernel.fn.__name__
+    source, options = _source(kernel, arguments)
+    try:
+        compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
+    except Exception as error:  # a compiler crash is a finding, not a failure of this program
+        text = str(error).strip().splitlines()
+        return {
+            "kernel": name,
+            "problem": f"does not compile: {type(error).__name__}: {text[-1] if text else ''}"[:200],
+        }
+    listing, registers = _machine_code(compiled)
+    code = machine_code.parse(listing)
+    row: dict[str, Any] = {
+        "kernel": name,
+        "registers": registers,
+        "spills": machine_code.count(code, machine_code.LOCAL_MEMORY),
+        "spills_in_products": machine_code.count_in_product_loops(code, machine_code.LOCAL_MEMORY),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core_instructions": machine_code.count(code, machine_code.TENSOR_CORES),
+        "instructions": len(code),
+        "epilogue_per_element": None,
+    }
+    epilogue = machine_code.epilogue(code)
+    if epilogue is not None:
+        threads = compiled.metadata.num_warps * warp
+        row["epilogue_per_element"] = round(epilogue * threads / (arguments["BLOCK_N"] * arguments["BLOCK_C"]), 1)
+    problems = []
+    if row["shared_bytes"] > shared_limit:
+        problems.append(f"{row['shared_bytes']} B of shared memory, the target has {shared_limit}")
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    if columns > TENSOR_MEMORY:
+        problems.append(f"{columns} columns of tensor memory, the target has {TENSOR_MEMORY}")
+    if fp64 := machine_code.count(code, machine_code.FP64):
+        problems.append(f"{fp64} fp64 instructions")
+    if residues := machine_code.rounding_residues(compiled.asm.get("ptx", "")):
+        problems.append(f"{len(residues)} differences of a product and itself are fused: {residues[0]}")
+    if row["spills_in_products"]:
+        problems.append(f"{row['spills_in_products']} spills in the loop of a product")
+    # AMD's matrix cores have fp32 products, NVIDIA's have none of that precision
+    exact = arguments.get("PRECISION") == "ieee" and backend == "cuda"
+    if "BLOCK_K" in arguments and not exact and not row["tensor_core_instructions"]:
+        problems.append("no tensor-core instruction")
+    row["problem"] = "; ".join(problems) or None
+    return row
+
+
+def variant(arguments: dict[str, Any], call: str) -> str:
+    flags = [name.lower() for name, value in arguments.items() if name.isupper() and value is True]
+    return ", ".join([call, *flags, *([arguments["PRECISION"]] if "PRECISION" in arguments else [])])
+
+
+def _part(task: tuple[str, bool, int, int]) -> list[tuple[int, dict[str, Any]]]:
+    target, every, first, step = task
+    found = list(enumerate(_distinct(target, every)))[first::step]
+    return [
+        (at, {**_compile(kernel, given, target), "variant": variant(given, call)})
+        for at, (kernel, given, call) in found
+    ]
+
+
+def compile_table(target: str, every: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
+    """One row per distinct kernel that a call would launch on `target`, an entry of `names()`.
+
+    Keys: kernel, variant, registers, spills (local-memory instructions), spills_in_products (those in a loop of a
+    product), shared_bytes, tensor_core_instructions, instructions, epilogue_per_element (instructions that a thread
+    executes from a tile's product to the next one, per element of the tile that it holds; None without a tile loop),
+    problem (None or what is wrong). A kernel that does not compile has kernel, variant and problem alone.
+
+    Every case is a call in all its `MODES`; `every` takes all `CASES`, else it is `FEW_CASES`. `jobs` processes compile
+    at the same time.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {names()}, got {target!r}")
+    if jobs == 1:
+        rows = _part((target, every, 0, 1))
+    else:
+        # small parts, as the kernels of a size differ in what they take to compile
+        parts = 4 * jobs
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            tasks = [(target, every, first, parts) for first in range(parts)]
+            rows = [row for part in pool.imap_unordered(_part, tasks) for row in part]
+    return [row for _, row in sorted(rows, key=lambda row: row[0])]
+
+
+COLUMNS = {
+    "kernel": "kernel",
+    "variant": "variant",
+    "registers": "registers",
+    "spills": "spills",
+    "spills_in_products": "in product loops",
+    "shared_bytes": "shared memory, B",
+    "tensor_core_instructions": "tensor-core instructions",
+    "instructions": "instructions",
+    "epilogue_per_element": "epilogue, per element",
+}
+BEGIN, END = "<!-- compile table: written by a command, see above -->", "<!-- end of the compile table -->"
+
+
+def markdown(target: str, table: list[dict[str, Any]]) -> str:
+    lines = [f"### {target}, Triton {triton.__version__}", ""]
+    lines += ["| " + " | ".join(COLUMNS.values()) + " | problem |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in table:
+        cells = ("" if row.get(key) is None else str(row[key]) for key in COLUMNS)
+        lines.append("| " + " | ".join(cells) + f" | {row['problem'] or ''} |")
+    return "\n".join(lines)
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{path}: expected the lines {BEGIN!r} and {END!r}")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--targets", default="sm_80,sm_90,sm_100", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument(
+        "--every", action="store_true", help="every dtype, precision and kind of shape, not only the two widths"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at the same time")
+    parser.add_argument("--json", action="store_true", help="print JSON, not Markdown")
+    parser.add_argument("--write", type=Path, help="a Markdown file to put the tables in, between its two markers")
+    options = parser.parse_args()
+    tables = {name: compile_table(name, options.every, options.jobs) for name in options.targets.split(",")}
+    text = "\n\n".join(markdown(name, table) for name, table in tables.items())
+    if options.write:
+        write_between_markers(options.write, text)
+    else:
+        print(json.dumps(tables) if options.json else text)
+    return int(any(row["problem"] for table in tables.values() for row in table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Every backend against float64 on small problems: shapes with remainders, dtypes, and inputs that break kernels.
+
+Budget: `budget.budget`, the rule of the tests. Work: less than a second for each backend and dtype on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dispatch import BACKENDS
+from ..validation import default_filter_eps
+from .budget import HALF, HALF_PRODUCTS, budget, half_budget, package_errors
+from .failure import failure_text
+from .truth import Errors, Truth, compute_truth
+from .workloads import Case, Shape, make_workload
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the embeddings; weights at least float32
+SMALL = Shape(40, 300, 64)  # the most that is bearable in Triton's interpreter
+
+
+class Problem(NamedTuple):
+    """Inputs of one check."""
+
+    name: str
+    x: Tensor  # [N, D]
+    w: Tensor  # [C, D]
+    y: Tensor  # [N], −1 where the row is ignored
+
+
+class Outcome(NamedTuple):
+    """One backend on one problem. `failure` is set where it raised, and then the errors are None."""
+
+    backend: str
+    dtype: str
+    filter_eps: float
+    problem: str
+    errors: Errors | None
+    limits: Errors | None
+    failure: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.share() <= 1
+
+    def as_json(self) -> dict[str, Any]:
+        errors, limits = (value and value._asdict() for value in (self.errors, self.limits))
+        return {**self._asdict(), "errors": errors, "limits": limits, "ok": self.ok}
+
+    def share(self) -> float:
+        """Of the budget that the worst of the three errors takes; infinite where it failed or is not a number."""
+        if self.errors is None or self.limits is None:
+            return float("inf")
+        # a limit of 0 is a result that every computation gets exactly
+        shares = [
+            0.0 if e == 0 else e / m if m else float("inf") for e, m in zip(self.errors, self.limits, strict=True)
+        ]
+        return float("inf") if any(share != share for share in shares) else max(shares)
+
+
+# (N, C, D): nothing to tile, below every tile, primes, one over a tile of 256 rows, the D of face recognition
+SHAPES = ((1, 1, 1), (3, 5, 7), (31, 101, 61), (257, 331, 127), (31, 1009, 512))
+
+
+def _on_centre(x: Tensor, w: Tensor, y: Tensor) -> None:
+    x[0], x[1] = 3 * w[y[0]], -2 * w[y[1]]
+    x[2] = w[(y[2] + 1) % len(w)]
+
+
+def _same_centres(x: Tensor, w: Tensor, y: Tensor) -> None:
+    w[1::2] = w[:-1:2][: len(w[1::2])]
+
+
+def _zero_rows(x: Tensor, w: Tensor, y: Tensor) -> None:
+    if x.dtype not in HALF:  # whose range the gradient of such a row exceeds: it is divided by 1e-12
+        x[0] = 0
+    w[y[1]] = 0
+
+
+def _collapsed(x: Tensor, w: Tensor, y: Tensor) -> None:
+    axis = w[0] / w[0].norm()
+    for rows in (x, w):
+        length = rows.norm(dim=1, keepdim=True)
+        rows.mul_(0.3).add_(length * axis)
+
+
+def _ignored(x: Tensor, w: Tensor, y: Tensor) -> None:
+    x[0] = torch.nan
+    y[0::2] = -1
+
+
+def _all_ignored(x: Tensor, w: Tensor, y: Tensor) -> None:
+    y[:] = -1
+
+
+def _last_class(x: Tensor, w: Tensor, y: Tensor) -> None:
+    y[:] = len(w) - 1
+
+
+HARD: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
+    "samples on a centre": _on_centre,
+    "every centre twice": _same_centres,
+    "zero rows": _zero_rows,
+    "all pairs active": _collapsed,
+    "half the rows ignored": _ignored,
+    "all rows ignored": _all_ignored,
+    "all of the last class": _last_class,
+}
+
+
+def problems(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Problem]:
+    """The spread; `small` leaves out what is larger than SMALL."""
+    weight_dtype = torch.promote_types(dtype, torch.float32)
+    for shape in map(Shape._make, SHAPES):
+        if small and any(own > most for own, most in zip(shape, SMALL, strict=True)):
+            continue
+        for geometry in ("random", "trained") if min(shape) > 1 else ("random",):
+            work = make_workload(Case(shape, geometry), device, dtype)
+            name = f"{geometry} {'×'.join(map(str, shape))}"
+            yield Problem(name, work.x, work.w.to(weight_dtype), work.y)
+    for name, change in HARD.items():
+        work = make_workload(Case(Shape(16, 97, 33), "trained"), device, dtype)
+        x, w, y = work.x.clone(), work.w.to(weight_dtype, copy=True), work.y.clone()
+        change(x, w, y)
+        yield Problem(name, x, w, y)
+
+
+def judge(problem: Problem, backend: str, filter_eps: float, truth: Truth) -> Outcome:
+    """`truth` counts the roundings of any order for what has no reference to be measured by, see `run`."""
+    x, w, y = problem.x, problem.w, problem.y
+    if _has_reference(backend, x.dtype):
+        limits = budget(truth, package_errors(truth, x, w, y, "reference", filter_eps), backend)
+    else:
+        stored = torch.finfo(x.dtype).eps / 2
+        limits = truth.rounding._replace(grad_x=truth.rounding.grad_x + stored)
+    if x.dtype in HALF and backend in HALF_PRODUCTS:
+        limits = Errors(*map(max, limits, half_budget(truth, x, w, y)))
+    described = backend, str(x.dtype).removeprefix("torch."), filter_eps, problem.name
+    try:
+        return Outcome(*described, package_errors(truth, x, w, y, backend, filter_eps), limits)
+    except Exception as error:
+        return Outcome(*described, None, limits, failure_text(error))
+
+
+def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot be checked with embeddings of `dtype` and weights of at least float32."""
+    return BACKENDS[backend].unavailable(device, dtype, torch.promote_types(dtype, torch.float32))
+
+
+def run(backends: list[str], device: torch.device, dtype: torch.dtype, small: bool = False) -> Iterator[Outcome]:
+    """Outcomes of the backends that can run `dtype`, with the default filter and with none."""
+    runnable = [backend for backend in backends if unavailable(backend, device, dtype) is None]
+    for problem in problems(device, dtype, small) if runnable else ():
+        for filter_eps in (default_filter_eps(dtype, problem.x.shape[1]), 0.0):
+            truths = {
+                has: compute_truth(problem.x, problem.w, problem.y, filter_eps, problem.w.dtype, any_order=not has)
+                for has in {_has_reference(backend, dtype) for backend in runnable}
+            }
+            for backend in runnable:
+                yield judge(problem, backend, filter_eps, truths[_has_reference(backend, dtype)])
+
+
+def _has_reference(backend: str, dtype: torch.dtype) -> bool:
+    """The reference is no measure of itself, and in float64 the truth errs as it does."""
+    return backend != "reference" and dtype != torch.float64

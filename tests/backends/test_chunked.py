@@ -1,0 +1,68 @@
+"""What only the portable backend does: blocks of any size, a bounded list of pairs, and blocks computed twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sface_kernels import ops
+from sface_kernels.backends import chunked
+from tests.support.cases import Case, f32
+from tests.support.checks import Judge, run
+from tests.support.oracle import truth
+from tests.support.problems import GEOMETRIES, Problem
+
+CASE = Case("chunked", "cpu", f32, f32)
+
+
+# A few classes at a time; no divisor of C, which is prime; C in one block; more than C.
+@pytest.mark.parametrize("chunk", [7, 48, 256, 331, 5000])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("filter_eps", [0.0, 2.0**-12])
+def test_any_chunk_size(monkeypatch, geometry, filter_eps, chunk):
+    """A sum over chunks is the sum, wherever it is cut: the row losses, the gradients, and what is kept."""
+    problem = GEOMETRIES[geometry](33, 331, 96)
+    monkeypatch.setattr(chunked, "chunk_size", lambda rows: chunk)
+    result = run(CASE, problem, filter_eps=filter_eps)
+    Judge(problem, filter_eps=filter_eps).check(result, "chunked")
+    t = truth(*problem, filter_eps=filter_eps)
+    assert abs(int(result.stats.active_pairs) - int(t.active.sum())) <= int(t.borderline.sum())
+    assert float(result.stats.cos_other) == pytest.approx(
+        float(t.cos.sum() - t.cos[torch.arange(33), problem.labels].sum()) / t.cos.numel(), abs=1e-6
+    )
+    assert float(result.stats.dropped) == pytest.approx(float(t.dropped.mean()), rel=1e-3, abs=2.0**-12)
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 40, 300])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_any_capacity(monkeypatch, geometry, capacity):
+    """Blocks whose pairs do not fit the list are computed again in the backward, beside those that did fit."""
+    problem = GEOMETRIES[geometry](33, 3001, 128)
+    monkeypatch.setattr(chunked, "chunk_size", lambda rows: 100)
+    roomy = run(CASE, problem, filter_eps=2.0**-12)
+    monkeypatch.setattr(ops, "CHUNKED_MAX_PAIRS", capacity)
+    tight = run(CASE, problem, filter_eps=2.0**-12)
+    Judge(problem, filter_eps=2.0**-12).check(tight, "chunked")
+    assert int(tight.stats.active_pairs) == int(roomy.stats.active_pairs)
+    if geometry == "trained":
+        assert int(roomy.stats.dense_blocks) == 0 < int(tight.stats.dense_blocks)
+
+
+@pytest.mark.parametrize("filter_eps, many", [(2.0**-12, True), (2.0**-8, False)])
+def test_many_and_few_pairs(monkeypatch, filter_eps, many):
+    """With more pairs than classes in a block all its rows of ∂w are computed, else those of the listed classes alone."""
+    problem = GEOMETRIES["trained"](65, 331, 96)
+    monkeypatch.setattr(chunked, "chunk_size", lambda rows: 331)
+    monkeypatch.setattr(chunked, "DENSE_FRACTION", 1.0)
+    result = run(CASE, problem, filter_eps=filter_eps)
+    active = int(result.stats.active_pairs)
+    assert active > 100 and (active + 65 > 331) == many and int(result.stats.dense_blocks) == 0
+    Judge(problem, filter_eps=filter_eps).check(result, "chunked")
+
+
+def test_large_gradients_are_mapped(monkeypatch):
+    """Past HUGE_BYTES ∂w is made elsewhere; it is as zero where nothing was added, and as right where something was."""
+    problem: Problem = GEOMETRIES["trained"](9, 331, 96)
+    expected = run(CASE, problem, filter_eps=2.0**-12).grad_w
+    monkeypatch.setattr(chunked, "HUGE_BYTES", 1)
+    assert torch.equal(run(CASE, problem, filter_eps=2.0**-12).grad_w, expected)

@@ -1,0 +1,155 @@
+"""`sface_kernels.compat.official` in the published script: its loop, checkpoints and helpers."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+import torch
+
+from sface_kernels.compat.official import SFaceLoss
+from tests.support.published_script import (
+    CLASSES,
+    CURVES,
+    FEATURES,
+    RECIPE,
+    UNIT,
+    PlainHead,
+    Run,
+    batches,
+    small,
+    split_parameters,
+    train,
+    train_accuracy,
+    weight_init,
+)
+
+
+@pytest.fixture(scope="module")
+def truth() -> Run:
+    return train(PlainHead(FEATURES, CLASSES, [], **RECIPE), torch.float64)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Run:
+    return train(PlainHead(FEATURES, CLASSES, [], **RECIPE))
+
+
+@pytest.mark.parametrize("logits", [False, True], ids=["lazy", "logits"])
+def test_the_loop_gives_the_same_curves_and_the_same_accuracy(case32, logits, truth, plain):
+    """Beside fp64, our run strays like the plain fp32 run does.
+
+    Both start at the same numbers, add roundings of the same size in each step, and the same training
+    amplifies them. So the largest error of the plain run so far measures what is due to rounding; four times
+    that, as each run draws its own roundings, plus one rounding of the curve, as the plain run may be lucky
+    in its first steps.
+    """
+    head = SFaceLoss(FEATURES, CLASSES, device_id=[0], **RECIPE, backend=case32.backend, logits=logits)
+    ours = train(head, device=case32.device)
+    noise = (plain.curves - truth.curves).abs().cummax(0).values
+    rounding = UNIT * truth.curves.abs().amax(0).clamp_min(1)  # cosines of single rows go up to 1
+    excess = (ours.curves - truth.curves).abs() / (4 * (noise + rounding))
+    assert excess.max() <= 1, dict(zip(CURVES, excess.amax(0).tolist(), strict=True))
+    assert truth.curves[:, 0].min() < 0 < truth.curves[0, 0]  # the run did something
+
+    # accuracies are equal because no row is near a tie with the first or the fifth of the other classes
+    drift = max((a - b).abs().max() for a, b in zip(plain.logits, truth.logits, strict=True))
+    for logits_of_step, (_, labels) in zip(truth.logits, batches(), strict=True):
+        own = logits_of_step.gather(1, labels.unsqueeze(1))
+        others = logits_of_step.scatter(1, labels.unsqueeze(1), -torch.inf).topk(5).values[:, [0, 4]]
+        assert (others - own).abs().min() > 2 * 4 * drift, "choose another seed for the data"
+    assert ours.prec1 == plain.prec1 == truth.prec1
+    assert ours.prec5 == plain.prec5 == truth.prec5
+    assert truth.prec1[0] < 20 and truth.prec1[-1] > 70
+
+
+def test_stats_hold_the_accuracy_of_the_forward(case32):
+    head, x, y = small(case32)
+    outputs, loss, intra, inter, *_ = head(x, y)
+    assert 100 * outputs.stats.accuracy.item() == pytest.approx(train_accuracy(outputs.data, y).item())
+    assert loss.item() == pytest.approx((intra + inter).item(), rel=4 * UNIT, abs=1e-5)
+    assert loss.requires_grad and not intra.requires_grad
+
+
+def test_the_signature_is_the_references():
+    head = SFaceLoss(32, 50, [0, 1], 32.0, 70.0, 0.9, 1.2)
+    assert (head.in_features, head.out_features, head.device_id) == (32, 50, [0, 1])
+    assert (head.s, head.k, head.a, head.b) == (32.0, 70.0, 0.9, 1.2)
+    head = SFaceLoss(in_features=32, out_features=50, device_id=None)
+    assert (head.s, head.k, head.a, head.b, head.device_id) == (64.0, 80.0, 0.80, 1.23, None)
+
+
+@pytest.mark.parametrize("device_id", [None, [], [0], [0, 1]], ids=str)
+def test_device_id_changes_nothing(device_id):
+    torch.manual_seed(0)
+    head = SFaceLoss(16, 30, device_id=device_id)
+    x, y = torch.randn(8, 16), torch.randint(0, 30, (8,))
+    outputs, *values = head(x, y)
+    torch.manual_seed(0)
+    expected_outputs, *expected = PlainHead(16, 30, [])(x, y)
+    assert head.device_id is device_id
+    torch.testing.assert_close(outputs.dense(), expected_outputs.detach(), rtol=0, atol=64 * 20 * UNIT)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_weight_starts_at_the_references_random_numbers():
+    torch.manual_seed(21)
+    head = SFaceLoss(16, 30, [])
+    torch.manual_seed(21)
+    assert torch.equal(head.weight, torch.empty(30, 16).normal_(0, 2 * math.sqrt(2 / 30)))
+
+
+def test_weight_init_of_the_script_reaches_the_weight():
+    head = SFaceLoss(16, 30, [0])
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    torch.manual_seed(22)
+    head.apply(weight_init)
+    torch.manual_seed(22)
+    assert torch.equal(head.weight, torch.empty(30, 16).normal_(0, 2 * math.sqrt(2 / 30)))
+    assert optimizer.param_groups[0]["params"][0] is head.weight
+
+
+def test_the_script_finds_the_weight_by_class_name():
+    head = SFaceLoss(16, 30, [0])
+    of_norms, others = split_parameters(head)
+    assert of_norms == [] and len(others) == 1 and others[0] is head.weight
+    assert [name for name, _ in head.named_parameters()] == ["weight"]  # its other split reads parameter names
+    for word in ("model", "container", "batchnorm", "mobilefacenet"):
+        assert word not in str(head.__class__)
+
+
+def test_checkpoints_go_both_ways():
+    def through_a_file(state):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        return torch.load(file)
+
+    torch.manual_seed(1)
+    theirs, ours, back = PlainHead(16, 30, []), SFaceLoss(16, 30, []), PlainHead(16, 30, [])
+    x, y = torch.randn(8, 16), torch.randint(0, 30, (8,))
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    assert torch.equal(ours.weight, theirs.weight)
+    state = ours.state_dict()
+    assert list(state) == ["weight"] and state["weight"].shape == (30, 16) and state["weight"].dtype == torch.float32
+    back.load_state_dict(through_a_file(state))
+    torch.testing.assert_close(ours(x, y)[1], back(x, y)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_host_weight_is_copied_to_the_input_with_a_warning():
+    head = SFaceLoss(16, 30, [0])
+    with pytest.warns(UserWarning, match=r"head\.to\(device\)"):
+        beside = head._weight_beside(torch.empty(2, 16, device="meta"))
+    assert beside.device.type == "meta" and beside.requires_grad
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device beside the CPU")
+@pytest.mark.filterwarnings("ignore:SFaceLoss. the weight is on the CPU")
+def test_a_loop_that_leaves_the_head_on_the_host():
+    head, x, y = small()
+    expected = head(x, y)[1]
+    outputs, loss, *_ = head(x.detach().cuda(), y.cuda())
+    loss.backward()
+    assert head.weight.grad.device.type == "cpu" and outputs.device.type == "cuda"
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,48 @@
+"""The backends under test, and the (backend, device, dtype) cases that the fixtures of `conftest` give."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sface_kernels.dispatch import BACKENDS
+
+ROOT = Path(__file__).resolve().parents[2]
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# (embeddings, weight): the same dtype, and master weights. What a backend cannot take is in test_bad_input, not here.
+HALF = [(bf16, f32), (f16, f32), (bf16, bf16), (f16, f16)]
+DTYPES = {
+    "native": [(f32, f32), *HALF],
+    "chunked": [(f32, f32), (f64, f64), (f64, f32), *HALF],
+    "reference": [(f32, f32), (f64, f64), (f64, f32), *HALF],
+    "triton": [(f32, f32), *HALF],
+}
+
+
+class Case(NamedTuple):
+    backend: str
+    device: str
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+
+    def __str__(self) -> str:
+        short = [str(t).removeprefix("torch.") for t in (self.dtype, self.weight_dtype)]
+        return "-".join([self.backend, self.device, *dict.fromkeys(short)])
+
+    def reason_to_skip(self) -> str | None:
+        return BACKENDS[self.backend].unavailable(torch.device(self.device), self.dtype, self.weight_dtype)
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on the CPU, slowly
+CASES = [
+    Case(name, device, *dtypes)
+    for name in BACKENDS
+    for device in DEVICES
+    for dtypes in DTYPES[name]
+    if not (device == "cuda" and name == "native") and not (device == "cpu" and name == "triton" and not INTERPRETED)
+]
+CASES32 = [case for case in CASES if case.dtype == case.weight_dtype == f32]

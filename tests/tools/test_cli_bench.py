@@ -1,0 +1,206 @@
+"""`sface-kernels bench` as its users meet it: the results file, failures, interrupts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sface_kernels import cli
+from sface_kernels.bench import memory, opponents, report
+from sface_kernels.bench.contestant import MODES
+from sface_kernels.cli import bench
+from sface_kernels.dispatch import BACKENDS
+from sface_kernels.testing import selfcheck
+from sface_kernels.testing.workloads import CLASSES, Shape
+from tests.support import command
+from tests.support.cases import ROOT
+from tests.support.command import ROW_KEYS, TINY, TOP_KEYS, fake, run
+
+quick = command.quick
+
+
+def test_bench_writes_the_documented_schema(tmp_path, capsys):
+    status, result = run(tmp_path, "--mode", "all", "--geometry", "trained")
+    assert status == 0
+    assert set(result) == TOP_KEYS
+    assert (result["schema"], result["schema_version"], result["kind"]) == (
+        report.SCHEMA,
+        report.SCHEMA_VERSION,
+        "bench",
+    )
+    assert result["machine"]["threads"] == 1 and result["versions"]["torch"] == torch.__version__
+    assert result["settings"]["repeats"] == 3 and result["settings"]["geometry"] == "trained"
+    assert [(row["mode"], row["provider"]) for row in result["rows"]] == list(
+        itertools.product(MODES, ("reference", "careful", "chunked", "mm-fp32"))
+    )
+    documented = (ROOT / "benchmarks" / "README.md").read_text()
+    for row in result["rows"]:
+        assert set(row) == ROW_KEYS
+        assert all(f"`{key}`" in documented for key in row), [key for key in row if f"`{key}`" not in documented]
+        assert row["status"] == "ok", row["reason"]
+        times = row["time_ms"]
+        assert 0 < times["min"] <= times["q1"] <= times["median"] <= times["q3"] <= times["max"]
+        assert len(times["samples"]) == times["repeats"] >= 3
+        assert row["check"]["classes"] == 60
+        assert row["rates"]["tflops"] == pytest.approx(row["work"]["flop"] / times["median"] / 1e9)
+    text = capsys.readouterr().out
+    assert "chunked" in text and "TFLOP/s" in text and "GFLOP" in text
+
+
+def test_ratios_are_of_medians(tmp_path):
+    _, result = run(tmp_path)
+    rows = {row["provider"]: row for row in result["rows"]}
+    median = {name: row["time_ms"]["median"] for name, row in rows.items()}
+    ratios = rows["chunked"]["ratios"]
+    assert ratios["speedup_vs_reference"] == pytest.approx(median["reference"] / median["chunked"])
+    assert ratios["time_vs_mm_fp32"] == pytest.approx(median["chunked"] / median["mm-fp32"])
+    assert ratios["speedup_vs_careful_compiled"] is ratios["time_vs_mm_bf16"] is None
+
+
+def test_several_sizes_and_workloads_by_name(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "run_case", lambda case, *rest: seen.append(case.shape))
+    assert cli.main(["bench", "casia", "4m", "--n", "8,16", "--d", "32"]) == 0
+    assert seen == [Shape(n, CLASSES[name], 32) for n in (8, 16) for name in ("casia", "4m")]
+    seen.clear()
+    assert cli.main(["bench", "--c", "10,1_000"]) == 0
+    assert seen == [Shape(128, 10, 512), Shape(128, 1000, 512)]
+
+
+def test_another_loss_is_labelled_so(tmp_path, capsys):
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    _, result = run(tmp_path, names="linear-cross-entropy,careful")
+    assert result["rows"][0]["status"] == "ok" and "another loss" in result["rows"][0]["what"]
+    assert "linear-cross-entropy (another loss)" in capsys.readouterr().out
+
+
+def test_half_embeddings(tmp_path):
+    status, result = run(tmp_path, "--dtype", "bfloat16", names="reference,reference-bf16,chunked")
+    assert status == 0 and [row["status"] for row in result["rows"]] == ["ok"] * 3
+    assert {row["dtype"] for row in result["rows"]} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("error", [1.01, math.nan], ids=["one percent off", "not finite"])
+def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, error):
+    fake(monkeypatch, "off", lambda x, w, y: opponents.careful(x, w, y) * error)
+    status, result = run(tmp_path, names="off,careful")
+    wrong, right = result["rows"]
+    assert status == 1
+    assert (wrong["status"], wrong["time_ms"], wrong["check"]["ok"]) == ("wrong", None, False)
+    assert right["status"] == "ok" and right["time_ms"]
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (RuntimeError("out of luck\nsecond line"), "failed"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    ],
+    ids=["failed", "out of memory"],
+)
+@pytest.mark.parametrize("calls_before", [0, 3], ids=["in the check", "in the timing"])
+def test_a_failing_provider_does_not_stop_the_others(tmp_path, monkeypatch, capsys, error, status, calls_before):
+    calls = itertools.count()
+
+    def breaks_later(x, w, y):
+        if next(calls) >= calls_before:
+            raise error
+        return opponents.careful(x, w, y)
+
+    fake(monkeypatch, "breaks", breaks_later)
+    exit_status, result = run(tmp_path, names="breaks,careful")
+    assert exit_status == 0
+    broken, fine = result["rows"]
+    assert (broken["status"], broken["time_ms"]) == (status, None)
+    assert broken["reason"].endswith(str(error).splitlines()[0])
+    assert fine["time_ms"] and f"breaks: {status}" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_in_the_probe_is_reported_and_not_tried_here(tmp_path, monkeypatch):
+    def measure(provider, case, setting):
+        if provider.name == "reference":
+            return {"error": "killed, most likely out of memory", "out_of_memory": True}
+        return {"peak_extra_bytes": 1, "method": "made up", "mode": "both"}
+
+    monkeypatch.setattr(memory, "measure", measure)
+    status, result = run(tmp_path, "--memory", names="reference,careful")
+    large, fine = result["rows"]
+    assert status == 0 and (large["status"], large["check"]) == ("out of memory", None)
+    assert fine["time_ms"] and fine["memory"]["peak_extra_bytes"] == 1
+
+
+@pytest.mark.parametrize("name, word", [("triton@0", "triton"), ("mm-tf32", "CUDA")])
+def test_what_cannot_run_says_why(tmp_path, name, word):
+    if (
+        name.startswith("triton")
+        and "triton" in BACKENDS
+        and not selfcheck.unavailable("triton", torch.device("cpu"), torch.float32)
+    ):
+        pytest.skip("the Triton backend runs on this CPU, in its interpreter")
+    _, result = run(tmp_path, names=f"{name},careful")
+    row = result["rows"][0]
+    assert row["status"] == "unavailable" and word in row["reason"]
+
+
+def test_an_interrupt_saves_what_was_timed(tmp_path, monkeypatch, capsys):
+    calls = itertools.count()
+
+    def interrupted_later(x, w, y):
+        if next(calls) == 40:
+            raise KeyboardInterrupt
+        return opponents.careful(x, w, y)
+
+    fake(monkeypatch, "stopped", interrupted_later)
+    status, result = run(tmp_path, "--repeats", "50", names="careful,stopped")
+    assert status == 130 and result["interrupted"]
+    assert result["rows"][0]["provider"] == "careful" and result["rows"][0]["time_ms"]["repeats"] >= 1
+    assert "interrupted: 2 finished rows" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """A real signal to a real process, in the second of three workloads."""
+    out = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        "-m",
+        "sface_kernels",
+        *TINY,
+        "--c",
+        "60,61,62",
+        "--repeats",
+        "100000",
+        "--budget-seconds",
+        "2",
+    ]
+    command += ["--providers", "careful,chunked", "--out", str(out)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignore"
+    )
+    try:
+        end = time.monotonic() + 120
+        while not out.exists() and time.monotonic() < end:  # written when the first workload is done
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    # Python ends itself by the signal where an import was interrupted; a shell shows 130 for both
+    assert process.returncode in (130, -signal.SIGINT), text
+    assert "interrupted" in text and "Traceback" not in text
+    result = json.loads(out.read_text())
+    assert result["interrupted"] and {row["c"] for row in result["rows"]} >= {60}
+    assert all(row["time_ms"] for row in result["rows"])
