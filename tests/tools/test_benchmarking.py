@@ -51,7 +51,7 @@ def test_memory_that_ran_out_in_the_process_is_told_from_other_failures(monkeypa
         described = {"provider": "careful", "case": [list(case.shape), *case[1:]], "setting": list(setting)}
         status = memory.main([json.dumps(described)])
         assert (status == memory.OUT_OF_MEMORY) == expected and status != 0
-    assert failure.out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and timing.out_of_memory(MemoryError())
+    assert failure.out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and failure.out_of_memory(MemoryError())
 
 
 class Recorder(timing.Timed):
