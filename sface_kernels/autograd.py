@@ -11,7 +11,7 @@ from .dispatch import BACKENDS
 from .types import IGNORED, HyperParameters
 
 
-class _Once(torch.autograd.Function):
+class _RaiseOnSecondBackward(torch.autograd.Function):
     """Identity whose backward raises; once_differentiable does not where the upstream gradient is a constant."""
 
     @staticmethod
@@ -24,11 +24,12 @@ class _Once(torch.autograd.Function):
 
 
 def _raise_if_differentiated(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else _Once.apply(grad.requires_grad_())
+    return None if grad is None else _RaiseOnSecondBackward.apply(grad.requires_grad_())
 
 
 class SFaceRowLoss(torch.autograd.Function):
-    """Row losses `[N]` of equation (5), differentiable in the embeddings and the weight; statistics beside them.
+    """Row losses `[N]` of equation (5), differentiable in the embeddings and the weight; beside them row statistics
+    `[6, N]` (`types.RowStats`) and counts `[2]` (`types.Forward`).
 
     A backend's forward leaves ∂l_i/∂x_i complete, as the coefficients of (6) are constants; the upstream gradient
     u_i enters only in the backward, per row, so any reduction and any number of backward calls are right.
@@ -43,25 +44,19 @@ class SFaceRowLoss(torch.autograd.Function):
         backend: str,
         hp: HyperParameters,
         grad_enabled: bool,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # needs_input_grad does not know of no_grad, and inside forward grad mode is always off
         need_x, need_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         # the products below choose their own precision
         with torch.autocast(embeddings.device.type, enabled=False):
             result = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
-        ctx.backend, ctx.hp = backend, hp
-        ctx.has_unit_grad = result.unit_grad_x is not None
-        saved: tuple[Tensor | None, ...] = (target,)
-        if ctx.has_unit_grad:
-            saved += (result.unit_grad_x,)
-        if need_w:
-            saved += (embeddings, weight, *result.saved)
-        ctx.save_for_backward(*saved)
-        ctx.x_dtype = embeddings.dtype
-        outputs = (result.row_loss, *result.rows, result.active_pairs, result.dense_blocks)
-        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.backend, ctx.hp, ctx.x_dtype = backend, hp, embeddings.dtype
+        row_grad_x = result.row_grad_x if need_x else None
+        for_weight = (embeddings, weight, *result.saved) if need_w else (None, None)
+        ctx.save_for_backward(target, row_grad_x, *for_weight)
+        ctx.mark_non_differentiable(result.row_stats, result.counts)
         ctx.set_materialize_grads(False)
-        return outputs
+        return result.row_loss, result.row_stats, result.counts
 
     @staticmethod
     def backward(ctx: Any, grad_row: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -76,19 +71,16 @@ class SFaceRowLoss(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[:2]
         if grad_row is None:
             return None, None
-        target, *saved = ctx.saved_tensors
+        target, row_grad_x, embeddings, weight, *saved = ctx.saved_tensors
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         grad_row = torch.where(target == IGNORED, 0, grad_row)
         grad_x = grad_w = None
         with torch.autocast(grad_row.device.type, enabled=False):
-            if ctx.has_unit_grad:
-                unit_grad_x = saved.pop(0)
-                if need_x:
-                    grad_x = (unit_grad_x * grad_row.unsqueeze(1)).to(ctx.x_dtype)  # [N, D], (7)
+            if need_x:
+                grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(ctx.x_dtype)  # [N, D], (7)
             if need_w:
-                embeddings, weight, *rest = saved
                 grad_w = BACKENDS[ctx.backend].grad_weight(
-                    embeddings, weight, target, ctx.hp, grad_row, tuple(rest)
+                    embeddings, weight, target, ctx.hp, grad_row, tuple(saved)
                 )  # [C, D], (8)
                 grad_w = grad_w.to(weight.dtype)
         return grad_x, grad_w

@@ -12,7 +12,7 @@ from . import validation
 from .autograd import SFaceRowLoss
 from .dispatch import check_name, select
 from .ops import prepare_labels
-from .types import IGNORED, RowStats, SFaceStats
+from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceStats
 
 
 def sface_loss(
@@ -20,10 +20,10 @@ def sface_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    s: float = 64.0,
-    k: float = 80.0,
-    a: float = 0.80,
-    b: float = 1.23,
+    s: float = DEFAULTS.s,
+    k: float = DEFAULTS.k,
+    a: float = DEFAULTS.a,
+    b: float = DEFAULTS.b,
     k_inter: float | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -77,13 +77,14 @@ def sface_loss(
     validation.check_reduction(reduction)
     validation.check_ignore_index(ignore_index)
     hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
-    chosen = select(backend, embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
+    request = Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
+    chosen = select(backend, request)
 
     check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
     target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
-    row_loss, *stats = SFaceRowLoss.apply(
+    row_loss, row_stats, counts = SFaceRowLoss.apply(
         embeddings, weight, target, chosen, hp, torch.is_grad_enabled()
-    )  # [N], six [N], two 0-d
+    )  # [N], [6, N], [2]
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 
     loss = row_loss
@@ -93,13 +94,12 @@ def sface_loss(
             loss = loss / counted
     if not return_stats:
         return loss
-    rows, (active_pairs, dense_blocks) = RowStats(*stats[:6]), stats[6:]
-    return loss, _summarise(rows, target, counted, weight.shape[0], active_pairs, dense_blocks)
+    return loss, _summarise(row_stats, counts, target, counted, weight.shape[0])
 
 
-def _summarise(
-    rows: RowStats, target: Tensor, counted: Tensor, classes: int, active_pairs: Tensor, dense_blocks: Tensor
-) -> SFaceStats:
+def _summarise(row_stats: Tensor, counts: Tensor, target: Tensor, counted: Tensor, classes: int) -> SFaceStats:
+    rows = RowStats(*row_stats.unbind(0))
+    active_pairs, dense_pairs = counts.unbind(0)
     correct = (rows.cos_target > rows.hardest) & (target != IGNORED)
     return SFaceStats(
         intra=rows.intra.sum() / counted,
@@ -109,7 +109,7 @@ def _summarise(
         accuracy=correct.sum() / counted,
         active_pairs=active_pairs,
         dropped=rows.dropped.sum() / counted,
-        dense_blocks=dense_blocks,
+        dense_share=dense_pairs / (counted * classes),
     )
 
 
@@ -138,10 +138,10 @@ class SFaceLoss(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        s: float = 64.0,
-        k: float = 80.0,
-        a: float = 0.80,
-        b: float = 1.23,
+        s: float = DEFAULTS.s,
+        k: float = DEFAULTS.k,
+        a: float = DEFAULTS.a,
+        b: float = DEFAULTS.b,
         k_inter: float | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,

@@ -11,28 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import IGNORED, INVALID
+from .types import IGNORED, INVALID, NO_TARGET
 
 NAMESPACE = "sface"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _HYPER = "float s, float k_intra, float k_inter, float a, float b, float filter_eps"
 
-_library.define("prepare_labels(Tensor labels, int num_classes, int ignore_index, bool check) -> Tensor")
+_library.define(
+    "prepare_labels(Tensor labels, int num_classes, int ignore_index, bool check, int first, int count) -> Tensor"
+)
 _library.define(
     f"native_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, int arena_words)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor unit_grad_x, Tensor inv_norm,"
-    " Tensor target_coef, Tensor arena, Tensor segments)"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, Tensor inv_norm,"
+    " Tensor target_weight, Tensor arena, Tensor segments)"
 )
 _library.define(
     f"native_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, Tensor inv_norm,"
-    " Tensor target_coef, Tensor arena, Tensor segments) -> Tensor"
+    " Tensor target_weight, Tensor arena, Tensor segments) -> Tensor"
 )
 _library.define("native_instruction_sets() -> str[]")
 _library.define("native_release_memory() -> ()")
 _library.define(
     f"chunked_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, int chunk)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor unit_grad_x, Tensor pairs, Tensor coefficients,"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, Tensor pairs, Tensor coefficients,"
     " Tensor chunk_pairs)"
 )
 _library.define(
@@ -43,7 +45,7 @@ _library.define(
 prepare_labels_op = torch.ops.sface.prepare_labels.default
 
 
-def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: bool) -> Tensor:
+def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int, count: int) -> Tensor:
     target = labels.reshape(-1).to(torch.int64)
     ignored = target == ignore_index
     invalid = ((target < 0) | (target >= num_classes)) & ~ignored
@@ -53,8 +55,10 @@ def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: 
             f"labels: expected values in [0, {num_classes}) or ignore_index={ignore_index}, "
             f"got {int(target[row])} in row {row} ({int(invalid.sum())} such rows)"
         )
-    target = torch.where(invalid, torch.full_like(target, INVALID), target)
-    return torch.where(ignored, torch.full_like(target, IGNORED), target)
+    here = (target >= first) & (target < first + count)
+    code = torch.where(here, target - first, NO_TARGET)
+    code = torch.where(invalid, INVALID, code)
+    return torch.where(ignored, IGNORED, code)
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:
@@ -66,16 +70,21 @@ implement("prepare_labels", _prepare_labels)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::prepare_labels", lib=_library)
-def _(labels: Tensor, num_classes: int, ignore_index: int, check: bool) -> Tensor:
+def _(labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int, count: int) -> Tensor:
     return labels.new_empty([labels.shape[0]], dtype=torch.int64)
 
 
-def prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: bool) -> Tensor:
-    """Labels of any integer dtype, `[N]` or `[N, 1]`, as int64 `[N]` classes with the codes of `types`.
+def prepare_labels(
+    labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int = 0, count: int | None = None
+) -> Tensor:
+    """Labels of any integer dtype, `[N]` or `[N, 1]`, as int64 `[N]`: what the backends take as a row's target.
+
+    For a weight that holds the classes [first, first + count) of `num_classes` (all of them by default) that is the row
+    of the weight, or one of the codes of `types`: NO_TARGET for a class elsewhere, IGNORED, INVALID.
 
     With `check`, an out-of-range label raises ValueError, which reads the data (a synchronisation on a GPU).
     """
-    return prepare_labels_op(labels, num_classes, ignore_index, check)
+    return prepare_labels_op(labels, num_classes, ignore_index, check, first, num_classes if count is None else count)
 
 
 CLASSES_PER_SEGMENT = 48  # classes whose active pairs the native backend stores together
@@ -104,7 +113,7 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
 
 
 @torch.library.register_fake(f"{NAMESPACE}::native_grad_weight", lib=_library)
-def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_coef, arena, segments):
+def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_weight, arena, segments):
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
@@ -148,13 +157,13 @@ TRITON_CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of cla
 
 _library.define(
     f"triton_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, bool dense)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor unit_grad_x, Tensor norm, Tensor inv_norm,"
-    " Tensor dense_row, Tensor flags, Tensor target_coef, Tensor cos_target, Tensor list_counts, Tensor list_classes,"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, Tensor norm, Tensor inv_norm,"
+    " Tensor dense_row, Tensor flags, Tensor target_weight, Tensor cos_target, Tensor list_counts, Tensor list_classes,"
     " Tensor list_weight, Tensor list_cos)"
 )
 _library.define(
     f"triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, bool dense, Tensor norm,"
-    " Tensor inv_norm, Tensor dense_row, Tensor flags, Tensor target_coef, Tensor cos_target, Tensor list_counts,"
+    " Tensor inv_norm, Tensor dense_row, Tensor flags, Tensor target_weight, Tensor cos_target, Tensor list_counts,"
     " Tensor list_classes, Tensor list_weight, Tensor list_cos) -> Tensor"
 )
 

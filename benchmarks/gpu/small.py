@@ -36,7 +36,7 @@ def main() -> int:
         loss, stats = sface_loss(x, w, y, backend="triton", filter_eps=filter_eps, k_inter=k_inter, return_stats=True)
         loss.backward()
         print(
-            tuple(x.shape), len(w), filter_eps, float(loss.detach()), int(stats.active_pairs), int(stats.dense_blocks)
+            tuple(x.shape), len(w), filter_eps, float(loss.detach()), int(stats.active_pairs), float(stats.dense_share)
         )
         assert x.grad is not None and w.grad is not None
         assert torch.isfinite(x.grad).all() and torch.isfinite(w.grad).all()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..types import IGNORED, INVALID, Forward, HyperParameters, RowStats
+from ..types import IGNORED, INVALID, Forward, HyperParameters, Request
 
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's
 CHUNK_ELEMENTS = 1 << 18  # chunk·N: 1 MiB of fp32 cosines stays in a CPU's cache
@@ -27,7 +27,7 @@ COSINE_SLACK = 1e-5  # far more than rounding moves a cosine across the filter
 DENSE = -1  # in chunk_pairs: this block is recomputed with products
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
+def unavailable(request: Request) -> str | None:
     return None
 
 
@@ -37,17 +37,8 @@ def chunk_size(rows: int) -> int:
 
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
-    row_loss, row_stats, counts, unit_grad_x, *saved = torch.ops.sface.chunked_forward(
-        x, w, target, *hp, need_x, need_w, chunk_size(x.shape[0])
-    )
-    return Forward(
-        row_loss=row_loss,
-        rows=RowStats(*row_stats.unbind(0)),
-        active_pairs=counts[0],
-        dense_blocks=counts[1],
-        unit_grad_x=unit_grad_x if need_x else None,
-        saved=tuple(saved) if need_w else (),
-    )
+    chunk = chunk_size(x.shape[0])
+    return Forward.of(torch.ops.sface.chunked_forward(x, w, target, *hp, need_x, need_w, chunk))
 
 
 def grad_weight(
@@ -156,7 +147,7 @@ def _forward(
     pairs = torch.empty(capacity + rows if need_grad_w else 0, dtype=torch.int64, device=x.device)
     coefficients = torch.empty(len(pairs), dtype=dtype, device=x.device)  # g_ij / s
     chunk_pairs = torch.zeros(-(-classes // chunk), dtype=torch.int64)
-    listed = active = listed_active = dense_blocks = 0
+    listed = active = listed_active = dense_pairs = 0
     dropped_below = _surely_dropped_below(hp)
 
     for index, own in enumerate(_own_pairs(target, classes, chunk)):
@@ -171,7 +162,7 @@ def _forward(
         active += found
         too_many = need_grad_w and listed_active + found > capacity
         if kept is not None and (too_many or found > DENSE_FRACTION * kept.numel()):
-            dense_blocks += 1
+            dense_pairs += kept.numel()
             chunk_pairs[index] = DENSE
             g = block.coef * kept  # a product with 0 and 1 is three times as fast as masking (measured)
             dropped += block.coef.sub_(g).sum(0)
@@ -200,7 +191,7 @@ def _forward(
     if need_grad_x:
         unit_grad = _tangent_(unit_grad, x_unit, x_norm).mul_(hp.s)  # (7)
         grad_x[counted] = unit_grad.masked_fill_((target == INVALID).unsqueeze(1), torch.nan)
-    counts = torch.tensor([active, dense_blocks], device=x.device)
+    counts = torch.tensor([active, dense_pairs], device=x.device)
     return stats[0] + stats[1], stats, counts, grad_x, pairs, coefficients, chunk_pairs
 
 

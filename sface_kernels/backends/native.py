@@ -7,7 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from ..types import Forward, HyperParameters, RowStats
+from ..types import Forward, HyperParameters, Request
 
 try:
     importlib.import_module("sface_kernels._C")  # registers the operators
@@ -19,11 +19,12 @@ ARENA_WORDS = 12 << 20  # 48 MiB: active pairs take 2 words each, entries of den
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"it runs on a CPU, not on {device.type}"
-    if dtype not in DTYPES or weight_dtype not in DTYPES:
-        return f"it computes in float32 and takes no {dtype if dtype not in DTYPES else weight_dtype}"
+def unavailable(request: Request) -> str | None:
+    if request.device.type != "cpu":
+        return f"it runs on a CPU, not on {request.device.type}"
+    for dtype in (request.dtype, request.weight_dtype):
+        if dtype not in DTYPES:
+            return f"it computes in float32 and takes no {dtype}"
     return _missing
 
 
@@ -33,16 +34,10 @@ def _inner_contiguous(w: Tensor) -> Tensor:
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
     arena_words = ARENA_WORDS  # untouched pages cost nothing, and a size that depends on N would recompile
-    row_loss, row_stats, counts, unit_grad_x, *saved = torch.ops.sface.native_forward(
-        x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, arena_words
-    )
-    return Forward(
-        row_loss=row_loss,
-        rows=RowStats(*row_stats.unbind(0)),
-        active_pairs=counts[0],
-        dense_blocks=counts[1],
-        unit_grad_x=unit_grad_x if need_x else None,
-        saved=tuple(saved) if need_w else (),
+    return Forward.of(
+        torch.ops.sface.native_forward(
+            x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, arena_words
+        )
     )
 
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench import machine
-from ..dispatch import BACKENDS, explain
+from ..dispatch import BACKENDS, select
+from ..types import Request
 from .options import DTYPES
 
 
@@ -24,18 +25,13 @@ def facts() -> dict[str, Any]:
         if device.type == "cuda":
             entry["gpu"] = machine.gpu_facts(device)
         for name, dtype in DTYPES.items():
-            weight = torch.promote_types(dtype, torch.float32)
-            entry["auto"][name] = _taken_by_auto(device, dtype, weight)
+            request = Request(device, dtype, torch.promote_types(dtype, torch.float32))
+            entry["auto"][name] = select("auto", request)
             for backend, about in BACKENDS.items():
                 reasons = entry["backends"].setdefault(backend, {"summary": about.summary, "unavailable": {}})
-                reasons["unavailable"][name] = about.unavailable(device, dtype, weight)
+                reasons["unavailable"][name] = about.unavailable(request)
         found["devices"].append(entry)
     return found
-
-
-def _taken_by_auto(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
-    marked = next(line for line in explain(device, dtype, weight_dtype).splitlines() if line.startswith("->"))
-    return marked.split()[1]
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import loss as _loss
 from ..ops import compute_dtype
-from ..types import SFaceStats
+from ..types import DEFAULTS, SFaceStats
 
 BLOCK_ELEMENTS = 1 << 20  # of N·block and D·block: 4 MiB each of fp32 cosines and of unit rows at a time
 WATCHED_ROWS = 16  # of the weight, compared to find out that it changed
@@ -236,10 +236,10 @@ class SFaceLoss(_loss.SFaceLoss):
         in_features: int,
         out_features: int,
         device_id: Sequence[int] | None,
-        s: float = 64.0,
-        k: float = 80.0,
-        a: float = 0.80,
-        b: float = 1.23,
+        s: float = DEFAULTS.s,
+        k: float = DEFAULTS.k,
+        a: float = DEFAULTS.a,
+        b: float = DEFAULTS.b,
         *,
         filter_eps: float | None = None,
         backend: str = "auto",

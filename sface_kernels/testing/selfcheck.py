@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import BACKENDS
+from ..types import Request
 from ..validation import default_filter_eps
 from .budget import HALF, HALF_PRODUCTS, budget, half_budget, package_errors
 from .failure import failure_text
@@ -147,7 +148,7 @@ def judge(problem: Problem, backend: str, filter_eps: float, truth: Truth) -> Ou
 
 def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot be checked with embeddings of `dtype` and weights of at least float32."""
-    return BACKENDS[backend].unavailable(device, dtype, torch.promote_types(dtype, torch.float32))
+    return BACKENDS[backend].unavailable(Request(device, dtype, torch.promote_types(dtype, torch.float32)))
 
 
 def run(backends: list[str], device: torch.device, dtype: torch.dtype, small: bool = False) -> Iterator[Outcome]:

@@ -10,13 +10,14 @@ import torch
 
 from benchmarks.gpu import checks
 from sface_kernels.dispatch import BACKENDS
+from sface_kernels.types import Request
 
 
 @pytest.mark.parametrize("name", checks.CHECKS)
 def test_cuda(name):
     if not torch.cuda.is_available():
         pytest.skip("this machine has no CUDA device")
-    reason = BACKENDS["triton"].unavailable(torch.device("cuda"), torch.bfloat16, torch.float32)
+    reason = BACKENDS["triton"].unavailable(Request(torch.device("cuda"), torch.bfloat16, torch.float32))
     if reason is not None:
         pytest.skip(reason)
     try:

@@ -37,10 +37,10 @@ MAY_IMPORT = {
     "__init__": {"_version", "types", "dispatch", "loss"},
     "distributed": {"types", "ops", "dispatch", "validation", "autograd"},
     "compat": {"types", "ops", "loss", "dispatch", "distributed"},
-    "testing": {"testing", "loss", "dispatch", "validation"},
-    "bench": {"bench", "testing", "loss", "dispatch", "validation", "_version"},
+    "testing": {"testing", "loss", "dispatch", "validation", "types"},
+    "bench": {"bench", "testing", "loss", "dispatch", "validation", "types", "_version"},
     "bench.plots": {"bench"},
-    "cli": {"cli", "bench", "testing", "dispatch", "_version"},
+    "cli": {"cli", "bench", "testing", "dispatch", "types", "_version"},
     "__main__": {"cli"},
 }
 
