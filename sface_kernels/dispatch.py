@@ -33,7 +33,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 # What "auto" tries, in order. On a CPU Triton runs in its interpreter, which nobody means by "auto".
-PREFERENCE = {"cpu": ("native", "chunked")}
+PREFERENCE = {"cpu": ("native", "chunked"), "meta": ("chunked",)}
 PREFERENCE_ELSEWHERE = ("triton", "chunked")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
-from .autograd import SFaceRowLoss
+from .autograd import row_losses
 from .dispatch import check_name, select
 from .ops import prepare_labels
 from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceStats
@@ -75,16 +75,14 @@ def sface_loss(
     """
     validation.check_tensors(embeddings, weight, labels)
     validation.check_reduction(reduction)
-    validation.check_ignore_index(ignore_index)
+    ignore_index = validation.integer("ignore_index", ignore_index)
     hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
     request = Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
     chosen = select(backend, request)
 
     check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
     target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
-    row_loss, row_stats, counts = SFaceRowLoss.apply(
-        embeddings, weight, target, chosen, hp, torch.is_grad_enabled()
-    )  # [N], [6, N], [2]
+    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)  # [N], [6, N], [2]
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 
     loss = row_loss
@@ -106,10 +104,10 @@ def _summarise(row_stats: Tensor, counts: Tensor, target: Tensor, counted: Tenso
         inter=rows.inter.sum() / counted,
         cos_target=rows.cos_target.sum() / counted,
         cos_other=rows.cos_other_sum.sum() / (counted * classes),
-        accuracy=correct.sum() / counted,
+        accuracy=correct.to(row_stats.dtype).sum() / counted,
         active_pairs=active_pairs,
         dropped=rows.dropped.sum() / counted,
-        dense_share=dense_pairs / (counted * classes),
+        dense_share=dense_pairs.to(row_stats.dtype) / (counted * classes),
     )
 
 
@@ -151,13 +149,10 @@ class SFaceLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
-            if value <= 0:
-                raise ValueError(f"{name}: expected an int > 0, got {value}")
+        in_features = validation.integer("in_features", in_features, positive=True)
+        out_features = validation.integer("out_features", out_features, positive=True)
+        ignore_index = validation.integer("ignore_index", ignore_index)
         validation.check_reduction(reduction)
-        validation.check_ignore_index(ignore_index)
         check_name(backend)
         validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, torch.float32, in_features)
         self.in_features, self.out_features = in_features, out_features
@@ -172,7 +167,7 @@ class SFaceLoss(nn.Module):
         nn.init.normal_(self.weight, std=2 * math.sqrt(2 / self.out_features))
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
+        self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, SFaceStats]:
         """The loss of `embeddings` `[N, D]` with `labels` `[N]`; with `return_stats`, (loss, SFaceStats)."""
         return sface_loss(

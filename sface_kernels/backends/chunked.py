@@ -7,7 +7,7 @@ with too many of them, or past the list's capacity, takes matrix products instea
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import itertools
 import math
 import mmap
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..precision import full_float32
 from ..types import IGNORED, INVALID, Forward, HyperParameters, Request
 
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's
@@ -32,8 +33,8 @@ def unavailable(request: Request) -> str | None:
 
 
 def chunk_size(rows: int) -> int:
-    """Classes per block for `rows` samples."""
-    return max(256, min(4096, CHUNK_ELEMENTS // max(rows, 1)))
+    """Classes per block for `rows` samples, which may be symbolic."""
+    return torch.sym_max(256, torch.sym_min(4096, CHUNK_ELEMENTS // torch.sym_max(rows, 1)))
 
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
@@ -115,16 +116,17 @@ class _Block:
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; large ones on a Linux CPU in fresh huge pages, whose faults cost a quarter of small pages' (measured), and
-    all written now: every thread faults pages then, where scattered rows would leave the faults to one."""
-    size = shape.numel() * dtype.itemsize
-    if device.type != "cpu" or size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # private: the default would be shared with forked workers
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages: small ones then
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape).zero_()
+    """Zeros; large ones on a Linux CPU in huge pages, whose faults cost a quarter of small pages' (measured), and all
+    written now: every thread faults pages then, where scattered rows would leave the faults to one."""
+    zeros = torch.empty(shape, dtype=dtype, device=device)
+    size = zeros.nbytes
+    if device.type == "cpu" and size >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        begin = -zeros.data_ptr() % mmap.PAGESIZE  # advice, whole pages only: a kernel without huge pages ignores it
+        length = (size - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(zeros.data_ptr() + begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
+        )
+    return zeros.zero_()
 
 
 def _counted_rows(target: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def _forward(
     capacity = min(rows * classes, ops.CHUNKED_MAX_PAIRS)
     pairs = torch.empty(capacity + rows if need_grad_w else 0, dtype=torch.int64, device=x.device)
     coefficients = torch.empty(len(pairs), dtype=dtype, device=x.device)  # g_ij / s
-    chunk_pairs = torch.zeros(-(-classes // chunk), dtype=torch.int64)
+    chunk_pairs = torch.zeros(-(-classes // chunk), dtype=torch.int64, device="cpu")
     listed = active = listed_active = dense_pairs = 0
     dropped_below = _surely_dropped_below(hp)
 
@@ -184,7 +186,7 @@ def _forward(
             listed, listed_active = listed + len(flat), listed_active + found
 
     p_own = torch.sigmoid(hp.k_intra * (torch.acos(cos_own) - hp.a))  # [N], (3) without s
-    intra = torch.where(target >= 0, -p_own * cos_own, torch.where(target == INVALID, torch.nan, 0))
+    intra = (-p_own * cos_own).where(target >= 0, 0).masked_fill_(target == INVALID, torch.nan)
     stats = torch.zeros(6, rows, dtype=dtype, device=x.device)
     stats[:, counted] = torch.stack([hp.s * intra, hp.s * inter, cos_own, cos_sum, hardest, hp.s * dropped])
     grad_x = torch.zeros(rows if need_grad_x else 0, d, dtype=dtype, device=x.device)
@@ -225,5 +227,5 @@ def _grad_weight(
     return grad
 
 
-ops.implement("chunked_forward", _forward)
-ops.implement("chunked_grad_weight", _grad_weight)
+ops.implement("chunked_forward", full_float32()(_forward))
+ops.implement("chunked_grad_weight", full_float32()(_grad_weight))

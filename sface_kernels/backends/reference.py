@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..precision import full_float32
 from ..types import IGNORED, INVALID, Forward, HyperParameters, Request, RowStats
 
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's
@@ -35,6 +36,7 @@ def _tangent(grad_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return (grad_unit - along * unit) / norm.clamp_min(NORM_EPS)
 
 
+@full_float32()
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
     dtype = torch.promote_types(x.dtype, w.dtype)
     if dtype in (torch.float16, torch.bfloat16):
@@ -84,6 +86,7 @@ def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: b
     )
 
 
+@full_float32()
 def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:

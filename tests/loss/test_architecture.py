@@ -18,11 +18,12 @@ from tests.support.cases import ROOT, Case, f32
 
 PACKAGE = ROOT / "sface_kernels"
 # Imports point down: what a module may import of its own package, by the layer it is in. A new module needs its line.
-BACKEND = {"ops", "types"}
+BACKEND = {"ops", "types", "precision"}
 MAY_IMPORT = {
     "types": set(),
     "_version": set(),
     "ops": {"types"},
+    "precision": set(),
     "validation": {"types"},
     "backends": set(),
     "backends.reference": BACKEND,
