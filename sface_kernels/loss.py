@@ -58,7 +58,9 @@ def sface_loss(
         filter_eps: gradient entries with q_ij < filter_eps·s are dropped; the loss always counts every pair. 0 drops
             nothing, None entries that the dtype's arithmetic loses beside one of size s (2⁻²⁴ for float32). Where many
             of these share a direction, as in early epochs, they add up to more than rounding (docs/accuracy.md);
-            `SFaceStats.dropped` bounds what is missing in every step.
+            `SFaceStats.dropped` bounds what is missing in every step. With an optimizer that divides by the gradient's
+            size (Adam, AdamW, Adagrad, RMSprop) give 0: a class row whose every entry was dropped gets a gradient of
+            exactly 0 and stands still where such an optimizer would move it. SGD is linear: the default is safe.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
         return_stats: also return `SFaceStats`.
 

@@ -74,8 +74,9 @@ def integer(name: str, value: Any, positive: bool = False) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    """Whatever `float` takes (numpy's numbers too), but no bool, no text, and no tensor: a gradient would be lost."""
-    if isinstance(value, (bool, str, bytes, Tensor)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+    """Whatever `float` takes (numpy's numbers too), but no bool, no text and no tensor: its gradient would be lost."""
+    is_number = hasattr(value, "__float__") or hasattr(value, "__index__")
+    if isinstance(value, (bool, str, bytes, Tensor)) or not is_number:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     number = float(value)
     if not -math.inf < number < math.inf:  # math.isfinite cannot be traced by torch.compile
