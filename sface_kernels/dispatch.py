@@ -60,24 +60,32 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {name!r}")
 
 
-def select(name: str, request: Request) -> str:
-    """The backend to run. An explicit name never falls back: it raises with the reason.
+def choose(name: str, request: Request) -> tuple[str, str | None]:
+    """The backend to run, and what a user should be told of the choice, if anything.
 
-    Where "auto" cannot take the first of its list on a device that is no CPU, a warning says so once.
+    An explicit name never falls back: it raises with the reason.
     """
     check_name(name)
     if name != "auto":
         reason = BACKENDS[name].unavailable(request)
         if reason is not None:
             raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
-        return name
+        return name, None
     first, *others = PREFERENCE.get(request.device.type, PREFERENCE_ELSEWHERE)
     reason = BACKENDS[first].unavailable(request)
     if reason is None:
-        return first
+        return first, None
     chosen = next(other for other in others if BACKENDS[other].unavailable(request) is None)
-    if request.device.type != "cpu" and not torch.compiler.is_compiling():
-        _say_once(f"sface_kernels: backend {chosen!r} runs on {request.device.type}, as {first!r} cannot: {reason}")
+    if request.device.type == "cpu" and reason != native.missing:  # a dtype that the C++ does not take
+        return chosen, None
+    return chosen, f"sface_kernels: backend {chosen!r} runs on {request.device.type}, as {first!r} cannot: {reason}"
+
+
+def select(name: str, request: Request) -> str:
+    """The backend of `choose`, with its warning given once."""
+    chosen, warning = choose(name, request)
+    if warning is not None and not torch.compiler.is_compiling():
+        _say_once(warning)
     return chosen
 
 
@@ -104,7 +112,7 @@ def explain(
         ValueError, RuntimeError: as `sface_loss` would for this backend.
     """
     request = Request(torch.device(device), dtype, weight_dtype or dtype, features)
-    chosen = select(backend, request)
+    chosen, _ = choose(backend, request)
     lines = [
         f"{backend!r} on {request.device} with {dtype} embeddings and {request.weight_dtype} weights runs {chosen!r}:"
     ]

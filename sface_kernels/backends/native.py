@@ -11,9 +11,12 @@ from ..types import Forward, HyperParameters, Request
 
 try:
     importlib.import_module("sface_kernels._C")  # registers the operators
-    _missing: str | None = None
-except ImportError as error:
-    _missing = f"the C++ extension sface_kernels._C is not built or does not load ({error})"
+    missing: str | None = None
+except (ImportError, OSError) as error:
+    missing = (
+        f"the C++ extension sface_kernels._C is not built or does not load ({error}); with a C++20 compiler, "
+        "`pip install --no-build-isolation --no-deps --force-reinstall .` in a checkout builds it"
+    )
 
 ARENA_WORDS = 12 << 20  # 48 MiB: active pairs take 2 words each, entries of dense blocks 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +28,7 @@ def unavailable(request: Request) -> str | None:
     for dtype in (request.dtype, request.weight_dtype):
         if dtype not in DTYPES:
             return f"it computes in float32 and takes no {dtype}"
-    return _missing
+    return missing
 
 
 def _inner_contiguous(w: Tensor) -> Tensor:

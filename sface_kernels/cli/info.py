@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench import machine
-from ..dispatch import BACKENDS, select
+from ..dispatch import BACKENDS, choose
 from ..types import Request
 from .options import DTYPES
 
@@ -26,7 +26,7 @@ def facts() -> dict[str, Any]:
             entry["gpu"] = machine.gpu_facts(device)
         for name, dtype in DTYPES.items():
             request = Request(device, dtype, torch.promote_types(dtype, torch.float32))
-            entry["auto"][name] = select("auto", request)
+            entry["auto"][name], _ = choose("auto", request)
             for backend, about in BACKENDS.items():
                 reasons = entry["backends"].setdefault(backend, {"summary": about.summary, "unavailable": {}})
                 reasons["unavailable"][name] = about.unavailable(request)
