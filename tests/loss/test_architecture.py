@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "autograd": {"types", "dispatch"},
     "loss": {"types", "ops", "dispatch", "validation", "autograd"},
     "__init__": {"_version", "types", "dispatch", "loss"},
-    "distributed": {"types", "ops", "dispatch", "validation", "autograd"},
+    "distributed": {"distributed", "types", "ops", "dispatch", "validation", "autograd", "loss"},
     "compat": {"types", "ops", "loss", "dispatch", "distributed"},
     "testing": {"testing", "loss", "dispatch", "validation"},
     "bench": {"bench", "testing", "loss", "dispatch", "validation", "_version"},
