@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def shards(problem, cuts, backend, labels=None, **options):
     labels = problem.labels if labels is None else labels
     parts = [
         sface_shard_loss(x, w[low:high], labels, first=low, num_classes=len(w), backend=backend, **options)
-        for low, high in zip(cuts, cuts[1:], strict=False)
+        for low, high in itertools.pairwise(cuts)
     ]
     loss = torch.stack([part.loss for part in parts]).sum(0)
     loss.backward(problem.upstream.to(loss.dtype))

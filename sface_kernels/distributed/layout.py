@@ -1,0 +1,52 @@
+"""Which process holds which classes, and what the rows of a new weight are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import Group
+
+ROWS_PER_SEED = 4096  # rows of a new weight that one seeded generator draws
+
+
+def class_range(num_classes: int, processes: int, rank: int) -> tuple[int, int]:
+    """(first, count) of the classes of a rank under DTensor's `Shard(0)`: `torch.chunk`'s, the last ones may be empty."""
+    size = -(-num_classes // processes)
+    first = min(rank * size, num_classes)
+    return first, min(size, num_classes - first)
+
+
+def initial_std(num_classes: int) -> float:
+    """2·√(2/C), with the C of all shards: the published initialisation."""
+    return 2 * math.sqrt(2 / num_classes)
+
+
+def shared_seed(group: Group, device: torch.device) -> int:
+    """A number drawn from rank 0's default generator, the same on every process of the group."""
+    seed = torch.randint(1 << 62, (1,)).to(device)
+    if group is not None:
+        dist.broadcast(seed, group=group, group_src=0)
+    return int(seed)
+
+
+@torch.no_grad()
+def fill_normal(rows: Tensor, first: int, std: float, seed: int) -> None:
+    """Draw N(0, std) for the classes [first, first + len(rows)), each the same whichever process holds it.
+
+    Every stretch of ROWS_PER_SEED classes has a generator of its own, so a process draws its own rows and at most the
+    rest of two stretches.
+    """
+    if rows.is_meta or len(rows) == 0:
+        return
+    generator = torch.Generator(rows.device)
+    last = first + len(rows)
+    for stretch in range(first // ROWS_PER_SEED, -(-last // ROWS_PER_SEED)):
+        start = stretch * ROWS_PER_SEED
+        generator.manual_seed((seed + stretch * 0x9E3779B97F4A7C15) % (1 << 63))
+        drawn = torch.empty(ROWS_PER_SEED, rows.shape[1], device=rows.device).normal_(std=std, generator=generator)
+        low, high = max(first, start), min(last, start + ROWS_PER_SEED)
+        rows[low - first : high - first] = drawn[low - start : high - start].to(rows.dtype)
