@@ -158,13 +158,14 @@ class ClassParallelSFaceLoss(nn.Module):
             return True
         if len(embeddings) != self._rows:
             raise ValueError(
-                f"embeddings: expected {self._rows} rows as in the first batch (uneven_batches=False), got {len(embeddings)}"
+                f"embeddings: expected {self._rows} rows as in the first batch (uneven_batches=False), "
+                f"got {len(embeddings)}"
             )
         return False
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:
-        """All classes' rows as a plain tensor `[C, D]`, which `SFaceLoss` loads. Every process must call it, and gets it."""
+        """All classes' rows as a plain tensor `[C, D]`, which `SFaceLoss` loads, on every process; all must call it."""
         weight = self.weight.detach()
         assert isinstance(weight, DTensor)
         whole = weight.full_tensor()
@@ -181,8 +182,8 @@ class ClassParallelSFaceLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, num_classes={self.num_classes}, processes={self._mesh.size()}, s={self.s}, "
-            f"k={self.k}, a={self.a}, b={self.b}, filter_eps={self.filter_eps}, backend={self.backend!r}"
+            f"in_features={self.in_features}, num_classes={self.num_classes}, processes={self._mesh.size()}, "
+            f"s={self.s}, k={self.k}, a={self.a}, b={self.b}, filter_eps={self.filter_eps}, backend={self.backend!r}"
         )
 
 

@@ -14,7 +14,7 @@ ROWS_PER_SEED = 4096  # rows of a new weight that one seeded generator draws
 
 
 def class_range(num_classes: int, processes: int, rank: int) -> tuple[int, int]:
-    """(first, count) of the classes of a rank under DTensor's `Shard(0)`: `torch.chunk`'s, the last ones may be empty."""
+    """(first, count) of a rank's classes under DTensor's `Shard(0)`: `torch.chunk`'s, the last ones may be empty."""
     size = -(-num_classes // processes)
     first = min(rank * size, num_classes)
     return first, min(size, num_classes - first)

@@ -20,7 +20,7 @@ def cuts(rows: int, processes: int, kind: str) -> list[int]:
     if kind == "even":
         return [rank * (rows // processes) for rank in range(processes)] + [rows]
     if kind == "uneven":  # rank 1 has none, the others a third, one row each, and the rest
-        return [0, rows // 3, rows // 3, rows // 3 + 1, rows][:processes] + [rows]
+        return [*(0, rows // 3, rows // 3, rows // 3 + 1)[:processes], rows]
     assert kind == "nothing"
     return [0] * (processes + 1)
 

@@ -6,7 +6,6 @@ import os
 import time
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from sface_kernels.distributed import ClassParallelSFaceLoss
