@@ -24,13 +24,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from .layout import partial_fc_range
+
 PARTIAL_FC_KEY = "state_dict_softmax_fc"
-
-
-def partial_fc_range(num_classes: int, processes: int, rank: int) -> tuple[int, int]:
-    """(first, count) of a rank's classes in Partial FC: C // W, and one more on the first C % W ranks."""
-    size, rest = divmod(num_classes, processes)
-    return rank * size + min(rank, rest), size + (rank < rest)
 
 
 def _load(path: Path) -> Any:
@@ -59,7 +55,9 @@ def load_partial_fc(directory: Path) -> Tensor:
     Raises:
         ValueError: files are missing, or their numbers of rows are not those of Partial FC.
     """
-    found = {int(m[1]): path for path in directory.iterdir() if (m := re.fullmatch(r"checkpoint_gpu_(\d+)\.pt", path.name))}
+    found = {
+        int(m[1]): path for path in directory.iterdir() if (m := re.fullmatch(r"checkpoint_gpu_(\d+)\.pt", path.name))
+    }
     missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
     if missing:
         raise ValueError(f"{directory}: expected checkpoint_gpu_{{rank}}.pt of every rank, missing ranks {missing}")

@@ -16,6 +16,7 @@ from ..types import SFaceStats
 from .collectives import check_agreement
 from .layout import class_range, fill_normal, initial_std, shared_seed
 from .parallel import Options, Shard, class_parallel_loss
+from .sampling import Sampling, check_sample_rate
 
 
 class ClassParallelSFaceLoss(nn.Module):
@@ -43,6 +44,10 @@ class ClassParallelSFaceLoss(nn.Module):
         uneven_batches: processes may bring different numbers of rows, 0 among them, and one that meets an error tells
             the others. Costs one exchange of a few numbers a step, which waits for the device. False spares that: then
             the number of rows must be that of the first step, on every process.
+        sample_rate: below 1, a training step compares with the classes of the batch and a random share of the others,
+            whose terms are divided by that share: the expected loss and gradient stay those of all classes. Rows that
+            were not drawn get zeros as gradient. `eval()` compares with all.
+        sample_seed: of the draws, with the counter `sample_step`; set that to resume a sequence of draws.
         device: of the weight; by default that of `mesh`, or the current GPU for a group on NCCL.
         dtype: of the weight; float32 by default.
 
@@ -70,6 +75,8 @@ class ClassParallelSFaceLoss(nn.Module):
         filter_eps: float | None = None,
         backend: str = "auto",
         uneven_batches: bool = True,
+        sample_rate: float = 1.0,
+        sample_seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -83,13 +90,16 @@ class ClassParallelSFaceLoss(nn.Module):
         self.s, self.k, self.a, self.b, self.k_inter = s, k, a, b, k_inter
         self.reduction, self.ignore_index = reduction, ignore_index
         self.filter_eps, self.backend, self.uneven_batches = filter_eps, backend, uneven_batches
+        check_sample_rate(sample_rate)
+        self.sample_rate, self.sample_seed, self.sample_step = sample_rate, sample_seed, 0
         self._options().check(in_features)
         check_name(backend)
         mesh, device = _mesh_and_device(mesh, process_group, device)
         first, count = class_range(num_classes, mesh.size(), mesh.get_local_rank())
         local = torch.empty(count, in_features, device=device, dtype=dtype)
         shard = Shard(local, first, num_classes, mesh.get_group())
-        check_agreement({**shard.settings(self._options()), "uneven_batches": uneven_batches}, shard.group)
+        alike = {"uneven_batches": uneven_batches, "sample_rate": sample_rate}
+        check_agreement({**shard.settings(self._options()), **alike}, shard.group)
         self.weight = nn.Parameter(_sharded(local, mesh, num_classes))
         self._rows: int | None = None  # of every batch, once known, without uneven_batches
         self.reset_parameters()
@@ -148,7 +158,14 @@ class ClassParallelSFaceLoss(nn.Module):
             self._options(),
             exchange_sizes=self.uneven_batches or self._first_batch(embeddings, shard),
             return_stats=return_stats,
+            sampling=self._next_sample(),
         )
+
+    def _next_sample(self) -> Sampling | None:
+        if not self.training or self.sample_rate == 1:
+            return None
+        self.sample_step += 1
+        return Sampling(self.sample_rate, self.sample_seed, self.sample_step)
 
     def _first_batch(self, embeddings: Tensor, shard: Shard) -> bool:
         """Without `uneven_batches`: compare the processes' first batches, and hold every later one to that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
@@ -18,6 +19,17 @@ def class_range(num_classes: int, processes: int, rank: int) -> tuple[int, int]:
     size = -(-num_classes // processes)
     first = min(rank * size, num_classes)
     return first, min(size, num_classes - first)
+
+
+def partial_fc_range(num_classes: int, processes: int, rank: int) -> tuple[int, int]:
+    """(first, count) of a rank's classes in Partial FC: C // W, and one more on the first C % W ranks."""
+    size, rest = divmod(num_classes, processes)
+    return rank * size + min(rank, rest), size + (rank < rest)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A generator's seed that any other numbers change, in 63 bits."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
 def initial_std(num_classes: int) -> float:
@@ -46,7 +58,7 @@ def fill_normal(rows: Tensor, first: int, std: float, seed: int) -> None:
     last = first + len(rows)
     for stretch in range(first // ROWS_PER_SEED, -(-last // ROWS_PER_SEED)):
         start = stretch * ROWS_PER_SEED
-        generator.manual_seed((seed + stretch * 0x9E3779B97F4A7C15) % (1 << 63))
+        generator.manual_seed(derived_seed(seed, stretch))
         drawn = torch.empty(ROWS_PER_SEED, rows.shape[1], device=rows.device).normal_(std=std, generator=generator)
         low, high = max(first, start), min(last, start + ROWS_PER_SEED)
         rows[low - first : high - first] = drawn[low - start : high - start].to(rows.dtype)

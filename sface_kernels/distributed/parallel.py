@@ -23,6 +23,7 @@ from .collectives import (
     gather,
     maximum_over_shards,
 )
+from .sampling import Sampling, draw, sampled_rows, split_classes
 from .shard import ShardRows, check_shard_tensors, checks_labels, shard_rows, shard_targets
 
 REDUCTIONS = ("mean", "sum")
@@ -76,7 +77,14 @@ class Shard(NamedTuple):
 
 
 def class_parallel_loss(
-    embeddings: Tensor, labels: Tensor, shard: Shard, options: Options, *, exchange_sizes: bool, return_stats: bool
+    embeddings: Tensor,
+    labels: Tensor,
+    shard: Shard,
+    options: Options,
+    *,
+    exchange_sizes: bool,
+    return_stats: bool,
+    sampling: Sampling | None = None,
 ) -> Tensor | tuple[Tensor, SFaceStats]:
     """The loss of all processes' rows against all processes' classes, the same on every process.
 
@@ -85,6 +93,7 @@ def class_parallel_loss(
         labels: their class numbers `[n]` or `[n, 1]` in [0, num_classes), wherever these classes are held.
         exchange_sizes: processes may have different `n`, and an error in one of them is raised by all. Without it
             nothing is read back from the device, and different `n` are not noticed before the gather.
+        sampling: the part of the classes to compare with; all of them if None.
     """
     if exchange_sizes:
         count, need_x = _exchange_sizes(embeddings, labels, shard, options)
@@ -101,7 +110,12 @@ def class_parallel_loss(
         labels, shard.num_classes, options.ignore_index, checks_labels(x), shard.first, len(shard.weight)
     )  # [N]
     hp = options.hyperparameters(x.dtype, x.shape[1])
-    rows = shard_rows(x, shard.weight, target, hp, options.backend)
+    if sampling is None:
+        rows = shard_rows(x, shard.weight, target, hp, options.backend)
+    else:
+        near, others = split_classes(target, len(shard.weight))
+        drawn = draw(others, sampling, shard.first)
+        rows = sampled_rows(x, shard.weight, target, hp, options.backend, near, drawn)
     counted = (target != IGNORED).sum().clamp_min(1)  # the same everywhere: all labels are here
     loss = rows.loss.sum()
     if options.reduction == "mean":

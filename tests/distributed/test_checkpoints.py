@@ -9,11 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from sface_kernels import SFaceLoss
-from sface_kernels.distributed import ClassParallelSFaceLoss, convert
+from sface_kernels.distributed import ClassParallelSFaceLoss
 from sface_kernels.distributed.convert import load_weight, main, save_weight
+from sface_kernels.distributed.layout import partial_fc_range
 from tests.distributed.batches import make_head, single
 from tests.distributed.test_training import CLASSES, FEATURES, OPTIMIZERS, ROWS, bounds
 from tests.support.cases import ROOT, f64
@@ -104,7 +110,9 @@ def whole_state(directory):
     for load in (
         lambda h: h.load_state_dict(torch.load(directory / "head.pt", weights_only=True, mmap=True)),
         lambda h: set_model_state_dict(
-            h, state if dist.get_rank() == 0 else {}, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            h,
+            state if dist.get_rank() == 0 else {},
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         ),
     ):
         other = ClassParallelSFaceLoss(FEATURES, CLASSES, dtype=f64)
@@ -122,7 +130,9 @@ def partial_fc_files(directory, counts, d=4):
     directory.mkdir()
     for rank, part in enumerate(whole.split(counts)):
         content = {"epoch": 3, "global_step": 70, "state_dict_backbone": {"a": torch.ones(2, 2)}}
-        torch.save(content | {"state_dict_softmax_fc": {"weight": part.clone()}}, directory / f"checkpoint_gpu_{rank}.pt")
+        torch.save(
+            content | {"state_dict_softmax_fc": {"weight": part.clone()}}, directory / f"checkpoint_gpu_{rank}.pt"
+        )
     return whole
 
 
@@ -150,7 +160,15 @@ def loads_dcp(directory, whole):
 def test_partial_fc_to_any_number_of_processes(pool, tmp_path):
     """By the command: per-rank files of three processes, loaded by two."""
     whole = partial_fc_files(tmp_path / "theirs", (4, 4, 3))
-    command = [sys.executable, "-m", "sface_kernels.distributed.convert", "theirs", "dcp", "--target-key", "head.weight"]
+    command = [
+        sys.executable,
+        "-m",
+        "sface_kernels.distributed.convert",
+        "theirs",
+        "dcp",
+        "--target-key",
+        "head.weight",
+    ]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     )
@@ -181,12 +199,16 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     assert "under 'head.weight'; it has matrices under ['weight']" in error(
         tmp_path / "dcp", tmp_path / "x.pt", "--key", "head.weight"
     )
-    assert "expected an empty directory" in error(tmp_path / "other.pt", tmp_path / "dcp", "--key", "head.weight", "--processes", 2)
+    assert "expected an empty directory" in error(
+        tmp_path / "other.pt", tmp_path / "dcp", "--key", "head.weight", "--processes", 2
+    )
     assert not (tmp_path / "x.pt").exists()
 
 
 def test_ranges_of_partial_fc():
     for classes, processes in ((10, 4), (3, 4), (12, 4), (0, 3), (7, 1)):
-        ranges = [convert.partial_fc_range(classes, processes, rank) for rank in range(processes)]
+        ranges = [partial_fc_range(classes, processes, rank) for rank in range(processes)]
         assert [c for first, count in ranges for c in range(first, first + count)] == list(range(classes))
-        assert [count for _, count in ranges] == [classes // processes + (r < classes % processes) for r in range(processes)]
+        assert [count for _, count in ranges] == [
+            classes // processes + (r < classes % processes) for r in range(processes)
+        ]
