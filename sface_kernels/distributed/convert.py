@@ -126,7 +126,7 @@ def save_weight(weight: Tensor, target: Path, key: str = "weight", processes: in
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sface_kernels.distributed.convert",
-        description="Convert class weights between plain state dicts, Partial FC's files and torch.distributed.checkpoint.",
+        description="Convert class weights: plain state dicts, Partial FC's files, torch.distributed.checkpoint.",
     )
     parser.add_argument("source", type=Path, help="a .pt file, or a directory of either kind")
     parser.add_argument("target", type=Path, help="a .pt file, or a directory for torch.distributed.checkpoint")

@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardedBy
 
 from ..dispatch import check_name
+from ..growing import check_count, replace_parameter
 from ..types import SFaceStats
 from .collectives import check_agreement
-from .layout import class_range, fill_normal, initial_std, shared_seed
+from .layout import class_range, fill_normal, initial_std, move_rows, shared_seed
 from .parallel import Options, Shard, class_parallel_loss
 from .sampling import Sampling, check_sample_rate
 
@@ -140,6 +141,32 @@ class ClassParallelSFaceLoss(nn.Module):
             return
         seed = shared_seed(self._mesh.get_group(), local.device)
         fill_normal(local, self.class_range[0], initial_std(self.num_classes), seed)
+
+    @torch.no_grad()
+    def add_classes(self, count: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Append `count` classes, as `SFaceLoss.add_classes`; every process must call it.
+
+        The parts are cut anew, so rows and their optimizer state move between processes.
+        """
+        check_count(count)
+        check_agreement({"count": count}, self._mesh.get_group())
+        old, mesh, total = self.weight, self._mesh, self.num_classes + count
+
+        def grow(value: Tensor) -> Tensor:
+            local = value.to_local() if isinstance(value, DTensor) else value
+            return _sharded(move_rows(local, self.num_classes, total, mesh.get_group()), mesh, total)
+
+        moved = grow(old.detach())
+        assert isinstance(moved, DTensor)
+        local = moved.to_local()
+        first, _ = class_range(total, mesh.size(), mesh.get_local_rank())
+        added = max(self.num_classes - first, 0)  # where this process's new classes begin
+        seed = shared_seed(mesh.get_group(), local.device)
+        fill_normal(local[added:], first + added, initial_std(total), seed)
+        new = nn.Parameter(moved, requires_grad=old.requires_grad)
+        if optimizer is not None:
+            replace_parameter(optimizer, old, new, grow)
+        self.weight, self.num_classes = new, total
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, return_stats: bool = False

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import Group
+from .collectives import Group, group_rank, group_size
 
 ROWS_PER_SEED = 4096  # rows of a new weight that one seeded generator draws
 
@@ -62,3 +62,27 @@ def fill_normal(rows: Tensor, first: int, std: float, seed: int) -> None:
         drawn = torch.empty(ROWS_PER_SEED, rows.shape[1], device=rows.device).normal_(std=std, generator=generator)
         low, high = max(first, start), min(last, start + ROWS_PER_SEED)
         rows[low - first : high - first] = drawn[low - start : high - start].to(rows.dtype)
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
+    """How many classes two (first, count) share."""
+    return max(0, min(a[0] + a[1], b[0] + b[1]) - max(a[0], b[0]))
+
+
+@torch.no_grad()
+def move_rows(rows: Tensor, num_classes: int, grown: int, group: Group) -> Tensor:
+    """This process's rows of a weight, or of an optimizer's state for it, once it has `grown` classes.
+
+    Rows go straight to the process that holds them then: nobody sees more than it held and will hold. New classes,
+    which come last, get zeros.
+    """
+    processes, rank = group_size(group), group_rank(group)
+    before = [class_range(num_classes, processes, other) for other in range(processes)]
+    after = [class_range(grown, processes, other) for other in range(processes)]
+    result = rows.new_zeros(after[rank][1], *rows.shape[1:])
+    sent = [_overlap(before[rank], there) for there in after]
+    received = [_overlap(there, after[rank]) for there in before]
+    kept = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(kept, rows.contiguous(), received, sent, group=group)
+    result[: len(kept)] = kept
+    return result

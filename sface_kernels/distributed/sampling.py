@@ -30,7 +30,7 @@ def check_sample_rate(rate: float) -> None:
 
 
 def split_classes(target: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Numbers of this shard's classes that are in the batch, and of the others, both ascending. Waits for the device."""
+    """This shard's classes that are in the batch, and the others, both ascending. Waits for the device."""
     in_batch = torch.zeros(count, dtype=torch.bool, device=target.device)
     in_batch[target[target >= 0]] = True
     return in_batch.nonzero().squeeze(1), in_batch.logical_not().nonzero().squeeze(1)

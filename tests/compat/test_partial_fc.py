@@ -181,12 +181,12 @@ def test_fp16_products(pool, weight):
 
 def ranks_that_disagree():
     rank, _ = rank_and_size()
-    with pytest.raises(ValueError, match="^fp16: expected the same on every process"):
+    with pytest.raises(ValueError, match=r"^fp16: expected the same on every process"):
         PartialFCSFace(FEATURES, CLASSES, fp16=rank == 1)
     head = PartialFCSFace(FEATURES, CLASSES)
     labels = torch.tensor([0, CLASSES if rank == 1 else 0])
     with pytest.raises(
-        ValueError if rank == 1 else RuntimeError, match="got 7 in row 1" if rank == 1 else "rank 1 raised"
+        ValueError if rank == 1 else RuntimeError, match=r"got 7 in row 1" if rank == 1 else "rank 1 raised"
     ):
         head(torch.randn(2, FEATURES), labels)
 
