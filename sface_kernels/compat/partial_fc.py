@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed.collectives import check_agreement, group_rank, group_size
+from ..distributed.collectives import check_agreement, current_gpu, group_rank, group_size, uses_nccl
 from ..distributed.layout import fill_normal, initial_std, partial_fc_range, shared_seed
 from ..distributed.parallel import Options, Shard, class_parallel_loss
 from ..distributed.sampling import Sampling, check_sample_rate
@@ -86,8 +86,7 @@ class PartialFCSFace(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """N(0, 2·√(2/C)) with the C of all ranks, from a seed of rank 0. Every rank must call it."""
-        on_gpu = self.process_group is not None and dist.get_backend(self.process_group) == "nccl"
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else self.weight.device
+        device = current_gpu() if uses_nccl(self.process_group) else self.weight.device
         fill_normal(
             self.weight, self.class_start, initial_std(self.num_classes), shared_seed(self.process_group, device)
         )

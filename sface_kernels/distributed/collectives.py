@@ -24,6 +24,15 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def uses_nccl(group: Group) -> bool:
+    """Whether tensors on a GPU travel by NCCL, by itself or beside gloo for tensors on the CPU."""
+    return group is not None and "nccl" in dist.get_backend_config(group) and torch.cuda.is_available()
+
+
+def current_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def gather(rows: Tensor, group: Group) -> Tensor:
     """`[P·n, …]` from every process's `[n, …]`, in the order of ranks."""
     if group is None:

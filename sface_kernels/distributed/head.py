@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard as ShardedBy
 from ..dispatch import check_name
 from ..growing import check_count, replace_parameter
 from ..types import SFaceStats
-from .collectives import check_agreement
+from .collectives import check_agreement, current_gpu, uses_nccl
 from .layout import class_range, fill_normal, initial_std, move_rows, shared_seed
 from .parallel import Options, Shard, class_parallel_loss
 from .sampling import Sampling, check_sample_rate
@@ -250,18 +250,14 @@ def _mesh_and_device(
         if mesh.ndim != 1:
             raise ValueError(f"mesh: expected one dimension (name one of a larger mesh: mesh['dp']), got {mesh.ndim}")
         if device is None:
-            device = _current_gpu() if mesh.device_type == "cuda" else mesh.device_type
+            device = current_gpu() if mesh.device_type == "cuda" else mesh.device_type
         return mesh, torch.device(device)
     group = dist.group.WORLD if group is None else group
     assert group is not None
     if group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
         raise RuntimeError("process_group: this process is not in it")
     if device is None:
-        device = _current_gpu() if dist.get_backend(group) == "nccl" else torch.empty(0).device
+        device = current_gpu() if uses_nccl(group) else torch.empty(0).device
     device = torch.device(device)
     mesh_type = torch.empty(0).device.type if device.type == "meta" else device.type
     return DeviceMesh.from_group(group, mesh_type), device
-
-
-def _current_gpu() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())

@@ -79,29 +79,31 @@ class Pool:
         store = Path(self.folder.name) / f"store{self.tasks}"
         for rank, (_, pipe) in enumerate(self.members[:size]):
             pipe.send((function, args, rank, size, store))
-        end, answers, lost = time.monotonic() + timeout, [], False
+        end, answers, lost = time.monotonic() + timeout, [], []
         for rank, (_, pipe) in enumerate(self.members[:size]):
             try:
                 if not pipe.poll(max(0.0, end - time.monotonic())):
                     answers.append((False, f"rank {rank} did not answer within {timeout} s"))
-                    lost = True
+                    lost.append(self.members[rank])
                     continue
                 answers.append(pipe.recv())
             except (EOFError, OSError):
                 answers.append((False, f"rank {rank} died"))
-                lost = True
-        if lost:
-            self.close()  # a process that died or hangs would be in the way of the next
+                lost.append(self.members[rank])
+        self._end(lost)  # the others are as good as new
         return answers
 
     def close(self) -> None:
-        for process, pipe in self.members:
+        self._end(list(self.members))
+
+    def _end(self, members: list[tuple[Any, Any]]) -> None:
+        for process, pipe in members:
+            self.members.remove((process, pipe))
             pipe.close()
             process.terminate()
             process.join(10)
             if process.is_alive():
                 process.kill()
-        self.members = []
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes, which would fight for the cores

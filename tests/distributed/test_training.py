@@ -103,6 +103,41 @@ def test_with_fsdp2(pool):
         pool.run(2, train, "FSDP2", optimizer, "uneven", 1, None)
 
 
+class Net(nn.Module):
+    """Backbone and head in one module, as Lightning and many loops have it."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.backbone, self.head = make_backbone(), head
+
+    def forward(self, x, labels):
+        return self.head(self.backbone(x), labels)
+
+
+def left_out_of(wrapper):
+    """A wrapper around the whole module has to leave the head's weight out, and can."""
+    w = trained_problem(ROWS, CLASSES, FEATURES).w.double()
+    net, backbone, head = Net(make_head(w)), make_backbone(), single(w)
+    if wrapper == "DDP":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["head.weight"])
+        wrapped = DistributedDataParallel(net)
+    else:
+        wrapped = fully_shard(net, ignored_params=set(net.head.parameters()))
+    x, labels = data(0)
+    mine = bounds("uneven")
+    wrapped(x[mine], labels[mine]).backward()
+    head(backbone(x), labels).backward()
+    torch.testing.assert_close(net.head.weight.grad.full_tensor(), head.weight.grad)
+    for ours, theirs in zip(net.backbone.parameters(), backbone.parameters(), strict=True):
+        grad = ours.grad.full_tensor() if hasattr(ours.grad, "full_tensor") else ours.grad
+        torch.testing.assert_close(grad, theirs.grad)
+
+
+def test_head_inside_of_a_wrapped_module(pool):
+    for wrapper in ("DDP", "FSDP2"):
+        pool.run(2, left_out_of, wrapper)
+
+
 def overflow_in_one_shard():
     """The scaler must skip the head's step on every process, and lower its scale on all, if one shard's ∂w overflows."""
     w = trained_problem(ROWS, CLASSES, FEATURES).w
