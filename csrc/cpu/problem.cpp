@@ -12,8 +12,6 @@ constexpr int64_t kMinRanges = 4, kMaxRanges = 32;
 
 // fp32 rounding in a rescored cosine: of norms and products, and of a sum in at least 8 partial sums over D
 double rounding_slack(int64_t d) { return 2e-6 + d / 8.0 * 0x1p-24; }
-// The loss of what is no candidate uses a form that is accurate to here.
-constexpr double kCandidateShare = 1.0 / 1024;
 
 }  // namespace
 
@@ -37,15 +35,15 @@ Problem::Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& t
   for (int64_t i = 0; i < n; ++i) {
     const int64_t code = codes()[i];
     TORCH_CHECK(code < c, "target: expected classes below ", c, ", got ", code);
-    if (code >= 0) targets.push_back({code, i});
+    if (code >= 0) labelled.push_back({code, i});
   }
-  std::sort(targets.begin(), targets.end(),
-            [](const Target& a, const Target& b) { return a.cls != b.cls ? a.cls < b.cls : a.sample < b.sample; });
+  std::sort(labelled.begin(), labelled.end(),
+            [](const Labelled& a, const Labelled& b) { return a.cls != b.cls ? a.cls < b.cls : a.sample < b.sample; });
 }
 
-const float* Problem::rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const {
+const float* Problem::weight_rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const {
   const int64_t from = w.stride(0);
-  if (w.scalar_type() == at::kFloat) {
+  if (float_weight()) {
     *stride = from;
     return w.const_data_ptr<float>() + first * from;
   }
@@ -67,12 +65,22 @@ const float* Problem::rows(int64_t first, int64_t count, std::vector<float>& con
 void Problem::own_classes(int64_t group, int64_t block, std::vector<OwnClass>& out) const {
   out.clear();
   const int64_t first = block * kBlockClasses, end = first + kBlockClasses;
-  const auto begin =
-      std::lower_bound(targets.begin(), targets.end(), first, [](const Target& t, int64_t cls) { return t.cls < cls; });
+  const auto begin = std::lower_bound(labelled.begin(), labelled.end(), first,
+                                      [](const Labelled& t, int64_t cls) { return t.cls < cls; });
   const int64_t sample = group_first(group);
-  for (auto t = begin; t != targets.end() && t->cls < end; ++t)
+  for (auto t = begin; t != labelled.end() && t->cls < end; ++t)
     if (t->sample >= sample && t->sample < sample + kGroupSamples)
       out.push_back({static_cast<int32_t>(t->sample - sample), static_cast<int32_t>(t->cls - first)});
+}
+
+Block Problem::block_of(int64_t group, int64_t block, std::vector<OwnClass>& own) const {
+  own_classes(group, block, own);
+  Block out{};
+  out.first = block * kBlockClasses;
+  out.count = block_rows(block);
+  out.own = own.data();
+  out.own_count = static_cast<int>(own.size());
+  return out;
 }
 
 Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts)
@@ -80,17 +88,20 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
   const int64_t panel = kernels.panel_samples, d = problem.d;
   const int64_t group_panels = kGroupSamples / panel, panels = group_panels * problem.groups;
   columns = Uninitialised<float>(layouts.columns ? panels * panel * d : 0);
-  pairs = Uninitialised<int32_t>(layouts.pairs ? panels * panel * (padded_d / 2) : 0);
-  counts.assign(panels, 0);
+  fixed_point = Uninitialised<int32_t>(layouts.fixed_point ? panels * panel * (padded_d / 2) : 0);
+  participates.assign(panels, 0);
   for (int64_t g = 0; g < problem.groups; ++g) {
     const int64_t first = problem.group_first(g), count = problem.group_count(g), first_panel = g * group_panels;
-    groups[g] = {.first = static_cast<int>(first),
-                 .count = static_cast<int>(count),
-                 .panels = static_cast<int>(ceil_div(count, panel)),
-                 .rows = row(first),
-                 .columns = layouts.columns ? columns.data.get() + first_panel * panel * d : nullptr,
-                 .pairs = layouts.pairs ? pairs.data.get() + first_panel * panel * (padded_d / 2) : nullptr,
-                 .counts = counts.data() + first_panel};
+    groups[g] = {
+        .first = static_cast<int>(first),
+        .count = static_cast<int>(count),
+        .panels = static_cast<int>(ceil_div(count, panel)),
+        .d = static_cast<int>(d),
+        .padded_d = static_cast<int>(padded_d),
+        .rows = row(first),
+        .columns = layouts.columns ? columns.data.get() + first_panel * panel * d : nullptr,
+        .fixed_point = layouts.fixed_point ? fixed_point.data.get() + first_panel * panel * (padded_d / 2) : nullptr,
+        .participates = participates.data() + first_panel};
   }
   const float* x = problem.x.const_data_ptr<float>();
   at::parallel_for(0, ceil_div(problem.n, panel), 1, [&](int64_t begin, int64_t end) {
@@ -99,9 +110,10 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
       for (int64_t i = first; i < first + count; ++i) std::memcpy(row(i), x + i * d, sizeof(float) * d);
       kernels.pack_panel(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
                          layouts.columns ? columns.data.get() + p * panel * d : nullptr,
-                         layouts.pairs ? pairs.data.get() + p * panel * (padded_d / 2) : nullptr, &norms[first]);
+                         layouts.fixed_point ? fixed_point.data.get() + p * panel * (padded_d / 2) : nullptr,
+                         &norms[first]);
       for (int64_t i = 0; i < count; ++i)
-        if (usable(first + i) && !problem.ignored(first + i)) counts[p] |= 1u << i;
+        if (usable(first + i) && !problem.ignored(first + i)) participates[p] |= 1u << i;
     }
   });
 }
@@ -129,7 +141,7 @@ Rules make_rules(const Hyper& hyper, int64_t d) {
 Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
   Workspace work;
   const int64_t padded = problem.padded_d, panels = kGroupSamples / kernels.panel_samples;
-  work.pairs.resize(kBlockClasses * padded / 2);
+  work.fixed_point.resize(kBlockClasses * padded / 2);
   work.inv_norm.resize(kBlockClasses);
   work.tile.resize((kBlockClasses + 1) * kGroupSamples);  // one more: a strip may read past the last sample
   work.packed.resize(kBlockClasses * kernels.panel_samples);

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -15,8 +16,8 @@ namespace sface {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A sample and its class, sorted by class.
-struct Target {
+// A sample and its class.
+struct Labelled {
   int64_t cls;
   int64_t sample;
 };
@@ -26,7 +27,7 @@ struct Problem {
   int64_t groups, blocks;
   int64_t ranges;  // the classes are cut into this many ranges of blocks; a task is a range and a group
   at::Tensor x, w, target;
-  std::vector<Target> targets;  // rows with a class, by class
+  std::vector<Labelled> labelled;  // samples with a class, sorted by class
 
   Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& target_);
 
@@ -36,32 +37,43 @@ struct Problem {
   int block_rows(int64_t block) const {
     return static_cast<int>(std::min<int64_t>(kBlockClasses, c - block * kBlockClasses));
   }
+  bool float_weight() const { return w.scalar_type() == at::kFloat; }
   const int64_t* codes() const { return target.const_data_ptr<int64_t>(); }
 
   // Rows of w as fp32: in place for a float weight, else converted into `converted`.
-  const float* rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const;
+  const float* weight_rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const;
   // The samples of a group with their class in a block.
   void own_classes(int64_t group, int64_t block, std::vector<OwnClass>& out) const;
+  // A block against a group: its place and own classes, held in `own`; the rows of w are the caller's to set.
+  Block block_of(int64_t group, int64_t block, std::vector<OwnClass>& own) const;
   bool ignored(int64_t sample) const { return codes()[sample] == kIgnored; }
 };
 
 // Unit rows of every sample in the layouts that the kernels read.
 struct Samples {
   int64_t padded_d;
-  Uninitialised<float> rows;     // [N][padded D]
-  Uninitialised<float> columns;  // [panels][D][panel]
-  Uninitialised<int32_t> pairs;  // [panels][padded D / 2][panel]
-  std::vector<uint32_t> counts;  // [panels], as in Group
-  std::vector<float> norms;      // [N], not finite where the row is not
+  Uninitialised<float> rows;           // [N][padded D]
+  Uninitialised<float> columns;        // [panels][D][panel]
+  Uninitialised<int32_t> fixed_point;  // [panels][padded D / 2][panel]
+  std::vector<uint32_t> participates;  // [panels], as in Group
+  std::vector<float> norms;            // [N], not finite where the row is not
   std::vector<Group> groups;
 
   // Which layouts beside the rows; unit rows alone are cheap.
   struct Layouts {
-    bool columns, pairs;
+    bool columns, fixed_point;
   };
   Samples(const Problem& problem, const Kernels& kernels, Layouts layouts);
   float* row(int64_t sample) const { return rows.data.get() + sample * padded_d; }
   bool usable(int64_t sample) const { return std::isfinite(norms[sample]); }
+};
+
+// What stays the same through a call.
+struct Call {
+  const Problem& problem;
+  const Kernels& kernels;
+  const Rules& rules;
+  const Samples& samples;
 };
 
 Rules make_rules(const Hyper& hyper, int64_t d);

@@ -27,13 +27,13 @@ SFACE_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 SFACE_INLINE F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
 
 #if defined(__SSE2__)
-SFACE_INLINE I32 dot_pairs(I32 acc, I32 x, I32 w) { return acc + I32(_mm_madd_epi16(__m128i(x), __m128i(w))); }
+SFACE_INLINE I32 dot_int16(I32 acc, I32 x, I32 w) { return acc + I32(_mm_madd_epi16(__m128i(x), __m128i(w))); }
 SFACE_INLINE uint32_t bits(I32 mask) { return static_cast<uint32_t>(_mm_movemask_ps(__m128(mask))); }
 SFACE_INLINE F32 square_root(F32 v) { return F32(_mm_sqrt_ps(__m128(v))); }
 SFACE_INLINE bool can_stream(const float* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 SFACE_INLINE void stream(float* p, F32 v) { _mm_stream_ps(p, __m128(v)); }
 #else
-SFACE_INLINE I32 dot_pairs(I32 acc, I32 x, I32 w) {
+SFACE_INLINE I32 dot_int16(I32 acc, I32 x, I32 w) {
 #if defined(__aarch64__)
   const int16x8_t a = vreinterpretq_s16_s32(int32x4_t(x)), b = vreinterpretq_s16_s32(int32x4_t(w));
   const int32x4_t low = vmull_s16(vget_low_s16(a), vget_low_s16(b)), high = vmull_high_s16(a, b);

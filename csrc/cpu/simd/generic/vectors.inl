@@ -123,7 +123,7 @@ inline void add_scaled(const float* const rows[kRowsAtOnce], const float scale[k
     for (int r = 0; r < kRowsAtOnce; ++r) sum[k] += scale[r] * rows[r][k];
 }
 
-void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms) {
+void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int32_t* fixed_point, float* norms) {
   constexpr int kAtOnce = kFeaturePad / 2;  // the lines that these features are written to stay in the L1 cache
   for (int i = 0; i < count; ++i) {
     float* row = rows + static_cast<int64_t>(i) * padded_d;
@@ -140,14 +140,14 @@ void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int
         for (int k = start; k < start + kAtOnce && k < d; ++k)
           columns[k * kPanel + i] = rows[static_cast<int64_t>(i) * padded_d + k];
   }
-  if (pairs) {
-    std::memset(pairs, 0, sizeof(int32_t) * (padded_d / 2) * kPanel);
+  if (fixed_point) {
+    std::memset(fixed_point, 0, sizeof(int32_t) * (padded_d / 2) * kPanel);
     for (int start = 0; start < padded_d / 2; start += kAtOnce)
       for (int i = 0; i < count; ++i) {
-        int32_t fixed[kAtOnce];
+        int32_t words[kAtOnce];
         to_fixed_point(rows + static_cast<int64_t>(i) * padded_d + 2 * start, 2 * kAtOnce, 2 * kAtOnce, kScale,
-                       reinterpret_cast<int16_t*>(fixed));
-        for (int k = 0; k < kAtOnce; ++k) pairs[(start + k) * kPanel + i] = fixed[k];
+                       reinterpret_cast<int16_t*>(words));
+        for (int k = 0; k < kAtOnce; ++k) fixed_point[(start + k) * kPanel + i] = words[k];
       }
   }
 }
