@@ -31,6 +31,10 @@ _library.define(
     " Tensor target_weight, Tensor arena, Tensor segments) -> Tensor"
 )
 _library.define("native_instruction_sets() -> str[]")
+_library.define(
+    "native_constants() -> (int classes_per_segment, int samples_per_group, int ignored, int invalid, float norm_eps,"
+    " float candidate_share)"
+)
 _library.define("native_release_memory() -> ()")
 _library.define(
     f"chunked_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, int chunk)"
@@ -87,8 +91,10 @@ def prepare_labels(
     return prepare_labels_op(labels, num_classes, ignore_index, check, first, num_classes if count is None else count)
 
 
-CLASSES_PER_SEGMENT = 48  # classes whose active pairs the native backend stores together
-SAMPLES_PER_GROUP = 256  # samples that one native task handles together
+# What one record of the native backend's segments covers. The fake must know it without the extension; a test compares
+# it with what native_constants() says.
+CLASSES_PER_SEGMENT = 48
+SAMPLES_PER_GROUP = 256
 
 
 def native_segments(rows: int, classes: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import mmap
@@ -29,6 +30,29 @@ def test_it_is_built_where_a_compiler_is():
         pytest.skip("no C++ compiler on this machine")
     assert importlib.util.find_spec("sface_kernels._C"), f"{compiler} is here, yet sface_kernels._C is not built"
     assert backend.unavailable(Request(torch.device("cpu"), f32, f32)) is None
+
+
+def defined(name: str) -> dict[str, float]:
+    """The values of every module constant of this name in the package, by file; nothing is imported."""
+    found = {}
+    for path in sorted((ROOT / "sface_kernels").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+            if isinstance(target, ast.Name) and target.id == name and node.value is not None:
+                value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value  # tl.constexpr(…)
+                found[str(path.relative_to(ROOT))] = eval(ast.unparse(value), {})
+    return found
+
+
+def test_constants_are_those_of_python(native):
+    """What two languages must know, compared: C++ says what it was built with."""
+    there = torch.ops.sface.native_constants()
+    names = ["CLASSES_PER_SEGMENT", "SAMPLES_PER_GROUP", "IGNORED", "INVALID", "NORM_EPS", "CANDIDATE_SHARE"]
+    for name, value in zip(names, there, strict=True):
+        here = defined(name)
+        assert here, f"no file defines {name}"
+        for file, expected in here.items():
+            assert value == pytest.approx(expected, rel=1e-7, abs=0), f"{name} in {file}"
 
 
 class TestInstructionSets:
