@@ -24,9 +24,19 @@ Upstream read_upstream(const Problem& problem, const at::Tensor& grad_row, const
     if (problem.ignored(i)) continue;
     up.u[i] = u[i];
     up.own[i] = u[i] * own[i];
-    up.poisoned |= !std::isfinite(up.own[i]) || !std::isfinite(up.u[i]);
+    up.poisoned |= !is_finite(up.own[i]) || !is_finite(up.u[i]);
   }
   return up;
+}
+
+// Raises where a record points out of the arena.
+void check_segment(const Problem& problem, int64_t g, int64_t b, const Segment& segment, int64_t words) {
+  const int64_t begin = segment.begin, count = segment.count;
+  const int64_t pairs = problem.group_count(g) * problem.block_rows(b);
+  const int64_t size = count == kRecompute ? 0 : count == kDenseStored ? pairs : 2 * count;
+  TORCH_CHECK(count >= kRecompute && count <= pairs && begin >= 0 && begin <= words && size <= words - begin,
+              "segments: expected a part of an arena of ", words, " words, got ", begin, " and ", count,
+              " for samples ", g, " and classes ", b);
 }
 
 // The sums Σ_i u_i g_ij x̂_i / s of one block, in work.raw; which rows have one, in `touched`.
@@ -46,12 +56,11 @@ class BlockSums {
     const Group& group = call_.samples.groups[g];
     Block block = call_.problem.block_of(g, b, own_);
     if (segment.count == kRecompute) {
-      block.w = call_.problem.weight_rows(block.first, block.count, work_.converted, &block.row_stride);
       recompute(group, block, inv_norm + block.first);
     } else if (segment.count == kDenseStored) {
-      add_tile(group, block.count, reinterpret_cast<const float*>(arena + segment.begin), group.count);
+      add_tile(group, block.count, arena + segment.begin, group.count);
     } else {
-      add_pairs(group, arena + segment.begin, segment.count);
+      add_pairs(group, block.count, arena + segment.begin, segment.count);
     }
     for (const OwnClass& own : own_) add(own.row, group.first + own.sample, up_.own[group.first + own.sample]);
   }
@@ -61,30 +70,47 @@ class BlockSums {
     call_.kernels.axpy(scale, call_.samples.row(sample), touch(row), static_cast<int>(call_.problem.padded_d));
   }
 
-  void add_pairs(const Group& group, const int32_t* words, int64_t count) {
+  void add_pairs(const Group& group, int rows, const int32_t* words, int64_t count) {
     for (int64_t e = 0; e < count; ++e) {
-      const int row = words[2 * e] >> 16;
-      const int64_t sample = group.first + (words[2 * e] & 0xffff);
+      const int row = words[2 * e] >> 16, in_group = words[2 * e] & 0xffff;
+      TORCH_CHECK(row >= 0 && row < rows && in_group < group.count, "arena: expected a pair of ", rows, " classes and ",
+                  group.count, " samples, got ", row, " and ", in_group);
+      const int64_t sample = group.first + in_group;
       float weight;
       std::memcpy(&weight, words + 2 * e + 1, sizeof(weight));
       add(row, sample, up_.u[sample] * weight);
     }
   }
 
-  void add_tile(const Group& group, int rows, const float* tile, int64_t stride) {
+  // `tile` holds floats, [rows] with a stride of so many.
+  void add_tile(const Group& group, int rows, const void* tile, int64_t stride) {
     for (int row = 0; row < rows; ++row) {
       touch(row);
-      for (int i = 0; i < group.count; ++i)
-        scaled_[row * group.count + i] = tile[row * stride + i] * up_.u[group.first + i];
+      float* scaled = &scaled_[row * group.count];
+      std::memcpy(scaled, static_cast<const char*>(tile) + row * stride * sizeof(float), sizeof(float) * group.count);
+      for (int i = 0; i < group.count; ++i) scaled[i] *= up_.u[group.first + i];
     }
     call_.kernels.add_dense(scaled_.data(), group.count, rows, &columns_[group.first * group.padded_d], group.count,
                             group.padded_d, work_.raw.data());
   }
 
-  void recompute(const Group& group, const Block& block, const float* inv_norm) {
-    std::copy(inv_norm, inv_norm + block.count, work_.inv_norm.begin());
+  void recompute(const Group& group, Block& block, const float* inv_norm) {
+    block.w = call_.problem.weight_rows(block.first, block.count, work_.converted, &block.row_stride);
+    if (std::any_of(inv_norm, inv_norm + block.count, [](float inv) { return inv < 0; })) shorten(block, inv_norm);
+    for (int r = 0; r < block.count; ++r) work_.inv_norm[r] = std::abs(inv_norm[r]);
     call_.kernels.recompute_tile(call_.rules, group, block, work_);
     add_tile(group, block.count, work_.tile.data(), group.panels * call_.kernels.panel_samples);
+  }
+
+  // As the forward did: the rows whose inv_norm is negative.
+  void shorten(Block& block, const float* inv_norm) {
+    const int64_t d = call_.problem.d;
+    float* rows = work_.short_rows.data.get();
+    for (int r = 0; r < block.count; ++r)
+      for (int64_t k = 0; k < d; ++k)
+        rows[r * d + k] = block.w[r * block.row_stride + k] * (inv_norm[r] < 0 ? kShortening : 1);
+    block.w = rows;
+    block.row_stride = d;
   }
 
   float* touch(int row) {
@@ -104,17 +130,21 @@ class BlockSums {
 };
 
 // A row of ∂w from its raw sum (null: there is none), the tangent of (8).
-void write_row(const Call& call, const float* raw, const float* w, float inv, float* out) {
+void write_row(const Call& call, const float* raw, int64_t cls, float inv_norm, std::vector<float>& converted,
+               float* out) {
   const int d = static_cast<int>(call.problem.d);
-  const float s = call.rules.hyper.s;
-  if (std::isnan(inv)) {
-    std::fill(out, out + d, inv);
+  if (is_nan(inv_norm)) {
+    std::fill(out, out + d, inv_norm);
   } else if (raw == nullptr) {
     call.kernels.zero(out, d);
   } else {
+    const WeightRow row = call.problem.weight_row(cls, inv_norm, converted);
+    const float s = call.rules.hyper.s, inv = row.inv_norm;
     // below kNormEps normalize divides by a constant, so nothing is projected away
-    const float along = inv >= 1 / kNormEps ? 0.0f : call.kernels.dot(raw, w, d) * inv;
-    call.kernels.combine(s * inv, raw, -along * inv * inv * s, w, out, d);
+    const float along = inv >= 1 / kNormEps ? 0.0f : call.kernels.dot(raw, row.w, d) * inv;
+    call.kernels.combine(s * inv, raw, -along * inv * inv * s, row.w, out, d);
+    if (row.factor != 1)
+      for (int k = 0; k < d; ++k) out[k] *= row.factor;
   }
 }
 
@@ -125,14 +155,11 @@ void write_block(const Call& call, int64_t b, const BlockSums& sums, const float
   const int64_t d = call.problem.d;
   for (int r = 0; r < call.problem.block_rows(b); ++r) {
     const int64_t cls = b * kBlockClasses + r;
-    const float* raw = sums.row(r);
-    int64_t stride = 0;
-    const float* w = raw ? call.problem.weight_rows(cls, 1, work.converted, &stride) : nullptr;
     T* out = grad + cls * d;
     if constexpr (std::is_same_v<T, float>) {
-      write_row(call, raw, w, inv_norm[cls], out);
+      write_row(call, sums.row(r), cls, inv_norm[cls], work.converted, out);
     } else {
-      write_row(call, raw, w, inv_norm[cls], row.data());
+      write_row(call, sums.row(r), cls, inv_norm[cls], work.converted, row.data());
       for (int64_t k = 0; k < d; ++k) out[k] = static_cast<T>(row[k]);
     }
   }
@@ -145,6 +172,11 @@ at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at
                               double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_weight,
                               const at::Tensor& arena, const at::Tensor& segments) {
   const Problem problem(x, w, target);
+  check_tensor("grad_row", grad_row, at::kFloat, {problem.n});
+  check_tensor("inv_norm", inv_norm, at::kFloat, {problem.c});
+  check_tensor("target_weight", target_weight, at::kFloat, {problem.n});
+  check_tensor("arena", arena, at::kInt, {arena.numel()});
+  check_tensor("segments", segments, at::kLong, {2 * problem.groups * problem.blocks});
   const Kernels& kernels = sface::kernels();
   const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
   const Upstream up = read_upstream(problem, grad_row, target_weight);
@@ -155,10 +187,13 @@ at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at
   const int32_t* words = arena.const_data_ptr<int32_t>();
   const float* inv = inv_norm.const_data_ptr<float>();
   bool any_dense = false, any_recompute = false;
-  for (int64_t k = 0; k < problem.groups * problem.blocks; ++k) {
-    any_dense |= records[k].count < 0;
-    any_recompute |= records[k].count == kRecompute;
-  }
+  for (int64_t g = 0; g < problem.groups; ++g)
+    for (int64_t b = 0; b < problem.blocks; ++b) {
+      const Segment& record = records[g * problem.blocks + b];
+      check_segment(problem, g, b, record, arena.numel());
+      any_dense |= record.count < 0;
+      any_recompute |= record.count == kRecompute;
+    }
   const Samples samples(problem, kernels, {.columns = any_recompute, .fixed_point = false});
   const Call call{problem, kernels, rules, samples};
   std::vector<float> columns(any_dense ? problem.n * problem.padded_d : 0);
@@ -187,6 +222,7 @@ at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at
         }
       }
     }
+    kernels.finish_stores();
   });
   return grad;
 }

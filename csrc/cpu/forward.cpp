@@ -84,7 +84,9 @@ void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Wo
     if (problem.float_weight() && whole_next) block.next = block.w + kBlockClasses * block.row_stride;
     const int64_t used = task.arena.used;
     const int64_t count = call.kernels.forward_block(call.rules, group, block, task, work);
-    if (first_group) std::memcpy(out.inv_norm + block.first, work.inv_norm.data(), sizeof(float) * block.count);
+    if (first_group)
+      for (int r = 0; r < block.count; ++r)
+        out.inv_norm[block.first + r] = work.shortened >> r & 1 ? -work.inv_norm[r] : work.inv_norm[r];
     if (out.segments) out.segments[g * problem.blocks + b] = {arena_begin + used, count};
   }
   if (task.sums.grad) call.kernels.flush_dense_grad(group, task.sums, work);
@@ -105,7 +107,7 @@ struct ClassTotals {
     for (int64_t range = 0; range < p.ranges; ++range)
       call.kernels.axpy(1.0f, &partials.class_sum[range * p.padded_d], sum.data(), static_cast<int>(p.padded_d));
     if (p.n > 0)
-      for (int64_t j = 0; j < p.c; ++j) finite &= !std::isnan(inv_norm[j]);
+      for (int64_t j = 0; j < p.c; ++j) finite &= !is_nan(inv_norm[j]);
   }
 };
 
@@ -126,19 +128,19 @@ class RowFinisher {
     float* row_grad = out_.row_grad_x ? out_.row_grad_x + i * d : nullptr;
     const Totals totals = add_partials(i, row_grad != nullptr);
     float hardest = totals.hardest;
-    const float *w = nullptr, s = call_.rules.hyper.s;
-    float inv = 0;
+    const float s = call_.rules.hyper.s;
     // the largest screened product below the threshold may beat what was computed in fp32, up to its rounding
-    if (totals.best_class >= 0) hardest = std::max(hardest, cosine(x, totals.best_class, &w, &inv));
+    if (totals.best_class >= 0) hardest = std::max(hardest, cosine(x, weight_row(totals.best_class)));
     float cos_target = 0, p = 0;
     if (code >= 0) {
-      cos_target = cosine(x, code, &w, &inv);
+      const WeightRow own = weight_row(code);
+      cos_target = cosine(x, own);
       call_.kernels.intra(call_.rules.hyper, cos_target, &p);
-      if (row_grad) call_.kernels.axpy(-p * inv, w, grad_.data(), d);
+      if (row_grad) call_.kernels.axpy(-p * own.inv_norm, own.w, grad_.data(), d);
     }
     if (row_grad) {
-      const float norm = call_.samples.norms[i];
-      const float scale = s / std::max(norm, kNormEps);
+      const double norm = call_.samples.norms[i];
+      const float scale = static_cast<float>(s / std::max<double>(norm, kNormEps));
       // below kNormEps normalize divides by a constant, so nothing is projected away
       const float along = norm < kNormEps ? 0.0f : call_.kernels.dot(grad_.data(), x, d);
       call_.kernels.combine(scale, grad_.data(), -along * scale, x, row_grad, d);
@@ -179,11 +181,10 @@ class RowFinisher {
     return totals;
   }
 
-  float cosine(const float* x, int64_t cls, const float** w, float* inv) {
-    int64_t stride;
-    *w = call_.problem.weight_rows(cls, 1, converted_, &stride);
-    *inv = out_.inv_norm[cls];
-    return clamp_cosine(call_.kernels.dot(x, *w, static_cast<int>(call_.problem.d)) * *inv);
+  WeightRow weight_row(int64_t cls) { return call_.problem.weight_row(cls, out_.inv_norm[cls], converted_); }
+
+  float cosine(const float* x, const WeightRow& row) {
+    return clamp_cosine(call_.kernels.dot(x, row.w, static_cast<int>(call_.problem.d)) * row.inv_norm);
   }
 
   // `stats` in the order of RowStats in sface_kernels/types.py.
@@ -205,7 +206,7 @@ class RowFinisher {
   const ClassTotals& classes_;
   const Results& out_;
   std::vector<float> grad_;       // [padded D] Σ g ŵ of the sample
-  std::vector<float> converted_;  // [D] a row of a half-precision weight
+  std::vector<float> converted_;  // a row of w that is not taken in place
 };
 
 }  // namespace
@@ -214,6 +215,7 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
                               double k_intra, double k_inter, double a, double b, double filter_eps, bool need_grad_x,
                               bool need_grad_w, int64_t arena_words) {
   const Problem problem(x, w, target);
+  TORCH_CHECK(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
   const Kernels& kernels = sface::kernels();
   const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
   const Samples samples(problem, kernels, {.columns = true, .fixed_point = rules.screen});
@@ -223,8 +225,9 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
   at::Tensor row_loss = at::empty({problem.n}, options), row_stats = at::empty({6, problem.n}, options);
   at::Tensor row_grad_x = at::empty({need_grad_x ? problem.n : 0, problem.d}, options);
   at::Tensor inv_norm = at::empty({problem.c}, options), target_weight = at::empty({problem.n}, options);
-  at::Tensor arena = at::empty({need_grad_w ? arena_words : 0}, options.dtype(at::kInt));
-  at::Tensor segments = at::empty({need_grad_w ? problem.groups : 0, problem.blocks, 2}, options.dtype(at::kLong));
+  const int64_t words = need_grad_w ? std::min(arena_words, problem.n * problem.c) : 0;
+  at::Tensor arena = at::empty({words}, options.dtype(at::kInt));
+  at::Tensor segments = at::empty({need_grad_w ? 2 * problem.groups * problem.blocks : 0}, options.dtype(at::kLong));
   const Results out{
       .loss = row_loss.mutable_data_ptr<float>(),
       .stats = row_stats.mutable_data_ptr<float>(),
@@ -233,7 +236,7 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
       .target_weight = target_weight.mutable_data_ptr<float>(),
       .arena = need_grad_w ? arena.mutable_data_ptr<int32_t>() : nullptr,
       .segments = need_grad_w ? reinterpret_cast<Segment*>(segments.mutable_data_ptr<int64_t>()) : nullptr,
-      .arena_words = need_grad_w ? arena_words : 0};
+      .arena_words = words};
 
   Partials partials(problem, need_grad_x);
   const int64_t tasks = problem.ranges * problem.groups;
@@ -248,6 +251,7 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
   at::parallel_for(0, problem.n, 8, [&](int64_t begin, int64_t end) {
     RowFinisher rows(call, partials, classes, out);
     for (int64_t i = begin; i < end; ++i) rows.finish(i);
+    kernels.finish_stores();
   });
 
   at::Tensor counts = at::zeros({2}, options.dtype(at::kLong));

@@ -15,6 +15,11 @@
 
 namespace sface {
 
+// By their bits: no compiler flag (-ffast-math) and no fused operation changes what these answer. Inlined, so that no
+// copy exists that is compiled for one instruction set.
+SFACE_INLINE bool is_finite(double v) { return (__builtin_bit_cast(uint64_t, v) >> 52 & 0x7ff) != 0x7ff; }
+SFACE_INLINE bool is_nan(float v) { return (__builtin_bit_cast(uint32_t, v) & 0x7fffffffu) > 0x7f800000u; }
+
 constexpr int kBlockClasses = 48;   // classes handled together: their rows stay in the L2 cache
 constexpr int kGroupSamples = 256;  // samples handled together
 constexpr int kFeaturePad = 32;     // feature rows in scratch memory are padded to a multiple of this
@@ -22,6 +27,9 @@ constexpr float kScale = 32766.0f;  // fixed point: a unit row times this, round
 constexpr float kNormEps = 1e-12f;  // torch.nn.functional.normalize's
 // Pairs with a smaller share of s are summed with their screened cosine, in a form that is accurate to here.
 constexpr double kCandidateShare = 1.0 / 1024;
+// A row of w longer than this is computed from kShortening times the row: fp32 holds no square of its components, and
+// from 2¹²⁶ on no normal 1/‖w_j‖. In inv_norm stands −1/‖kShortening·w_j‖ then.
+constexpr float kLongestRow = 0x1p60f, kShortening = 0x1p-96f;
 
 // Codes in `target`. sface_kernels/types.py has them too, and a test compares what native_constants() returns.
 constexpr int64_t kIgnored = -2;
@@ -118,7 +126,9 @@ struct Task {
 // Scratch memory of one thread, sized by make_workspace.
 struct Workspace {
   std::vector<int32_t> fixed_point;  // [block][padded D / 2] screened rows, as in Group
-  std::vector<float> inv_norm;       // [block] 1/‖w_j‖, NaN where the row is not finite
+  std::vector<float> inv_norm;       // [block] 1/‖w_j‖ (of the shortened row), NaN where the row is not finite
+  Uninitialised<float> short_rows;   // [block][D] a block that holds rows longer than kLongestRow, with those shortened
+  uint64_t shortened = 0;            // a bit per row of the block that was shortened
   std::vector<float> tile;           // [block][group] cosines, then coefficients
   std::vector<float> packed;         // [block][panel] a part of the unit rows for Σ g ŵ
   Uninitialised<float> dense_grad;   // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
@@ -139,7 +149,7 @@ struct Kernels {
 
   // Unit rows of a panel: fills the layouts of Group, `columns` and `fixed_point` only where they are not null. `rows`
   // holds x on entry, x̂ on return.
-  void (*pack_panel)(float* rows, int count, int d, int padded_d, float* columns, int32_t* fixed_point, float* norms);
+  void (*pack_panel)(float* rows, int count, int d, int padded_d, float* columns, int32_t* fixed_point, double* norms);
 
   // One block of classes against one group: sums, active pairs, Σ g ŵ. Returns Segment::count.
   int64_t (*forward_block)(const Rules&, const Group&, const Block&, Task&, Workspace&);
@@ -160,7 +170,8 @@ struct Kernels {
   void (*axpy)(float scale, const float* x, float* y, int d);  // y += scale·x
   // out = scale·raw + along·w, the tangent of (8)
   void (*combine)(float scale, const float* raw, float along, const float* w, float* out, int d);
-  void (*zero)(float* out, int d);                      // past the caches where that is possible
+  void (*zero)(float* out, int d);  // like combine, past the caches where that is possible
+  void (*finish_stores)();          // after the last combine or zero, so that other threads see them
   void (*intra)(const Hyper&, float cosine, float* p);  // (3) without s
 };
 

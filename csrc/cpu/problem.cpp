@@ -9,27 +9,45 @@ namespace {
 // share.
 constexpr int64_t kPartialBytes = 8 << 20;
 constexpr int64_t kMinRanges = 4, kMaxRanges = 32;
+constexpr int64_t kMaxFeatures = 1 << 24;  // its products with a panel or a block are taken in int
 
 // fp32 rounding in a rescored cosine: of norms and products, and of a sum in at least 8 partial sums over D
 double rounding_slack(int64_t d) { return 2e-6 + d / 8.0 * 0x1p-24; }
 
+const at::Tensor& matrix(const char* name, const at::Tensor& t) {
+  TORCH_CHECK(t.dim() == 2, name, ": expected two dimensions, got shape ", t.sizes());
+  return t;
+}
+
 }  // namespace
 
+void check_tensor(const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.sizes() == sizes && t.is_contiguous(), name,
+              ": expected contiguous ", dtype, " ", sizes, " on the CPU, got ", t.scalar_type(), " ", t.sizes(),
+              " with strides ", t.strides(), " on ", t.device());
+}
+
 Problem::Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& target_)
-    : n(x_.size(0)),
-      c(w_.size(0)),
-      d(x_.size(1)),
+    : x(matrix("x", x_)),
+      w(matrix("w", w_)),
+      target(target_),
+      n(x.size(0)),
+      c(w.size(0)),
+      d(x.size(1)),
       padded_d(ceil_div(d, kFeaturePad) * kFeaturePad),
       groups(ceil_div(n, kGroupSamples)),
-      blocks(ceil_div(c, kBlockClasses)),
-      x(x_),
-      w(w_),
-      target(target_) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous(), "x: expected contiguous float32 [N, D]");
-  TORCH_CHECK(w.dim() == 2 && w.size(1) == d && w.stride(1) == 1, "w: expected [C, ", d, "] with contiguous rows");
-  TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() && target.numel() == n,
-              "target: expected contiguous int64 [", n, "]");
-  TORCH_CHECK(c < INT32_MAX && n < INT32_MAX, "sizes: expected fewer than 2^31 classes and samples");
+      blocks(ceil_div(c, kBlockClasses)) {
+  check_tensor("x", x, at::kFloat, {n, d});
+  check_tensor("target", target, at::kLong, {n});
+  const at::ScalarType dtype = w.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16,
+              "w: expected float32, float16 or bfloat16, got ", dtype);
+  TORCH_CHECK(w.device().is_cpu() && w.size(1) == d && (d == 1 || w.stride(1) == 1), "w: expected [C, ", d,
+              "] with contiguous rows on the CPU, got ", w.sizes(), " with strides ", w.strides(), " on ", w.device());
+  TORCH_CHECK(c > 0 && d > 0, "w: expected at least one class and one feature, got shape ", w.sizes());
+  TORCH_CHECK(c < INT32_MAX && n < INT32_MAX && d <= kMaxFeatures,
+              "sizes: expected fewer than 2^31 classes and samples and at most 2^24 features, got ", c, ", ", n, ", ",
+              d);
   const int64_t partial = std::max<int64_t>(1, n * padded_d * static_cast<int64_t>(sizeof(float)));
   ranges = std::min(blocks, std::clamp(kPartialBytes / partial, kMinRanges, kMaxRanges));
   for (int64_t i = 0; i < n; ++i) {
@@ -55,11 +73,19 @@ const float* Problem::weight_rows(int64_t first, int64_t count, std::vector<floa
   if (w.scalar_type() == at::kHalf) {
     convert(w.const_data_ptr<at::Half>());
   } else {
-    TORCH_CHECK(w.scalar_type() == at::kBFloat16, "w: expected float32, float16 or bfloat16");
     convert(w.const_data_ptr<at::BFloat16>());
   }
   *stride = d;
   return converted.data();
+}
+
+WeightRow Problem::weight_row(int64_t cls, float inv_norm, std::vector<float>& converted) const {
+  int64_t stride;
+  const float* row = weight_rows(cls, 1, converted, &stride);
+  if (!(inv_norm < 0)) return {row, inv_norm, 1};
+  converted.resize(kBlockClasses * d);
+  for (int64_t k = 0; k < d; ++k) converted[k] = row[k] * kShortening;
+  return {converted.data(), -inv_norm, kShortening};
 }
 
 void Problem::own_classes(int64_t group, int64_t block, std::vector<OwnClass>& out) const {
@@ -143,6 +169,7 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
   const int64_t padded = problem.padded_d, panels = kGroupSamples / kernels.panel_samples;
   work.fixed_point.resize(kBlockClasses * padded / 2);
   work.inv_norm.resize(kBlockClasses);
+  work.short_rows = Uninitialised<float>(kBlockClasses * problem.d);
   work.tile.resize((kBlockClasses + 1) * kGroupSamples);  // one more: a strip may read past the last sample
   work.packed.resize(kBlockClasses * kernels.panel_samples);
   work.dense_grad = Uninitialised<float>(padded * kGroupSamples);

@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     _missing = f"the C++ extension sface_kernels._C is not built or does not load ({error})"
 
-ARENA_WORDS = 12 << 20  # 48 MiB: active pairs take 2 words each, entries of dense blocks 1
+ARENA_WORDS = 12 << 20  # at most 48 MiB: active pairs take 2 words each, entries of dense blocks 1, N·C in all suffice
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,10 +33,9 @@ def _inner_contiguous(w: Tensor) -> Tensor:
 
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
-    arena_words = ARENA_WORDS  # untouched pages cost nothing, and a size that depends on N would recompile
     return Forward.of(
         torch.ops.sface.native_forward(
-            x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, arena_words
+            x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, ARENA_WORDS
         )
     )
 

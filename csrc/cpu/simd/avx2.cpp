@@ -26,6 +26,7 @@ constexpr int kPanelVectors = 2;
 
 typedef float F32 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t I32 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t U32 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int16_t I16 __attribute__((vector_size(16), aligned(2), may_alias));
 
 // acc + x₀w₀ + x₁w₁ of the two int16 in each lane, exact
@@ -38,6 +39,7 @@ SFACE_INLINE F32 larger(F32 a, F32 b) { return F32(_mm256_max_ps(__m256(a), __m2
 SFACE_INLINE F32 smaller(F32 a, F32 b) { return F32(_mm256_min_ps(__m256(a), __m256(b))); }
 SFACE_INLINE bool can_stream(const float* p) { return reinterpret_cast<uintptr_t>(p) % 32 == 0; }
 SFACE_INLINE void stream(float* p, F32 v) { _mm256_stream_ps(p, __m256(v)); }
+SFACE_INLINE void finish_streams() { _mm_sfence(); }
 
 #include "generic/all.inl"
 }  // namespace

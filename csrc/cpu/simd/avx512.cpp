@@ -29,6 +29,7 @@ constexpr int kPanelVectors = 2;
 
 typedef float F32 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t I32 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t U32 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int16_t I16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 SFACE_INLINE I32 dot_int16(I32 acc, I32 x, I32 w) {
@@ -42,6 +43,7 @@ SFACE_INLINE F32 larger(F32 a, F32 b) { return F32(_mm512_max_ps(__m512(a), __m5
 SFACE_INLINE F32 smaller(F32 a, F32 b) { return F32(_mm512_min_ps(__m512(a), __m512(b))); }
 SFACE_INLINE bool can_stream(const float* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
 SFACE_INLINE void stream(float* p, F32 v) { _mm512_stream_ps(p, __m512(v)); }
+SFACE_INLINE void finish_streams() { _mm_sfence(); }
 
 #include "generic/all.inl"
 }  // namespace

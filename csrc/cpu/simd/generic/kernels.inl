@@ -8,28 +8,51 @@ constexpr double kDenseShare = 0.18;
 // block, so one in 16 costs a hundredth.
 constexpr int kBlindBlocks = 15;
 
+// Rows longer than kLongestRow, times kShortening: the block is a copy from here on.
+__attribute__((noinline, cold)) void shorten_rows(int d, Block& block, Workspace& work) {
+  float* out = work.short_rows.data.get();
+  for (int row = 0; row < block.count; ++row, out += d) {
+    const float* w = block.w + row * block.row_stride;
+    const double norm = row_norm(w, d, dot(w, w, d));
+    const bool is_long = norm > kLongestRow && is_finite(norm);
+    if (is_long) work.shortened |= uint64_t{1} << row;
+    for (int k = 0; k < d; ++k) out[k] = is_long ? w[k] * kShortening : w[k];
+  }
+  block.w = work.short_rows.data.get();
+  block.row_stride = d;
+}
+
 // 1/‖w‖ of each row, Σ ŵ over the block where it is wanted, and the rows in fixed point where they are screened.
-inline void prepare_rows(const Group& group, const Block& block, bool screen, Workspace& work) {
+inline void prepare_rows(const Group& group, Block& block, bool screen, Workspace& work) {
   const int d = group.d, padded_d = group.padded_d;
   for (int start = 0; start < block.count; start += kRowsAtOnce) {
     const float* rows[kRowsAtOnce];
     float squares[kRowsAtOnce], inv[kRowsAtOnce] = {};
     bool all_finite = true;
-    // past the last row: that row again, 0 times
-    for (int r = 0; r < kRowsAtOnce; ++r)
-      rows[r] = block.w + (start + r < block.count ? start + r : block.count - 1) * block.row_stride;
-    sums_of_squares(rows, d, squares);
+    const auto square = [&] {
+      // past the last row: that row again, 0 times
+      for (int r = 0; r < kRowsAtOnce; ++r)
+        rows[r] = block.w + (start + r < block.count ? start + r : block.count - 1) * block.row_stride;
+      sums_of_squares(rows, d, squares);
+    };
+    square();
+    bool any_long = false;
+    for (int r = 0; r < kRowsAtOnce; ++r) any_long |= squares[r] > kLongestRow * kLongestRow;
+    if (__builtin_expect(any_long, 0) && work.shortened == 0) {
+      shorten_rows(d, block, work);
+      square();
+    }
     for (int r = 0; r < kRowsAtOnce && start + r < block.count; ++r) {
       const double norm = row_norm(rows[r], d, squares[r]);
-      inv[r] = finite(norm) ? static_cast<float>(1.0 / (norm < kNormEps ? kNormEps : norm)) : __builtin_nanf("");
+      inv[r] = is_finite(norm) ? static_cast<float>(1.0 / (norm < kNormEps ? kNormEps : norm)) : __builtin_nanf("");
       work.inv_norm[start + r] = inv[r];
-      all_finite &= finite(norm);
+      all_finite &= is_finite(norm);
     }
     if (screen)
       for (int r = 0; r < kRowsAtOnce && start + r < block.count; ++r) {
-        int16_t* fixed =
-            reinterpret_cast<int16_t*>(work.fixed_point.data() + static_cast<int64_t>(start + r) * (padded_d / 2));
-        if (finite(inv[r])) {
+        Int16* fixed =
+            reinterpret_cast<Int16*>(work.fixed_point.data() + static_cast<int64_t>(start + r) * (padded_d / 2));
+        if (is_finite(inv[r])) {
           to_fixed_point(rows[r], d, padded_d, inv[r] * kScale, fixed);
         } else {
           std::memset(fixed, 0, sizeof(int16_t) * padded_d);
@@ -62,7 +85,9 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
   return kDenseStored;
 }
 
-int64_t forward_block(const Rules& rules, const Group& group, const Block& block, Task& task, Workspace& work) {
+int64_t forward_block(const Rules& rules, const Group& group, const Block& given, Task& task, Workspace& work) {
+  Block block = given;
+  work.shortened = 0;
   prepare_rows(group, block, rules.screen && work.skip_screens == 0, work);
   if (!rules.screen || work.skip_screens > 0) {
     work.skip_screens -= rules.screen;
@@ -105,5 +130,6 @@ const Kernels kTable = {
     .axpy = axpy,
     .combine = combine,
     .zero = zero,
+    .finish_stores = finish_stores,
     .intra = intra,
 };

@@ -192,7 +192,7 @@ inline bool rescore_block(const Rules& rules, const Group& group, const Block& b
   for (int row = 0; row < block.count; ++row) {
     const float* w = block.w + row * block.row_stride;
     const float inv = work.inv_norm[row];
-    if (!finite(inv)) continue;  // the drivers turn every loss into NaN
+    if (!is_finite(inv)) continue;  // the drivers turn every loss into NaN
     list_candidates(group, block, row, work, list);
     if (list.count == 0) continue;
     rescore(rules, group, w, inv, list);
