@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import validation
 from ..dispatch import select
 from ..ops import prepare_labels
-from ..types import IGNORED, SFaceStats
+from ..types import IGNORED, Request, SFaceStats
 from .collectives import (
     GatherRows,
     Group,
@@ -136,7 +136,8 @@ def _exchange_sizes(
     try:
         check_shard_tensors(embeddings, shard.weight, labels)
         prepare_labels(labels, shard.num_classes, options.ignore_index, checks_labels(embeddings))
-        select(options.backend, embeddings.device, embeddings.dtype, shard.weight.dtype, embeddings.shape[1])
+        request = Request(embeddings.device, embeddings.dtype, shard.weight.dtype, embeddings.shape[1])
+        select(options.backend, request)
     except (TypeError, ValueError, RuntimeError) as raised:
         error = raised
     if shard.group is None:
