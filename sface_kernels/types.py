@@ -12,6 +12,18 @@ IGNORED = -2  # the label was ignore_index: the row counts nowhere
 INVALID = -3  # the label was out of range and could not be raised: the row's loss is NaN
 
 
+class Defaults(NamedTuple):
+    """The four constants of the published loss."""
+
+    s: float = 64.0
+    k: float = 80.0
+    a: float = 0.80
+    b: float = 1.23
+
+
+DEFAULTS = Defaults()
+
+
 class HyperParameters(NamedTuple):
     """The constants of equations (3) and (4), and the filter of the gradient."""
 

@@ -7,12 +7,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..bench import machine
-from ..dispatch import BACKENDS, explain
-from .options import DTYPES
+from ..bench.table import Table
+from ..dispatch import BACKENDS, select
+from ..testing import selfcheck
+from . import show
+from .options import DTYPE_NAMES
+
+FEATURES = 512  # D for which "auto" is asked
 
 
 def facts() -> dict[str, Any]:
@@ -20,22 +23,20 @@ def facts() -> dict[str, Any]:
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     found: dict[str, Any] = {"versions": machine.versions(), "machine": machine.facts(), "devices": []}
     for device in devices:
-        entry: dict[str, Any] = {"device": str(device), "backends": {}, "auto": {}}
-        if device.type == "cuda":
-            entry["gpu"] = machine.gpu_facts(device)
-        for name, dtype in DTYPES.items():
-            weight = torch.promote_types(dtype, torch.float32)
-            entry["auto"][name] = _taken_by_auto(device, dtype, weight)
-            for backend, about in BACKENDS.items():
-                reasons = entry["backends"].setdefault(backend, {"summary": about.summary, "unavailable": {}})
-                reasons["unavailable"][name] = about.unavailable(device, dtype, weight)
-        found["devices"].append(entry)
-    return found
-
-
-def _taken_by_auto(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
-    marked = next(line for line in explain(device, dtype, weight_dtype).splitlines() if line.startswith("->"))
-    return marked.split()[1]
+        gpu = {"gpu": machine.gpu_facts(device)} if device.type == "cuda" else {}
+        backends = {
+            backend: {
+                "summary": about.summary,
+                "unavailable": {name: selfcheck.unavailable(backend, device, t) for name, t in DTYPE_NAMES.items()},
+            }
+            for backend, about in BACKENDS.items()
+        }
+        auto = {
+            name: select("auto", device, dtype, selfcheck.weight_dtype(dtype), FEATURES)
+            for name, dtype in DTYPE_NAMES.items()
+        }
+        found["devices"].append({"device": str(device), **gpu, "backends": backends, "auto": auto})
+    return {**found, "commit": machine.commit()}
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
@@ -44,37 +45,24 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
-    console = Console()
-    missing = "not installed"
-    versions = ", ".join(f"{name} {version or missing}" for name, version in found["versions"].items())
-    console.print(versions, highlight=False, soft_wrap=True)
+    show.line(", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
     host = found["machine"]
     isa, caches = " ".join(host["isa"]) or "–", " ".join(f"{k} {v}" for k, v in host["caches"].items())
-    console.print(
-        f"CPU: {host['cpu']}, {host['cores']} cores, {host['threads']} threads; {isa}; {caches}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    show.line(f"CPU: {host['cpu']}, {host['cores']} cores, {host['threads']} threads; {isa}; {caches}")
     for entry in found["devices"]:
-        console.print(_device_table(entry))
+        show.table(_device_table(entry))
     if len(found["devices"]) == 1:
-        console.print("No CUDA or ROCm device: PyTorch finds none.", highlight=False)
+        show.line("No CUDA or ROCm device: PyTorch finds none.")
 
 
 def _device_table(entry: dict[str, Any]) -> Table:
     gpu = entry.get("gpu")
     name = f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else ""
-    table = Table(title=f"{entry['device']} {name}".strip(), title_justify="left")
-    table.add_column("backend")
-    for dtype in DTYPES:
-        table.add_column(dtype)
-    table.add_column("what it is, or why it does not run")
+    rows = []
     for backend, about in entry["backends"].items():
-        reasons = about["unavailable"]
-        cells = [
-            "[bold green]auto" if entry["auto"][dtype] == backend else "no" if reasons[dtype] else "yes"
-            for dtype in DTYPES
-        ]
-        why = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason))
-        table.add_row(backend, *cells, f"{about['summary']}{f' (no: {why})' if why else ''}")
-    return table
+        reasons, auto = about["unavailable"], entry["auto"]
+        taken = ["auto" if auto[dtype] == backend else "no" if reasons[dtype] else "yes" for dtype in reasons]
+        why = "; ".join(dict.fromkeys(filter(None, reasons.values())))
+        rows.append([backend, *taken, about["summary"] + (f" (no: {why})" if why else "")])
+    head = ["backend", *DTYPE_NAMES, "what it is, or why it does not run"]
+    return Table(f"{entry['device']} {name}".strip(), head, rows, len(head))
