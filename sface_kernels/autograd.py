@@ -1,7 +1,8 @@
-"""The one autograd Function behind every backend."""
+"""The one autograd Function behind every backend, and the function that calls it."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -11,24 +12,32 @@ from .dispatch import BACKENDS
 from .types import IGNORED, HyperParameters
 
 
-class _Once(torch.autograd.Function):
-    """Identity whose backward raises; once_differentiable does not where the upstream gradient is a constant."""
+class _RaiseOnSecondBackward(torch.autograd.Function):
+    """Identity on a gradient, whose own backward raises. What the gradient was computed from comes along, so that there
+    is a graph to walk where the upstream gradient is a constant too; once_differentiable has none there."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(grad: Tensor, *computed_from: Tensor | None) -> Tensor:
         return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Tensor:
         raise RuntimeError("sface_loss: differentiable once, its gradient was differentiated again")
 
 
-def _raise_if_differentiated(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else _Once.apply(grad.requires_grad_())
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The products of a backend choose their own precision. Devices such as meta have no autocast to turn off."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
-class SFaceRowLoss(torch.autograd.Function):
-    """Row losses `[N]` of equation (5), differentiable in the embeddings and the weight; statistics beside them.
+class _RowLoss(torch.autograd.Function):
+    """A backend's `types.Forward` as a flat tuple, of which the row losses are differentiable.
 
     A backend's forward leaves ∂l_i/∂x_i complete, as the coefficients of (6) are constants; the upstream gradient
     u_i enters only in the backward, per row, so any reduction and any number of backward calls are right.
@@ -36,59 +45,72 @@ class SFaceRowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         embeddings: Tensor,
         weight: Tensor,
         target: Tensor,
         backend: str,
         hp: HyperParameters,
-        grad_enabled: bool,
+        need_x: bool,
+        need_w: bool,
     ) -> tuple[Tensor, ...]:
-        # needs_input_grad does not know of no_grad, and inside forward grad mode is always off
-        need_x, need_w = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        # the products below choose their own precision
-        with torch.autocast(embeddings.device.type, enabled=False):
-            result = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
-        ctx.backend, ctx.hp = backend, hp
-        ctx.has_unit_grad = result.unit_grad_x is not None
-        saved: tuple[Tensor | None, ...] = (target,)
-        if ctx.has_unit_grad:
-            saved += (result.unit_grad_x,)
-        if need_w:
-            saved += (embeddings, weight, *result.saved)
-        ctx.save_for_backward(*saved)
-        ctx.x_dtype = embeddings.dtype
-        outputs = (result.row_loss, *result.rows, result.active_pairs, result.dense_blocks)
-        ctx.mark_non_differentiable(*outputs[1:])
+        with _without_autocast(embeddings.device):
+            *results, saved = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
+        return (*results, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w = inputs
+        _, _, _, row_grad_x, *saved = output
+        for_weight = (weight, *saved) if ctx.need_w else (None,)
+        ctx.save_for_backward(target, embeddings, row_grad_x if ctx.need_x else None, *for_weight)
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_row: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            grad_x, grad_w = SFaceRowLoss._gradients(ctx, grad_row)
+            grads = _RowLoss._gradients(ctx, grad_row)
         if torch.is_grad_enabled():  # create_graph=True
-            grad_x, grad_w = _raise_if_differentiated(grad_x), _raise_if_differentiated(grad_w)
-        return grad_x, grad_w, None, None, None, None
+            _, embeddings, _, weight, *_ = ctx.saved_tensors
+            grads = tuple(
+                g if g is None else _RaiseOnSecondBackward.apply(g, embeddings, weight, grad_row) for g in grads
+            )
+        return *grads, None, None, None, None, None
 
     @staticmethod
-    def _gradients(ctx: Any, grad_row: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        need_x, need_w = ctx.needs_input_grad[:2]
+    def _gradients(ctx: Any, grad_row: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_row is None:
             return None, None
-        target, *saved = ctx.saved_tensors
+        target, embeddings, row_grad_x, weight, *saved = ctx.saved_tensors
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         grad_row = torch.where(target == IGNORED, 0, grad_row)
         grad_x = grad_w = None
-        with torch.autocast(grad_row.device.type, enabled=False):
-            if ctx.has_unit_grad:
-                unit_grad_x = saved.pop(0)
-                if need_x:
-                    grad_x = (unit_grad_x * grad_row.unsqueeze(1)).to(ctx.x_dtype)  # [N, D], (7)
-            if need_w:
-                embeddings, weight, *rest = saved
+        with _without_autocast(grad_row.device):
+            if ctx.need_x and ctx.needs_input_grad[0]:
+                grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
+            if ctx.need_w and ctx.needs_input_grad[1]:
                 grad_w = BACKENDS[ctx.backend].grad_weight(
-                    embeddings, weight, target, ctx.hp, grad_row, tuple(rest)
+                    embeddings, weight, target, ctx.hp, grad_row, tuple(saved)
                 )  # [C, D], (8)
                 grad_w = grad_w.to(weight.dtype)
         return grad_x, grad_w
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "sface_loss: torch.func.vmap cannot batch it; the rows of one call are independent, so give it all of them "
+            'as embeddings [N, D] with reduction="none"'
+        )
+
+
+def row_losses(
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row losses `[N]` of equation (5), differentiable in the embeddings `[N, D]` and the weight `[C, D]`; beside them
+    row statistics `[6, N]` (`types.RowStats`) and counts `[2]` (`types.Forward`).
+
+    `target` `[N]` is what `ops.prepare_labels` makes of labels.
+    """
+    need_x, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (embeddings, weight))
+    row_loss, row_stats, counts, *_ = _RowLoss.apply(embeddings, weight, target, backend, hp, need_x, need_w)
+    return row_loss, row_stats, counts

@@ -11,23 +11,20 @@ import torch
 from torch import Tensor
 
 from .backends import chunked, native, reference, triton
-from .types import Forward, HyperParameters
+from .types import Forward, HyperParameters, Request
 
 
 class Backend(NamedTuple):
-    """One implementation. `unavailable` says why it cannot run these devices and dtypes, or None where it can."""
+    """One implementation. `unavailable` says why it cannot run a request, or None where it can."""
 
     summary: str
-    max_features: int | None  # the largest D that it takes
-    unavailable: Callable[[torch.device, torch.dtype, torch.dtype], str | None]
+    unavailable: Callable[[Request], str | None]
     forward: Callable[[Tensor, Tensor, Tensor, HyperParameters, bool, bool], Forward]
     grad_weight: Callable[[Tensor, Tensor, Tensor, HyperParameters, Tensor, tuple[Tensor, ...]], Tensor]
 
 
 BACKENDS: dict[str, Backend] = {
-    name: Backend(
-        summary, getattr(module, "MAX_FEATURES", None), module.unavailable, module.forward, module.grad_weight
-    )
+    name: Backend(summary, module.unavailable, module.forward, module.grad_weight)
     for name, summary, module in (
         ("native", "C++ on the CPU: one streamed pass over the weight", native),
         ("triton", "Triton kernels on a GPU: one screened pass over the weight, no synchronisation", triton),
@@ -36,18 +33,8 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 # What "auto" tries, in order. On a CPU Triton runs in its interpreter, which nobody means by "auto".
-PREFERENCE = {"cpu": ("native", "chunked")}
+PREFERENCE = {"cpu": ("native", "chunked"), "meta": ("chunked",)}
 PREFERENCE_ELSEWHERE = ("triton", "chunked")
-
-
-def _reason(
-    name: str, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, features: int
-) -> str | None:
-    """Why a backend cannot run these tensors, or None where it can."""
-    limit = BACKENDS[name].max_features
-    if limit is not None and features > limit:
-        return f"it takes at most {limit} features, got {features}"
-    return BACKENDS[name].unavailable(device, dtype, weight_dtype)
 
 
 @functools.cache
@@ -64,7 +51,7 @@ def available_backends(
     return [
         name
         for name, backend in BACKENDS.items()
-        if backend.unavailable(torch.device(device), dtype, weight_dtype or dtype) is None
+        if backend.unavailable(Request(torch.device(device), dtype, weight_dtype or dtype)) is None
     ]
 
 
@@ -73,24 +60,32 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {name!r}")
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, features: int) -> str:
-    """The backend to run. An explicit name never falls back: it raises with the reason.
+def choose(name: str, request: Request) -> tuple[str, str | None]:
+    """The backend to run, and what a user should be told of the choice, if anything.
 
-    Where "auto" cannot take the first of its list on a device that is no CPU, a warning says so once.
+    An explicit name never falls back: it raises with the reason.
     """
     check_name(name)
     if name != "auto":
-        reason = _reason(name, device, dtype, weight_dtype, features)
+        reason = BACKENDS[name].unavailable(request)
         if reason is not None:
             raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
-        return name
-    first, *others = PREFERENCE.get(device.type, PREFERENCE_ELSEWHERE)
-    reason = _reason(first, device, dtype, weight_dtype, features)
+        return name, None
+    first, *others = PREFERENCE.get(request.device.type, PREFERENCE_ELSEWHERE)
+    reason = BACKENDS[first].unavailable(request)
     if reason is None:
-        return first
-    chosen = next(other for other in others if _reason(other, device, dtype, weight_dtype, features) is None)
-    if device.type != "cpu" and not torch.compiler.is_compiling():
-        _say_once(f"sface_kernels: backend {chosen!r} runs on {device.type}, as {first!r} cannot: {reason}")
+        return first, None
+    chosen = next(other for other in others if BACKENDS[other].unavailable(request) is None)
+    if request.device.type == "cpu" and reason != native.missing:  # a dtype that the C++ does not take
+        return chosen, None
+    return chosen, f"sface_kernels: backend {chosen!r} runs on {request.device.type}, as {first!r} cannot: {reason}"
+
+
+def select(name: str, request: Request) -> str:
+    """The backend of `choose`, with its warning given once."""
+    chosen, warning = choose(name, request)
+    if warning is not None and not torch.compiler.is_compiling():
+        _say_once(warning)
     return chosen
 
 
@@ -116,11 +111,13 @@ def explain(
     Raises:
         ValueError, RuntimeError: as `sface_loss` would for this backend.
     """
-    device, weight_dtype = torch.device(device), weight_dtype or dtype
-    chosen = select(backend, device, dtype, weight_dtype, features)
-    lines = [f"{backend!r} on {device} with {dtype} embeddings and {weight_dtype} weights runs {chosen!r}:"]
+    request = Request(torch.device(device), dtype, weight_dtype or dtype, features)
+    chosen, _ = choose(backend, request)
+    lines = [
+        f"{backend!r} on {request.device} with {dtype} embeddings and {request.weight_dtype} weights runs {chosen!r}:"
+    ]
     for name, entry in BACKENDS.items():
-        reason = _reason(name, device, dtype, weight_dtype, features)
+        reason = entry.unavailable(request)
         mark = "->" if name == chosen else "  "
         lines.append(f"{mark} {name:<10} {entry.summary}" + (f" (not available: {reason})" if reason else ""))
     return "\n".join(lines)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
-from .autograd import SFaceRowLoss
+from .autograd import row_losses
 from .dispatch import check_name, select
 from .ops import prepare_labels
-from .types import IGNORED, RowStats, SFaceStats
+from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceStats
 
 
 def sface_loss(
@@ -20,10 +20,10 @@ def sface_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    s: float = 64.0,
-    k: float = 80.0,
-    a: float = 0.80,
-    b: float = 1.23,
+    s: float = DEFAULTS.s,
+    k: float = DEFAULTS.k,
+    a: float = DEFAULTS.a,
+    b: float = DEFAULTS.b,
     k_inter: float | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -58,7 +58,9 @@ def sface_loss(
         filter_eps: gradient entries with q_ij < filter_eps·s are dropped; the loss always counts every pair. 0 drops
             nothing, None entries that the dtype's arithmetic loses beside one of size s (2⁻²⁴ for float32). Where many
             of these share a direction, as in early epochs, they add up to more than rounding (docs/accuracy.md);
-            `SFaceStats.dropped` bounds what is missing in every step.
+            `SFaceStats.dropped` bounds what is missing in every step. With an optimizer that divides by the gradient's
+            size (Adam, AdamW, Adagrad, RMSprop) give 0: a class row whose every entry was dropped gets a gradient of
+            exactly 0 and stands still where such an optimizer would move it. SGD is linear: the default is safe.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
         return_stats: also return `SFaceStats`.
 
@@ -75,15 +77,14 @@ def sface_loss(
     """
     validation.check_tensors(embeddings, weight, labels)
     validation.check_reduction(reduction)
-    validation.check_ignore_index(ignore_index)
+    ignore_index = validation.integer("ignore_index", ignore_index)
     hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
-    chosen = select(backend, embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
+    request = Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
+    chosen = select(backend, request)
 
     check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
     target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
-    row_loss, *stats = SFaceRowLoss.apply(
-        embeddings, weight, target, chosen, hp, torch.is_grad_enabled()
-    )  # [N], six [N], two 0-d
+    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)  # [N], [6, N], [2]
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 
     loss = row_loss
@@ -93,23 +94,22 @@ def sface_loss(
             loss = loss / counted
     if not return_stats:
         return loss
-    rows, (active_pairs, dense_blocks) = RowStats(*stats[:6]), stats[6:]
-    return loss, _summarise(rows, target, counted, weight.shape[0], active_pairs, dense_blocks)
+    return loss, _summarise(row_stats, counts, target, counted, weight.shape[0])
 
 
-def _summarise(
-    rows: RowStats, target: Tensor, counted: Tensor, classes: int, active_pairs: Tensor, dense_blocks: Tensor
-) -> SFaceStats:
+def _summarise(row_stats: Tensor, counts: Tensor, target: Tensor, counted: Tensor, classes: int) -> SFaceStats:
+    rows = RowStats(*row_stats.unbind(0))
+    active_pairs, dense_pairs = counts.unbind(0)
     correct = (rows.cos_target > rows.hardest) & (target != IGNORED)
     return SFaceStats(
         intra=rows.intra.sum() / counted,
         inter=rows.inter.sum() / counted,
         cos_target=rows.cos_target.sum() / counted,
         cos_other=rows.cos_other_sum.sum() / (counted * classes),
-        accuracy=correct.sum() / counted,
+        accuracy=correct.to(row_stats.dtype).sum() / counted,
         active_pairs=active_pairs,
         dropped=rows.dropped.sum() / counted,
-        dense_blocks=dense_blocks,
+        dense_share=dense_pairs.to(row_stats.dtype) / (counted * classes),
     )
 
 
@@ -138,10 +138,10 @@ class SFaceLoss(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        s: float = 64.0,
-        k: float = 80.0,
-        a: float = 0.80,
-        b: float = 1.23,
+        s: float = DEFAULTS.s,
+        k: float = DEFAULTS.k,
+        a: float = DEFAULTS.a,
+        b: float = DEFAULTS.b,
         k_inter: float | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,
@@ -151,13 +151,10 @@ class SFaceLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
-            if value <= 0:
-                raise ValueError(f"{name}: expected an int > 0, got {value}")
+        in_features = validation.integer("in_features", in_features, positive=True)
+        out_features = validation.integer("out_features", out_features, positive=True)
+        ignore_index = validation.integer("ignore_index", ignore_index)
         validation.check_reduction(reduction)
-        validation.check_ignore_index(ignore_index)
         check_name(backend)
         validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, torch.float32, in_features)
         self.in_features, self.out_features = in_features, out_features
@@ -172,7 +169,7 @@ class SFaceLoss(nn.Module):
         nn.init.normal_(self.weight, std=2 * math.sqrt(2 / self.out_features))
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
+        self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, SFaceStats]:
         """The loss of `embeddings` `[N, D]` with `labels` `[N]`; with `return_stats`, (loss, SFaceStats)."""
         return sface_loss(

@@ -11,39 +11,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import IGNORED, INVALID
+from .types import IGNORED, INVALID, NO_TARGET
 
 NAMESPACE = "sface"
-_library = torch.library.Library(NAMESPACE, "DEF")
+# Kept by PyTorch, not by this module: an import anew (a reload, a purge of sys.modules) finds the operators there.
+_library = vars(torch.ops.sface).setdefault("_library", torch.library.Library(NAMESPACE, "FRAGMENT"))
+
+
+def _has_kernel(name: str, dispatch_key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key)
+
+
+def define(schema: str) -> None:
+    """Declare an operator, once a process."""
+    if not hasattr(torch.ops.sface, schema.partition("(")[0]):
+        _library.define(schema)
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Register a Python implementation for every device; the gradient is that of `autograd`, never of what it calls."""
+    if not _has_kernel(name, "CompositeExplicitAutograd"):
+        _library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the function that makes an operator's outputs without computing them."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if not _has_kernel(name, "Meta"):
+            torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+        return function
+
+    return register
+
 
 _HYPER = "float s, float k_intra, float k_inter, float a, float b, float filter_eps"
 
-_library.define("prepare_labels(Tensor labels, int num_classes, int ignore_index, bool check) -> Tensor")
-_library.define(
+define("prepare_labels(Tensor labels, int num_classes, int ignore_index, bool check, int first, int count) -> Tensor")
+define(
     f"native_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, int arena_words)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor unit_grad_x, Tensor inv_norm,"
-    " Tensor target_coef, Tensor arena, Tensor segments)"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, Tensor inv_norm,"
+    " Tensor target_weight, Tensor arena, Tensor segments)"
 )
-_library.define(
+define(
     f"native_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, Tensor inv_norm,"
-    " Tensor target_coef, Tensor arena, Tensor segments) -> Tensor"
+    " Tensor target_weight, Tensor arena, Tensor segments) -> Tensor"
 )
-_library.define("native_instruction_sets() -> str[]")
-_library.define("native_release_memory() -> ()")
-_library.define(
-    f"chunked_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, int chunk)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor unit_grad_x, Tensor pairs, Tensor coefficients,"
+define("native_instruction_sets() -> str[]")
+define("native_release_memory() -> ()")
+define(
+    f"chunked_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, SymInt chunk)"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, Tensor pairs, Tensor coefficients,"
     " Tensor chunk_pairs)"
 )
-_library.define(
-    f"chunked_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, int chunk, Tensor pairs,"
+define(
+    f"chunked_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, SymInt chunk, Tensor pairs,"
     " Tensor coefficients, Tensor chunk_pairs) -> Tensor"
 )
 
 prepare_labels_op = torch.ops.sface.prepare_labels.default
 
 
-def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: bool) -> Tensor:
+def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int, count: int) -> Tensor:
     target = labels.reshape(-1).to(torch.int64)
     ignored = target == ignore_index
     invalid = ((target < 0) | (target >= num_classes)) & ~ignored
@@ -53,29 +82,31 @@ def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: 
             f"labels: expected values in [0, {num_classes}) or ignore_index={ignore_index}, "
             f"got {int(target[row])} in row {row} ({int(invalid.sum())} such rows)"
         )
-    target = torch.where(invalid, torch.full_like(target, INVALID), target)
-    return torch.where(ignored, torch.full_like(target, IGNORED), target)
-
-
-def implement(name: str, function: Callable[..., Any]) -> None:
-    """Register a Python implementation for every device."""
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    here = (target >= first) & (target < first + count)
+    code = torch.where(here, target - first, NO_TARGET)
+    code = torch.where(invalid, INVALID, code)
+    return torch.where(ignored, IGNORED, code)
 
 
 implement("prepare_labels", _prepare_labels)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::prepare_labels", lib=_library)
-def _(labels: Tensor, num_classes: int, ignore_index: int, check: bool) -> Tensor:
+@fake("prepare_labels")
+def _(labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int, count: int) -> Tensor:
     return labels.new_empty([labels.shape[0]], dtype=torch.int64)
 
 
-def prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: bool) -> Tensor:
-    """Labels of any integer dtype, `[N]` or `[N, 1]`, as int64 `[N]` classes with the codes of `types`.
+def prepare_labels(
+    labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int = 0, count: int | None = None
+) -> Tensor:
+    """Labels of any integer dtype, `[N]` or `[N, 1]`, as int64 `[N]`: what the backends take as a row's target.
+
+    For a weight that holds the classes [first, first + count) of `num_classes` (all of them by default) that is the row
+    of the weight, or one of the codes of `types`: NO_TARGET for a class elsewhere, IGNORED, INVALID.
 
     With `check`, an out-of-range label raises ValueError, which reads the data (a synchronisation on a GPU).
     """
-    return prepare_labels_op(labels, num_classes, ignore_index, check)
+    return prepare_labels_op(labels, num_classes, ignore_index, check, first, num_classes if count is None else count)
 
 
 CLASSES_PER_SEGMENT = 48  # classes whose active pairs the native backend stores together
@@ -87,7 +118,7 @@ def native_segments(rows: int, classes: int) -> tuple[int, int]:
     return -(-rows // SAMPLES_PER_GROUP), -(-classes // CLASSES_PER_SEGMENT)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::native_forward", lib=_library)
+@fake("native_forward")
 def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, arena_words):
     n, d = x.shape
     groups, blocks = native_segments(n, w.shape[0])
@@ -103,8 +134,8 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
     )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::native_grad_weight", lib=_library)
-def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_coef, arena, segments):
+@fake("native_grad_weight")
+def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_weight, arena, segments):
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
@@ -117,10 +148,10 @@ def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::chunked_forward", lib=_library)
+@fake("chunked_forward")
 def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, chunk):
     (n, d), c, dtype = x.shape, w.shape[0], compute_dtype(x, w)
-    capacity = min(n * c, CHUNKED_MAX_PAIRS)
+    capacity = torch.sym_min(n * c, CHUNKED_MAX_PAIRS)
     return (
         x.new_empty([n], dtype=dtype),
         x.new_empty([6, n], dtype=dtype),
@@ -132,7 +163,7 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
     )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::chunked_grad_weight", lib=_library)
+@fake("chunked_grad_weight")
 def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, chunk, pairs, coefficients, chunk_pairs):
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
@@ -146,15 +177,15 @@ TRITON_SLOT_BYTES = 16  # class, weight, cosine, and in the backward a link
 TRITON_PARTIAL_BYTES = 16 << 20  # of partial sums of ∂x
 TRITON_CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: it stays in the L2 cache
 
-_library.define(
+define(
     f"triton_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, bool dense)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor unit_grad_x, Tensor norm, Tensor inv_norm,"
-    " Tensor dense_row, Tensor flags, Tensor target_coef, Tensor cos_target, Tensor list_counts, Tensor list_classes,"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, Tensor norm, Tensor inv_norm,"
+    " Tensor dense_row, Tensor flags, Tensor target_weight, Tensor cos_target, Tensor list_counts, Tensor list_classes,"
     " Tensor list_weight, Tensor list_cos)"
 )
-_library.define(
+define(
     f"triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, bool dense, Tensor norm,"
-    " Tensor inv_norm, Tensor dense_row, Tensor flags, Tensor target_coef, Tensor cos_target, Tensor list_counts,"
+    " Tensor inv_norm, Tensor dense_row, Tensor flags, Tensor target_weight, Tensor cos_target, Tensor list_counts,"
     " Tensor list_classes, Tensor list_weight, Tensor list_cos) -> Tensor"
 )
 
@@ -202,7 +233,7 @@ def _triton_outputs(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, 
     )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::triton_forward", lib=_library)
+@fake("triton_forward")
 def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense):
     return _triton_outputs(x, w, need_grad_x, need_grad_w, dense)
 
@@ -212,6 +243,6 @@ def triton_nothing(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, d
     return tuple(t.zero_() for t in _triton_outputs(x, w, need_grad_x, need_grad_w, dense))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::triton_grad_weight", lib=_library)
+@fake("triton_grad_weight")
 def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved):
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Codes that `ops.prepare_labels` writes beside the class numbers 0 … C−1.
@@ -13,7 +15,7 @@ INVALID = -3  # the label was out of range and could not be raised: the row's lo
 
 
 class Defaults(NamedTuple):
-    """The four constants of the published loss."""
+    """The published hyper-parameters; a and b in radians."""
 
     s: float = 64.0
     k: float = 80.0
@@ -22,6 +24,15 @@ class Defaults(NamedTuple):
 
 
 DEFAULTS = Defaults()
+
+
+class Request(NamedTuple):
+    """What decides which backends can run a call."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the embeddings
+    weight_dtype: torch.dtype
+    features: int = 512  # D, size of an embedding
 
 
 class HyperParameters(NamedTuple):
@@ -36,7 +47,7 @@ class HyperParameters(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Per-row results, each `[N]`, all detached. Rows without a loss (ignored ones) hold 0."""
+    """The rows of `row_stats` `[6, N]`, in this order, all detached. Samples without a loss (ignored ones) hold 0."""
 
     intra: Tensor  # −p_i c_iy
     inter: Tensor  # Σ_{j≠y} q_ij c_ij over every pair, filtered or not
@@ -47,14 +58,18 @@ class RowStats(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a backend's forward hands to the autograd Function."""
+    """What every backend's forward returns: the same tensors in the same order as its operator."""
 
     row_loss: Tensor  # [N], l_i of equation (5)
-    rows: RowStats
-    active_pairs: Tensor  # 0-d int64, gradient entries kept, targets not counted
-    dense_blocks: Tensor  # 0-d int64, class blocks computed with dense products
-    unit_grad_x: Tensor | None  # [N, D], ∂l_i/∂x_i (equation 7 without u_i); None where not needed
-    saved: tuple[Tensor, ...]  # whatever the backend's own grad_weight wants back
+    row_stats: Tensor  # [6, N], the rows of RowStats
+    counts: Tensor  # [2] int64: active pairs (targets not counted), pairs computed by dense products
+    row_grad_x: Tensor  # [N, D], ∂l_i/∂x_i (equation 7 without u_i); [0, D] where it was not asked for
+    saved: tuple[Tensor, ...]  # what the backend's own grad_weight wants back
+
+    @classmethod
+    def of(cls, outputs: Sequence[Tensor]) -> Forward:
+        row_loss, row_stats, counts, row_grad_x, *saved = outputs
+        return cls(row_loss, row_stats, counts, row_grad_x, tuple(saved))
 
 
 class SFaceStats(NamedTuple):
@@ -70,4 +85,4 @@ class SFaceStats(NamedTuple):
     accuracy: Tensor  # share of rows whose own centre is strictly the nearest, 0 … 1
     active_pairs: Tensor  # int64, non-target pairs that got a gradient
     dropped: Tensor  # mean over rows of Σ dropped q_ij, the bound on the missing gradient of §2 in docs/math.md
-    dense_blocks: Tensor  # int64, blocks of classes computed with dense products
+    dense_share: Tensor  # of all pairs, the share that was computed by dense products, 0 … 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,12 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def _cast_by_autocast(embeddings: Tensor, weight: Tensor) -> bool:
+    """Half weights with float32 embeddings under autocast: F.linear would cast, here both are taken as they are."""
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return half and embeddings.dtype == torch.float32 and torch.is_autocast_enabled(embeddings.device.type)
+
+
 def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
     """Shapes, dtypes and devices of the three tensors."""
     for name, value in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
@@ -29,7 +37,7 @@ def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
         raise ValueError(f"weight: expected shape [C, D], got {list(weight.shape)}")
     if embeddings.dtype not in FLOAT_DTYPES:
         raise TypeError(f"embeddings: expected a dtype of {_names(FLOAT_DTYPES)}, got {embeddings.dtype}")
-    if weight.dtype not in (torch.float32, embeddings.dtype):
+    if weight.dtype not in (torch.float32, embeddings.dtype) and not _cast_by_autocast(embeddings, weight):
         raise TypeError(
             f"weight: expected float32 or the dtype of the embeddings ({embeddings.dtype}), got {weight.dtype}"
         )
@@ -55,20 +63,28 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
 
 
-def check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+def integer(name: str, value: Any, positive: bool = False) -> int:
+    """Whatever `operator.index` takes (numpy's integers too), but no bool and no tensor."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    number = operator.index(value)
+    if positive and number <= 0:
+        raise ValueError(f"{name}: expected an int > 0, got {value!r}")
+    return number
 
 
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _number(name: str, value: Any) -> float:
+    """Whatever `float` takes (numpy's numbers too), but no bool, no text and no tensor: its gradient would be lost."""
+    is_number = hasattr(value, "__float__") or hasattr(value, "__index__")
+    if isinstance(value, (bool, str, bytes, Tensor)) or not is_number:
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced by torch.compile
+    number = float(value)
+    if not -math.inf < number < math.inf:  # math.isfinite cannot be traced by torch.compile
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
+    return number
 
 
-def _positive(name: str, value: float) -> float:
+def _positive(name: str, value: Any) -> float:
     number = _number(name, value)
     if number <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {value!r}")

@@ -10,21 +10,21 @@ namespace sface {
 namespace {
 
 struct Upstream {
-  std::vector<float> u;     // [N], 0 for rows that do not count
-  std::vector<float> coef;  // [N], u_i times the target's coefficient −p_i / s
-  bool poisoned = false;    // a NaN row is active with every class
+  std::vector<float> u;    // [N], 0 for rows that do not count
+  std::vector<float> own;  // [N], u_i times the target\'s weight −p_i / s
+  bool poisoned = false;   // a NaN row is active with every class
 };
 
-Upstream read_upstream(const Problem& problem, const at::Tensor& grad_row, const at::Tensor& target_coef, float s) {
+Upstream read_upstream(const Problem& problem, const at::Tensor& grad_row, const at::Tensor& target_weight) {
   Upstream up;
   up.u.resize(problem.n);
-  up.coef.resize(problem.n);
-  const float *u = grad_row.const_data_ptr<float>(), *coef = target_coef.const_data_ptr<float>();
+  up.own.resize(problem.n);
+  const float *u = grad_row.const_data_ptr<float>(), *own = target_weight.const_data_ptr<float>();
   for (int64_t i = 0; i < problem.n; ++i) {
     if (problem.ignored(i)) continue;
     up.u[i] = u[i];
-    up.coef[i] = u[i] * (coef[i] / s);
-    up.poisoned |= !std::isfinite(up.coef[i]) || !std::isfinite(up.u[i]);
+    up.own[i] = u[i] * own[i];
+    up.poisoned |= !std::isfinite(up.own[i]) || !std::isfinite(up.u[i]);
   }
   return up;
 }
@@ -119,12 +119,12 @@ void write_row(const Kernels& kernels, const float* raw, const float* w, float i
 
 at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
                               const at::Tensor& grad_row, double s, double k_intra, double k_inter, double a, double b,
-                              double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_coef,
+                              double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_weight,
                               const at::Tensor& arena, const at::Tensor& segments) {
   const Problem problem(x, w, target);
   const Kernels& kernels = sface::kernels();
   const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
-  const Upstream up = read_upstream(problem, grad_row, target_coef, rules.hyper.s);
+  const Upstream up = read_upstream(problem, grad_row, target_weight);
   at::Tensor grad = empty_gradient(problem.c, problem.d, w.scalar_type());
   if (up.poisoned) return grad.fill_(std::numeric_limits<double>::quiet_NaN());
 
@@ -172,7 +172,7 @@ at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at
             sums.add_pairs(group, words + record[0], record[1]);
           }
           for (const OwnClass& target : own)
-            sums.add(target.row, group.first + target.sample, up.coef[group.first + target.sample]);
+            sums.add(target.row, group.first + target.sample, up.own[group.first + target.sample]);
         }
         for (int r = 0; r < block.rows; ++r) {
           const int64_t cls = block.first + r;

@@ -46,7 +46,7 @@ struct Partials {
 };
 
 struct Results {
-  float *loss, *stats, *unit_grad_x, *inv_norm, *target_coef;
+  float *loss, *stats, *row_grad_x, *inv_norm, *target_weight;
   int32_t* arena;
   int64_t* segments;
   int64_t arena_words;
@@ -106,19 +106,19 @@ void finish_row(const Problem& problem, const Kernels& kernels, const Rules& rul
   const int64_t n = problem.n;
   const int d = static_cast<int>(problem.d);
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  float* unit_grad = out.unit_grad_x ? out.unit_grad_x + i * problem.d : nullptr;
-  const auto report = [&](float loss, std::array<float, 6> stats, float coef) {
+  float* row_grad = out.row_grad_x ? out.row_grad_x + i * problem.d : nullptr;
+  const auto report = [&](float loss, std::array<float, 6> stats, float target_weight) {
     out.loss[i] = loss;
-    out.target_coef[i] = coef;
+    out.target_weight[i] = target_weight;
     for (int k = 0; k < 6; ++k) out.stats[k * n + i] = stats[k];
   };
   const int64_t code = problem.codes()[i];
   if (code == kIgnored) {
-    if (unit_grad) std::memset(unit_grad, 0, sizeof(float) * d);
+    if (row_grad) std::memset(row_grad, 0, sizeof(float) * d);
     return report(0, {0, 0, 0, 0, 0, 0}, 0);
   }
   if (!samples.usable(i) || !weight_finite || code == kInvalid) {
-    if (unit_grad) std::fill(unit_grad, unit_grad + d, nan);
+    if (row_grad) std::fill(row_grad, row_grad + d, nan);
     return report(nan, {nan, nan, nan, nan, nan, nan}, samples.usable(i) ? 0 : nan);
   }
 
@@ -131,7 +131,7 @@ void finish_row(const Problem& problem, const Kernels& kernels, const Rules& rul
     inter += *sums.inter;
     dropped += *sums.dropped;
     hardest = std::max(hardest, *sums.hardest);
-    if (unit_grad && *sums.touched) kernels.axpy(1.0f, sums.grad, grad.data(), d);
+    if (row_grad && *sums.touched) kernels.axpy(1.0f, sums.grad, grad.data(), d);
   }
   const auto cosine = [&](int64_t cls, const float** w, float* inv) {
     int64_t stride;
@@ -152,17 +152,17 @@ void finish_row(const Problem& problem, const Kernels& kernels, const Rules& rul
   if (code >= 0) {
     cos_target = cosine(code, &w, &inv);
     kernels.intra(rules.hyper, cos_target, &p);
-    if (unit_grad) kernels.axpy(-p * inv / rules.hyper.s, w, grad.data(), d);
+    if (row_grad) kernels.axpy(-p * inv, w, grad.data(), d);
   }
   const float s = rules.hyper.s;
-  if (unit_grad) {
+  if (row_grad) {
     const float norm = samples.norms[i];
     const float scale = s / std::max(norm, kNormEps);
     // below kNormEps normalize divides by a constant, so nothing is projected away
     const float along = norm < kNormEps ? 0.0f : kernels.dot(grad.data(), x, d);
-    kernels.combine(scale, grad.data(), -along * scale, x, unit_grad, d);
+    kernels.combine(scale, grad.data(), -along * scale, x, row_grad, d);
   }
-  const float inter_loss = static_cast<float>(s * inter), intra_loss = -p * cos_target;
+  const float inter_loss = static_cast<float>(s * inter), intra_loss = -s * p * cos_target;
   const float cos_sum = kernels.dot(x, class_sum.data(), d) - cos_target;
   report(intra_loss + inter_loss,
          {intra_loss, inter_loss, cos_target, cos_sum, hardest < -1.5f ? -INFINITY : hardest,
@@ -182,15 +182,15 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
 
   const auto options = x.options();
   at::Tensor row_loss = at::empty({problem.n}, options), row_stats = at::empty({6, problem.n}, options);
-  at::Tensor unit_grad_x = at::empty({need_grad_x ? problem.n : 0, problem.d}, options);
-  at::Tensor inv_norm = at::empty({problem.c}, options), target_coef = at::empty({problem.n}, options);
+  at::Tensor row_grad_x = at::empty({need_grad_x ? problem.n : 0, problem.d}, options);
+  at::Tensor inv_norm = at::empty({problem.c}, options), target_weight = at::empty({problem.n}, options);
   at::Tensor arena = at::empty({need_grad_w ? arena_words : 0}, options.dtype(at::kInt));
   at::Tensor segments = at::empty({need_grad_w ? problem.groups : 0, problem.blocks, 2}, options.dtype(at::kLong));
   const Results out{row_loss.mutable_data_ptr<float>(),
                     row_stats.mutable_data_ptr<float>(),
-                    need_grad_x ? unit_grad_x.mutable_data_ptr<float>() : nullptr,
+                    need_grad_x ? row_grad_x.mutable_data_ptr<float>() : nullptr,
                     inv_norm.mutable_data_ptr<float>(),
-                    target_coef.mutable_data_ptr<float>(),
+                    target_weight.mutable_data_ptr<float>(),
                     need_grad_w ? arena.mutable_data_ptr<int32_t>() : nullptr,
                     need_grad_w ? segments.mutable_data_ptr<int64_t>() : nullptr,
                     need_grad_w ? arena_words : 0};
@@ -221,9 +221,9 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
   int64_t* totals = counts.mutable_data_ptr<int64_t>();
   for (int64_t task = 0; task < tasks; ++task) {
     totals[0] += partials.work[task].active;
-    totals[1] += partials.work[task].dense_blocks;
+    totals[1] += partials.work[task].dense_pairs;
   }
-  return {row_loss, row_stats, counts, unit_grad_x, inv_norm, target_coef, arena, segments};
+  return {row_loss, row_stats, counts, row_grad_x, inv_norm, target_weight, arena, segments};
 }
 
 }  // namespace sface

@@ -96,8 +96,8 @@ struct Arena {
 
 // What a task did, for the statistics.
 struct Work {
-  int64_t active = 0;        // pairs with a gradient
-  int64_t dense_blocks = 0;  // blocks computed with dense products
+  int64_t active = 0;       // pairs with a gradient
+  int64_t dense_pairs = 0;  // pairs computed with dense products
 };
 
 // Scratch memory of one thread, sized by make_workspace.
@@ -147,7 +147,7 @@ struct Kernels {
   // out = scale·raw + along·w, the tangent of (8)
   void (*combine)(float scale, const float* raw, float along, const float* w, float* out, int d);
   void (*zero)(float* out, int d);                      // past the caches where that is possible
-  void (*intra)(const Hyper&, float cosine, float* p);  // (3)
+  void (*intra)(const Hyper&, float cosine, float* p);  // (3) without s
 };
 
 // Of the instruction sets this build holds, those that this CPU runs, best first.

@@ -20,7 +20,7 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
 
 at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
                               const at::Tensor& grad_row, double s, double k_intra, double k_inter, double a, double b,
-                              double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_coef,
+                              double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_weight,
                               const at::Tensor& arena, const at::Tensor& segments);
 
 // Uninitialised [C, D] for a gradient. Its memory is kept for the next one when it is freed.

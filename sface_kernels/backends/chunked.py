@@ -7,7 +7,7 @@ with too many of them, or past the list's capacity, takes matrix products instea
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import itertools
 import math
 import mmap
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..types import IGNORED, INVALID, Forward, HyperParameters, RowStats
+from ..precision import full_float32
+from ..types import IGNORED, INVALID, Forward, HyperParameters, Request
 
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's
 CHUNK_ELEMENTS = 1 << 18  # chunk·N: 1 MiB of fp32 cosines stays in a CPU's cache
@@ -27,27 +28,18 @@ COSINE_SLACK = 1e-5  # far more than rounding moves a cosine across the filter
 DENSE = -1  # in chunk_pairs: this block is recomputed with products
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
+def unavailable(request: Request) -> str | None:
     return None
 
 
 def chunk_size(rows: int) -> int:
-    """Classes per block for `rows` samples."""
-    return max(256, min(4096, CHUNK_ELEMENTS // max(rows, 1)))
+    """Classes per block for `rows` samples, which may be symbolic."""
+    return torch.sym_max(256, torch.sym_min(4096, CHUNK_ELEMENTS // torch.sym_max(rows, 1)))
 
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
-    row_loss, row_stats, counts, unit_grad_x, *saved = torch.ops.sface.chunked_forward(
-        x, w, target, *hp, need_x, need_w, chunk_size(x.shape[0])
-    )
-    return Forward(
-        row_loss=row_loss,
-        rows=RowStats(*row_stats.unbind(0)),
-        active_pairs=counts[0],
-        dense_blocks=counts[1],
-        unit_grad_x=unit_grad_x if need_x else None,
-        saved=tuple(saved) if need_w else (),
-    )
+    chunk = chunk_size(x.shape[0])
+    return Forward.of(torch.ops.sface.chunked_forward(x, w, target, *hp, need_x, need_w, chunk))
 
 
 def grad_weight(
@@ -124,16 +116,17 @@ class _Block:
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; large ones on a Linux CPU in fresh huge pages, whose faults cost a quarter of small pages' (measured), and
-    all written now: every thread faults pages then, where scattered rows would leave the faults to one."""
-    size = shape.numel() * dtype.itemsize
-    if device.type != "cpu" or size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # private: the default would be shared with forked workers
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages: small ones then
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape).zero_()
+    """Zeros; large ones on a Linux CPU in huge pages, whose faults cost a quarter of small pages' (measured), and all
+    written now: every thread faults pages then, where scattered rows would leave the faults to one."""
+    zeros = torch.empty(shape, dtype=dtype, device=device)
+    size = zeros.nbytes
+    if device.type == "cpu" and size >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        begin = -zeros.data_ptr() % mmap.PAGESIZE  # advice, whole pages only: a kernel without huge pages ignores it
+        length = (size - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(zeros.data_ptr() + begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
+        )
+    return zeros.zero_()
 
 
 def _counted_rows(target: Tensor) -> Tensor:
@@ -155,8 +148,8 @@ def _forward(
     capacity = min(rows * classes, ops.CHUNKED_MAX_PAIRS)
     pairs = torch.empty(capacity + rows if need_grad_w else 0, dtype=torch.int64, device=x.device)
     coefficients = torch.empty(len(pairs), dtype=dtype, device=x.device)  # g_ij / s
-    chunk_pairs = torch.zeros(-(-classes // chunk), dtype=torch.int64)
-    listed = active = listed_active = dense_blocks = 0
+    chunk_pairs = torch.zeros(-(-classes // chunk), dtype=torch.int64, device="cpu")
+    listed = active = listed_active = dense_pairs = 0
     dropped_below = _surely_dropped_below(hp)
 
     for index, own in enumerate(_own_pairs(target, classes, chunk)):
@@ -171,7 +164,7 @@ def _forward(
         active += found
         too_many = need_grad_w and listed_active + found > capacity
         if kept is not None and (too_many or found > DENSE_FRACTION * kept.numel()):
-            dense_blocks += 1
+            dense_pairs += kept.numel()
             chunk_pairs[index] = DENSE
             g = block.coef * kept  # a product with 0 and 1 is three times as fast as masking (measured)
             dropped += block.coef.sub_(g).sum(0)
@@ -193,14 +186,14 @@ def _forward(
             listed, listed_active = listed + len(flat), listed_active + found
 
     p_own = torch.sigmoid(hp.k_intra * (torch.acos(cos_own) - hp.a))  # [N], (3) without s
-    intra = torch.where(target >= 0, -p_own * cos_own, torch.where(target == INVALID, torch.nan, 0))
+    intra = (-p_own * cos_own).where(target >= 0, 0).masked_fill_(target == INVALID, torch.nan)
     stats = torch.zeros(6, rows, dtype=dtype, device=x.device)
     stats[:, counted] = torch.stack([hp.s * intra, hp.s * inter, cos_own, cos_sum, hardest, hp.s * dropped])
     grad_x = torch.zeros(rows if need_grad_x else 0, d, dtype=dtype, device=x.device)
     if need_grad_x:
         unit_grad = _tangent_(unit_grad, x_unit, x_norm).mul_(hp.s)  # (7)
         grad_x[counted] = unit_grad.masked_fill_((target == INVALID).unsqueeze(1), torch.nan)
-    counts = torch.tensor([active, dense_blocks], device=x.device)
+    counts = torch.tensor([active, dense_pairs], device=x.device)
     return stats[0] + stats[1], stats, counts, grad_x, pairs, coefficients, chunk_pairs
 
 
@@ -234,5 +227,5 @@ def _grad_weight(
     return grad
 
 
-ops.implement("chunked_forward", _forward)
-ops.implement("chunked_grad_weight", _grad_weight)
+ops.implement("chunked_forward", full_float32()(_forward))
+ops.implement("chunked_grad_weight", full_float32()(_grad_weight))

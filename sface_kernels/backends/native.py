@@ -7,42 +7,42 @@ import importlib
 import torch
 from torch import Tensor
 
-from ..types import Forward, HyperParameters, RowStats
+from ..types import Forward, HyperParameters, Request
 
 try:
     importlib.import_module("sface_kernels._C")  # registers the operators
-    _missing: str | None = None
-except ImportError as error:
-    _missing = f"the C++ extension sface_kernels._C is not built or does not load ({error})"
+    missing: str | None = None
+except (ImportError, OSError) as error:
+    missing = (
+        f"the C++ extension sface_kernels._C is not built or does not load ({error}); with a C++20 compiler, "
+        "`pip install --no-build-isolation --no-deps --force-reinstall .` in a checkout builds it"
+    )
 
 ARENA_WORDS = 12 << 20  # 48 MiB: active pairs take 2 words each, entries of dense blocks 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"it runs on a CPU, not on {device.type}"
-    if dtype not in DTYPES or weight_dtype not in DTYPES:
-        return f"it computes in float32 and takes no {dtype if dtype not in DTYPES else weight_dtype}"
-    return _missing
+def unavailable(request: Request) -> str | None:
+    if request.device.type != "cpu":
+        return f"it runs on a CPU, not on {request.device.type}"
+    for dtype in (request.dtype, request.weight_dtype):
+        if dtype not in DTYPES:
+            return f"it computes in float32 and takes no {dtype}"
+    return missing
 
 
 def _inner_contiguous(w: Tensor) -> Tensor:
+    if w.shape[1] == 1:  # the stride of a single column means nothing, and contiguous() would keep it
+        return w.as_strided(w.shape, (w.stride(0), 1))
     return w if w.stride(1) == 1 else w.contiguous()
 
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
     arena_words = ARENA_WORDS  # untouched pages cost nothing, and a size that depends on N would recompile
-    row_loss, row_stats, counts, unit_grad_x, *saved = torch.ops.sface.native_forward(
-        x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, arena_words
-    )
-    return Forward(
-        row_loss=row_loss,
-        rows=RowStats(*row_stats.unbind(0)),
-        active_pairs=counts[0],
-        dense_blocks=counts[1],
-        unit_grad_x=unit_grad_x if need_x else None,
-        saved=tuple(saved) if need_w else (),
+    return Forward.of(
+        torch.ops.sface.native_forward(
+            x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, arena_words
+        )
     )
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import IGNORED, INVALID, Forward, HyperParameters, RowStats
+from ..precision import full_float32
+from ..types import IGNORED, INVALID, Forward, HyperParameters, Request, RowStats
 
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
+def unavailable(request: Request) -> str | None:
     return None
 
 
@@ -35,6 +36,7 @@ def _tangent(grad_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return (grad_unit - along * unit) / norm.clamp_min(NORM_EPS)
 
 
+@full_float32()
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
     dtype = torch.promote_types(x.dtype, w.dtype)
     if dtype in (torch.float16, torch.bfloat16):
@@ -63,10 +65,10 @@ def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: b
     kept = is_other & ~dropped
     g = torch.where(is_target, -p, torch.where(kept, q, zero))  # [N, C], (6)
 
-    unit_grad_x = None
+    row_grad_x = x_unit.new_empty(0, x.shape[1])
     if need_x:
-        unit_grad_x = _tangent(g @ w_unit, x_unit, x_norm)  # [N, D], (7)
-        unit_grad_x = torch.where(invalid.unsqueeze(1), torch.full_like(unit_grad_x, torch.nan), unit_grad_x)
+        row_grad_x = _tangent(g @ w_unit, x_unit, x_norm)  # [N, D], (7)
+        row_grad_x = torch.where(invalid.unsqueeze(1), torch.full_like(row_grad_x, torch.nan), row_grad_x)
     rows = RowStats(
         intra=intra,
         inter=inter,
@@ -77,14 +79,14 @@ def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: b
     )
     return Forward(
         row_loss=intra + inter,
-        rows=rows,
-        active_pairs=kept.sum(),
-        dense_blocks=torch.ones((), dtype=torch.int64, device=x.device),
-        unit_grad_x=unit_grad_x,
+        row_stats=torch.stack(rows),
+        counts=torch.stack([kept.sum(), is_target.shape[1] * counts_row.sum()]),
+        row_grad_x=row_grad_x,
         saved=(g,) if need_w else (),
     )
 
 
+@full_float32()
 def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:

@@ -10,12 +10,11 @@ import typer
 
 from ..bench import machine
 from ..bench.table import Table
-from ..dispatch import BACKENDS, select
+from ..dispatch import BACKENDS, choose
 from ..testing import selfcheck
+from ..types import Request
 from . import show
 from .options import DTYPE_NAMES
-
-FEATURES = 512  # D for which "auto" is asked
 
 
 def facts() -> dict[str, Any]:
@@ -32,7 +31,7 @@ def facts() -> dict[str, Any]:
             for backend, about in BACKENDS.items()
         }
         auto = {
-            name: select("auto", device, dtype, selfcheck.weight_dtype(dtype), FEATURES)
+            name: choose("auto", Request(device, dtype, selfcheck.weight_dtype(dtype)))[0]
             for name, dtype in DTYPE_NAMES.items()
         }
         found["devices"].append({"device": str(device), **gpu, "backends": backends, "auto": auto})

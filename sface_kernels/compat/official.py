@@ -6,7 +6,10 @@ Six values come back in its order. The first, s·cos `[N, C]`, is there to read 
 it is a `LazyLogits`, which answers `topk`, `max` and `argmax` from blocks of classes and never holds N×C.
 What differs:
 
-- Gradients flow from the loss alone. The four means are statistics, as are the logits without `logits=True`.
+- Gradients flow from the loss and from its two parts, in any combination. The mean cosines are statistics, as are the
+  logits without `logits=True`.
+- The defaults a = 0.80 and b = 1.23 are the published module's. Copies of it in other projects default to others
+  (0.80 and 1.22, 0.90 and 1.2): give yours when you swap the import.
 - A sample equal to a class centre costs a finite loss (the reference's arccos makes it NaN).
 - The weight lives where the module is moved. The reference keeps it on the host whatever `device_id` says;
   left there with embeddings on a GPU it works here too, copied each step, with a warning.
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from .. import loss as _loss
 from ..ops import compute_dtype
-from ..types import SFaceStats
+from ..types import DEFAULTS, SFaceStats
 
 BLOCK_ELEMENTS = 1 << 20  # of N·block and D·block: 4 MiB each of fp32 cosines and of unit rows at a time
 WATCHED_ROWS = 16  # of the weight, compared to find out that it changed
@@ -236,10 +239,10 @@ class SFaceLoss(_loss.SFaceLoss):
         in_features: int,
         out_features: int,
         device_id: Sequence[int] | None,
-        s: float = 64.0,
-        k: float = 80.0,
-        a: float = 0.80,
-        b: float = 1.23,
+        s: float = DEFAULTS.s,
+        k: float = DEFAULTS.k,
+        a: float = DEFAULTS.a,
+        b: float = DEFAULTS.b,
         *,
         filter_eps: float | None = None,
         backend: str = "auto",
@@ -268,13 +271,13 @@ class SFaceLoss(_loss.SFaceLoss):
             label: classes `[N]` or `[N, 1]`, any integer dtype.
 
         Returns:
-            Six values, all but the loss (and the logits of `logits=True`) detached; all but the first 0-d:
-            s·cos `[N, C]`, a `LazyLogits`, or a tensor with `logits=True`;
-            the loss, the sum of the next two;
-            the mean over rows of −p_i cos θ_iy;
-            the mean over rows of Σ q_ij cos θ_ij over the other classes;
-            the mean cosine to the own class centre;
-            the mean cosine to the others, divided by N·C with the own class counted as 0.
+            Six values, all but the first 0-d:
+            s·cos `[N, C]`, a `LazyLogits`, or a differentiable tensor with `logits=True`;
+            the loss, the sum of the next two, differentiable;
+            the mean over rows of −p_i cos θ_iy, differentiable;
+            the mean over rows of Σ q_ij cos θ_ij over the other classes, differentiable;
+            the mean cosine to the own class centre, detached;
+            the mean cosine to the others, divided by N·C with the own class counted as 0, detached.
 
         Raises:
             TypeError, ValueError: as `sface_kernels.sface_loss`.
@@ -294,7 +297,22 @@ class SFaceLoss(_loss.SFaceLoss):
         )
         outputs: LazyLogits | Tensor
         outputs = self._dense_logits(input, weight) if self.logits else LazyLogits(input, weight, label, self.s, stats)
-        return outputs, loss, stats.intra, stats.inter, stats.cos_target, stats.cos_other
+        intra = self._own_class_part(input, weight, label)
+        inter = loss - intra
+        # the statistics' values with the gradients of these
+        intra, inter = stats.intra + (intra - intra.detach()), stats.inter + (inter - inter.detach())
+        return outputs, loss, intra, inter, stats.cos_target, stats.cos_other
+
+    def _own_class_part(self, input: Tensor, weight: Tensor, label: Tensor) -> Tensor:
+        """The mean of −p_i cos θ_iy by N rows of the weight, p_i a constant. Costs a C×D gradient where it is used."""
+        dtype, label = compute_dtype(input, weight), label.reshape(-1).long()
+        counted = label != self.ignore_index
+        own = weight[label[counted]]  # [N, D]
+        with torch.autocast(input.device.type, enabled=False):
+            x_unit, w_unit = (F.normalize(t.to(dtype)) for t in (input[counted], own))
+            cos = torch.linalg.vecdot(x_unit, w_unit).clamp(-1, 1)  # [N]
+            p = self.s * torch.sigmoid(self.k * (cos.detach().acos() - self.a))  # (3)
+            return -(p * cos).sum() / max(len(cos), 1)
 
     def _dense_logits(self, input: Tensor, weight: Tensor) -> Tensor:
         dtype = compute_dtype(input, weight)

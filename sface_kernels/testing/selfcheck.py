@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import BACKENDS
+from ..types import Request
 from ..validation import default_filter_eps
 from . import budget
 from .failure import failure_text
@@ -111,7 +112,7 @@ def weight_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run embeddings of `dtype` with weights of at least float32."""
-    return BACKENDS[backend].unavailable(device, dtype, weight_dtype(dtype))
+    return BACKENDS[backend].unavailable(Request(device, dtype, weight_dtype(dtype)))
 
 
 def problems(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Problem]:

@@ -45,7 +45,7 @@ def test_any_capacity(monkeypatch, geometry, capacity):
     Judge(problem, filter_eps=2.0**-12).check(tight, "chunked")
     assert int(tight.stats.active_pairs) == int(roomy.stats.active_pairs)
     if geometry == "trained":
-        assert int(roomy.stats.dense_blocks) == 0 < int(tight.stats.dense_blocks)
+        assert float(roomy.stats.dense_share) == 0 < float(tight.stats.dense_share)
 
 
 @pytest.mark.parametrize("filter_eps, many", [(2.0**-12, True), (2.0**-8, False)])
@@ -56,7 +56,7 @@ def test_many_and_few_pairs(monkeypatch, filter_eps, many):
     monkeypatch.setattr(chunked, "DENSE_FRACTION", 1.0)
     result = run(CASE, problem, filter_eps=filter_eps)
     active = int(result.stats.active_pairs)
-    assert active > 100 and (active + 65 > 331) == many and int(result.stats.dense_blocks) == 0
+    assert active > 100 and (active + 65 > 331) == many and float(result.stats.dense_share) == 0
     Judge(problem, filter_eps=filter_eps).check(result, "chunked")
 
 

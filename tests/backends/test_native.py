@@ -15,6 +15,7 @@ import torch
 
 from sface_kernels import sface_loss
 from sface_kernels.backends import native as backend
+from sface_kernels.types import Request
 from tests.support.cases import ROOT, f32
 from tests.support.checks import Judge, run
 from tests.support.oracle import truth
@@ -27,7 +28,7 @@ def test_it_is_built_where_a_compiler_is():
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")
     assert importlib.util.find_spec("sface_kernels._C"), f"{compiler} is here, yet sface_kernels._C is not built"
-    assert backend.unavailable(torch.device("cpu"), f32, f32) is None
+    assert backend.unavailable(Request(torch.device("cpu"), f32, f32)) is None
 
 
 class TestInstructionSets:
@@ -69,7 +70,7 @@ class TestListOfActivePairs:
         monkeypatch.setattr(backend, "ARENA_WORDS", words)
         tight = run(native, problem, filter_eps=filter_eps)
         assert torch.equal(tight.row_loss, roomy.row_loss) and torch.equal(tight.grad_x, roomy.grad_x)
-        assert tight.stats._replace(dense_blocks=0) == roomy.stats._replace(dense_blocks=0)
+        assert tight.stats._replace(dense_share=0) == roomy.stats._replace(dense_share=0)
         Judge(problem, filter_eps=filter_eps).check(tight, "native")
 
     @pytest.mark.parametrize("words", [0, 1])

@@ -69,7 +69,7 @@ def test_stats_hold_the_accuracy_of_the_forward(case32):
     outputs, loss, intra, inter, *_ = head(x, y)
     assert 100 * outputs.stats.accuracy.item() == pytest.approx(train_accuracy(outputs.data, y).item())
     assert loss.item() == pytest.approx((intra + inter).item(), rel=4 * UNIT, abs=1e-5)
-    assert loss.requires_grad and not intra.requires_grad
+    assert all(value.requires_grad for value in (loss, intra, inter))
 
 
 def test_the_signature_is_the_references():
@@ -153,3 +153,28 @@ def test_a_loop_that_leaves_the_head_on_the_host():
     loss.backward()
     assert head.weight.grad.device.type == "cpu" and outputs.device.type == "cuda"
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [(1, 0.5, 0), (0, 0.5, 1), (0, 1, 0), (0, 0, 1), (1, -1, 2)], ids=str)
+def test_any_combination_of_loss_and_parts_is_differentiable(case32, parts):
+    """Of loss, intra and inter, as in the published module: the same gradients as its arithmetic in fp64."""
+    torch.manual_seed(0)
+    x, w, y = torch.randn(9, 32), torch.randn(40, 32), torch.randint(0, 40, (9,))
+    x[0] = w[y[0]] + 0.1 * torch.randn(32)
+    gradients = []
+    for head, dtype in (
+        (PlainHead(32, 40, [], **RECIPE), torch.float64),
+        (PlainHead(32, 40, [], **RECIPE), torch.float32),
+        (SFaceLoss(32, 40, [], **RECIPE, backend=case32.backend, filter_eps=0.0), torch.float32),
+    ):
+        head = head.to(case32.device, dtype)
+        rows = x.to(case32.device, dtype, copy=True).requires_grad_()
+        with torch.no_grad():
+            head.weight.copy_(w)
+        outputs = head(rows, y.to(case32.device))
+        assert torch.allclose(outputs[1], outputs[2] + outputs[3], rtol=1e-5)
+        sum(share * value for share, value in zip(parts, outputs[1:4], strict=True) if share).backward()
+        gradients.append([t.double().cpu() for t in (rows.grad, head.weight.grad)])
+    for truth, plain, ours in zip(*gradients, strict=True):
+        limit = 2 * ((plain - truth).norm() + UNIT * 80 * truth.norm())  # k = 80 times one rounding of an angle
+        assert (ours - truth).norm() <= limit

@@ -135,7 +135,8 @@ def operands(n: int, c: int, d: int, dtype=f32, weight_dtype=f32):
 @pytest.mark.parametrize("shape", [(0,), (5,), (5, 1)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
 def test_opcheck_prepare_labels(shape, dtype):
-    opcheck("prepare_labels", (torch.zeros(shape, dtype=dtype), 7, -100, True), (*CHECKS, "test_aot_dispatch_dynamic"))
+    labels = torch.zeros(shape, dtype=dtype)
+    opcheck("prepare_labels", (labels, 7, -100, True, 0, 7), (*CHECKS, "test_aot_dispatch_dynamic"))
 
 
 @pytest.mark.parametrize("shape", OP_SHAPES)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from sface_kernels.dispatch import BACKENDS
+from sface_kernels.types import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -34,7 +35,7 @@ class Case(NamedTuple):
         return "-".join([self.backend, self.device, *dict.fromkeys(short)])
 
     def reason_to_skip(self) -> str | None:
-        return BACKENDS[self.backend].unavailable(torch.device(self.device), self.dtype, self.weight_dtype)
+        return BACKENDS[self.backend].unavailable(Request(torch.device(self.device), self.dtype, self.weight_dtype))
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on the CPU, slowly

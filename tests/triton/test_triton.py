@@ -15,7 +15,7 @@ from sface_kernels import available_backends, ops, sface_loss
 from sface_kernels.backends import triton as backend
 from sface_kernels.backends.triton import density, tiles
 from sface_kernels.backends.triton.rules import make_rules
-from sface_kernels.types import HyperParameters
+from sface_kernels.types import HyperParameters, Request
 from tests.support.cases import BACKENDS, Case, bf16, f16, f32
 from tests.support.checks import Judge, Result, run
 from tests.support.oracle import truth
@@ -74,8 +74,8 @@ def test_overflow(poisoned, lists, geometry, stripes, capacity):
     result = run(CASE, problem, filter_eps=FAST)
     Judge(problem, filter_eps=FAST).check(result, "triton")
     assert int(result.stats.active_pairs) == int(expected.active_pairs) > 21 * 2
-    dense = int(result.stats.dense_blocks)
-    assert int(expected.dense_blocks) == 0
+    dense = round(21 * float(result.stats.dense_share))  # samples
+    assert float(expected.dense_share) == 0
     if capacity == 128:
         assert dense == 0
     elif capacity == 24:
@@ -90,7 +90,7 @@ def test_overflow_of_every_sample_and_of_ignored_ones(poisoned, lists):
     lists(2, 4)
     result = run(CASE, problem, filter_eps=FAST)
     Judge(problem, filter_eps=FAST).check(result, "triton")
-    assert int(result.stats.dense_blocks) == 7  # ignored samples have no list that could overflow
+    assert float(result.stats.dense_share) == 1  # ignored samples have no list that could overflow
 
 
 SMALL = {"block_n": 16, "block_c": 32, "block_k": 16}
@@ -128,7 +128,7 @@ def test_lists_and_dense_products_agree(monkeypatch, dtype):
     by_lists = run(CASE, problem, filter_eps=FAST)
     monkeypatch.setattr(density, "expects_dense", lambda *_: True)
     dense = run(CASE, problem, filter_eps=FAST)
-    assert int(by_lists.stats.dense_blocks) == 0 and int(dense.stats.dense_blocks) == 24
+    assert float(by_lists.stats.dense_share) == 0 and float(dense.stats.dense_share) == 1
     t = truth(*problem, filter_eps=FAST, dtype=f32 if dtype == f32 else f16)
     assert abs(int(dense.stats.active_pairs) - int(by_lists.stats.active_pairs)) <= int(t.borderline.sum())
     stored = torch.finfo(dtype).eps
@@ -209,7 +209,7 @@ def test_labels_out_of_range_without_a_check():
     bad = torch.tensor([2, 4, 6])
     nan_rows = torch.zeros(10, dtype=torch.bool).index_fill_(0, bad, True)
     assert torch.equal(result.row_loss.isnan().cpu(), nan_rows)
-    assert torch.equal(result.unit_grad_x.isnan().all(1).cpu(), nan_rows)
+    assert torch.equal(result.row_grad_x.isnan().all(1).cpu(), nan_rows)
     grad = backend.grad_weight(x, w, target, hp, torch.ones(10, device=DEVICE), result.saved)
     elsewhere = torch.where(target == -3, -1, target)  # a shard that does not hold the class
     other = backend.forward(x, w, elsewhere, hp, True, True)
@@ -266,7 +266,7 @@ class TestDispatch:
         from sface_kernels.dispatch import select
 
         if DEVICE == "cpu":
-            assert select("auto", torch.device("cpu"), f32, f32, 512) != "triton"
+            assert select("auto", Request(torch.device("cpu"), f32, f32)) != "triton"
 
     def test_too_many_features(self):
         x, w = torch.randn(2, 5000, device=DEVICE), torch.randn(3, 5000, device=DEVICE)
@@ -279,7 +279,7 @@ class TestDispatch:
         entry = BACKENDS["triton"]._replace(unavailable=lambda *_: "it is made of cheese")
         monkeypatch.setitem(dispatch.BACKENDS, "triton", entry)
         for _ in range(2):
-            assert dispatch.select("auto", torch.device("cuda"), f32, f32, 512) == "chunked"
+            assert dispatch.select("auto", Request(torch.device("cuda"), f32, f32)) == "chunked"
         said = [str(w.message) for w in recwarn if "cheese" in str(w.message)]
         assert len(said) == 1 and "'chunked' runs on cuda, as 'triton' cannot" in said[0]
 
@@ -291,7 +291,7 @@ class TestDispatch:
         monkeypatch.setattr(backend, "_installed_triton", lambda: version)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        assert reason in backend.unavailable(torch.device("cuda"), f32, f32)
+        assert reason in backend.unavailable(Request(torch.device("cuda"), f32, f32))
 
 
 class TestDensity:

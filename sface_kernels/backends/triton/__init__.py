@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...types import Forward, HyperParameters, RowStats
+from ...types import Forward, HyperParameters, Request
 from . import density
 from .rules import make_rules
 
@@ -30,14 +30,18 @@ def _installed_triton() -> tuple[int, ...] | None:
     return None
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
+def unavailable(request: Request) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    device = request.device
     if device.type == "cpu" and not interpreted:
         return "it runs on a GPU, and on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
     if device.type not in ("cpu", "cuda"):
         return f"it runs on CUDA and ROCm GPUs, not on {device.type}"
-    if dtype not in DTYPES or weight_dtype not in DTYPES:
-        return f"it computes in float32 and takes no {dtype if dtype not in DTYPES else weight_dtype}"
+    for dtype in (request.dtype, request.weight_dtype):
+        if dtype not in DTYPES:
+            return f"it computes in float32 and takes no {dtype}"
+    if request.features > MAX_FEATURES:
+        return f"it takes at most {MAX_FEATURES} features, got {request.features}"
     version = _installed_triton()
     if version is None:
         return "Triton is not installed"
@@ -54,18 +58,9 @@ def unavailable(device: torch.device, dtype: torch.dtype, weight_dtype: torch.dt
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
     dense = not make_rules(hp, x.shape[1]).screens or density.expects_dense(x, w, hp)
-    row_loss, row_stats, counts, unit_grad_x, *saved = torch.ops.sface.triton_forward(
-        x, w, target, *hp, need_x, need_w, dense
-    )
-    density.learn(counts, x, w, hp)
-    return Forward(
-        row_loss=row_loss,
-        rows=RowStats(*row_stats.unbind(0)),
-        active_pairs=counts[0],
-        dense_blocks=counts[1],
-        unit_grad_x=unit_grad_x if need_x else None,
-        saved=tuple(saved) if need_w else (),
-    )
+    result = Forward.of(torch.ops.sface.triton_forward(x, w, target, *hp, need_x, need_w, dense))
+    density.learn(result.counts, x, w, hp)
+    return result
 
 
 def grad_weight(

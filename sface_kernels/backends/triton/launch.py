@@ -29,7 +29,7 @@ class Saved(NamedTuple):
     inv_norm: Tensor  # [C]
     dense_row: Tensor  # [padded N] int32, 1 where the sample's list overflowed
     flags: Tensor  # [FLAGS] int32
-    target_coef: Tensor  # [N], −p_i / s
+    target_weight: Tensor  # [N], −p_i / s
     cos_target: Tensor  # [N]
     counts: Tensor  # [stripes, padded N] int32
     list_classes: Tensor  # [padded N, stripes, capacity] int32

@@ -68,7 +68,7 @@ def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
         dense_row_ptr=saved.dense_row,
         list_weight_ptr=saved.list_weight,
         list_cos_ptr=saved.list_cos,
-        target_coef_ptr=saved.target_coef,
+        target_weight_ptr=saved.target_weight,
         cos_target_ptr=saved.cos_target,
         head_ptr=head,
         next_ptr=links,

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ... import ops
-from ...types import HyperParameters
+from ...types import IGNORED, HyperParameters
 from . import tiles
 from .kernels.dense import row_coefficients, row_gradient
 from .kernels.finish import finish_samples
@@ -240,7 +240,7 @@ def forward(
     row_loss, stats = call.empty(call.n), call.empty(6, call.n)
     active = call.empty(call.n, dtype=torch.int32)
     unit_grad = call.empty(call.n if need_x else 0, call.d)
-    target_coef, cos_target = call.empty(call.n), call.empty(call.n)
+    target_weight, cos_target = call.empty(call.n), call.empty(call.n)
     list_weight, list_cos = (call.empty(call.slots if need_w else 0) for _ in range(2))
     launch(
         finish_samples,
@@ -262,8 +262,8 @@ def forward(
         row_loss_ptr=row_loss,
         stats_ptr=stats,
         active_ptr=active,
-        unit_grad_ptr=unit_grad,
-        target_coef_ptr=target_coef,
+        row_grad_x_ptr=unit_grad,
+        target_weight_ptr=target_weight,
         cos_target_ptr=cos_target,
         stripes=call.stripes,
         parts=partials.parts,
@@ -278,14 +278,14 @@ def forward(
         NEED_LISTS=need_w,
         num_warps=tiles.ROW_WARPS,
     )
-    dense_count = torch.full((), call.n, device=call.device) if dense else samples.dense_row.sum()
-    counts = torch.stack([active.sum(), dense_count]).to(torch.int64)
+    dense_samples = (target != IGNORED).sum() if dense else samples.dense_row.sum()
+    counts = torch.stack([active.sum(), dense_samples.to(torch.int64) * call.c])
     saved = Saved(
         norm=samples.norm,
         inv_norm=inv_norm,
         dense_row=samples.dense_row,
         flags=samples.flags,
-        target_coef=target_coef,
+        target_weight=target_weight,
         cos_target=cos_target,
         counts=listed["count_ptr"],
         list_classes=listed["list_ptr"],

@@ -50,7 +50,8 @@ inline int64_t count_candidates(const Group& group, const Block& block, const Wo
 inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
                            RowSums& sums, Arena& arena, Workspace& work, Work& done) {
   cosine_tile(group, block, d, work);
-  ++done.dense_blocks;
+  for (int panel = 0; panel < group.panels; ++panel)
+    done.dense_pairs += static_cast<int64_t>(block.rows) * __builtin_popcount(group.counts[panel]);
   done.active += coefficient_tile<true>(rules, group, block, work, &sums);
   if (sums.grad) add_unit_rows(group, block, d, padded_d, work);
   const int64_t words = static_cast<int64_t>(block.rows) * group.count;

@@ -66,7 +66,7 @@ void zero(float* out, int d) {
 
 void intra(const Hyper& hyper, float cosine, float* p) {
   const F32 theta = arccos(broadcast(cosine));
-  *p = hyper.s * sigmoid_of_angle(theta, -hyper.k_intra * kLog2E, hyper.a)[0];
+  *p = sigmoid_of_angle(theta, -hyper.k_intra * kLog2E, hyper.a)[0];
 }
 
 constexpr int kRowsAtOnce = 4;

@@ -59,8 +59,8 @@ def finish_samples(
     row_loss_ptr,  # [N] out
     stats_ptr,  # [6, N] out, as types.RowStats
     active_ptr,  # [N] int32 out
-    unit_grad_ptr,  # [N, D] out
-    target_coef_ptr,  # [N] out, −p_i / s
+    row_grad_x_ptr,  # [N, D] out
+    target_weight_ptr,  # [N] out, −p_i / s
     cos_target_ptr,  # [N] out
     # sizes, strides, floats
     n,
@@ -184,7 +184,7 @@ def finish_samples(
     tl.store(stats_ptr + 4 * n + i, tl.where(counted, tl.where(poison, nan, hardest), 0.0))
     tl.store(stats_ptr + 5 * n + i, tl.where(counted, tl.where(poison, nan, s * dropped), 0.0))
     tl.store(active_ptr + i, tl.where(counted & ~poison, active, 0))
-    tl.store(target_coef_ptr + i, -p)
+    tl.store(target_weight_ptr + i, -p)
     tl.store(cos_target_ptr + i, cos_target)
     if NEED_GRAD:
         grad -= (p * inv) * w
@@ -192,4 +192,4 @@ def finish_samples(
         along = tl.where(norm < NORM_EPS, 0.0, tl.sum(grad * x_unit, 0))
         grad = (grad - along * x_unit) * (s / tl.maximum(norm, NORM_EPS))  # (7)
         grad = tl.where(row_nan, nan, grad)
-        tl.store(unit_grad_ptr + i * d + k, tl.where(counted, grad, 0.0), mask=in_row)
+        tl.store(row_grad_x_ptr + i * d + k, tl.where(counted, grad, 0.0), mask=in_row)

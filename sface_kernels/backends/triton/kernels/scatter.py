@@ -91,14 +91,14 @@ def link_pairs(
 
 
 @triton.jit
-def load_link(link, list_weight_ptr, list_cos_ptr, target_coef_ptr, cos_target_ptr, grad_row_ptr, per_sample, slots):
+def load_link(link, list_weight_ptr, list_cos_ptr, target_weight_ptr, cos_target_ptr, grad_row_ptr, per_sample, slots):
     """Sample, u·g/s and cosine of each link `[BLOCK_C]`; where it is −1 the coefficient is 0."""
     live = link >= 0
     is_own = link >= slots
     listed = live & ~is_own
     i = tl.where(is_own, link - slots, tl.where(live, link // per_sample, 0)).to(tl.int64)
     weight = tl.load(list_weight_ptr + link, mask=listed, other=0.0)
-    weight += tl.load(target_coef_ptr + i, mask=is_own, other=0.0)
+    weight += tl.load(target_weight_ptr + i, mask=is_own, other=0.0)
     cos = tl.load(list_cos_ptr + link, mask=listed, other=0.0) + tl.load(cos_target_ptr + i, mask=is_own, other=0.0)
     return i, weight * tl.load(grad_row_ptr + i, mask=live, other=0.0), cos
 
@@ -117,7 +117,7 @@ def scatter_classes(
     dense_row_ptr,
     list_weight_ptr,  # [padded N, stripes, capacity]
     list_cos_ptr,
-    target_coef_ptr,  # [N]
+    target_weight_ptr,  # [N]
     cos_target_ptr,  # [N]
     head_ptr,  # [C]
     next_ptr,  # [slots + N]
@@ -157,7 +157,7 @@ def scatter_classes(
     link = head
     while tl.max(link, 0) >= 0:
         _, g, _ = load_link(
-            link, list_weight_ptr, list_cos_ptr, target_coef_ptr, cos_target_ptr, grad_row_ptr, per_sample, slots
+            link, list_weight_ptr, list_cos_ptr, target_weight_ptr, cos_target_ptr, grad_row_ptr, per_sample, slots
         )
         largest = tl.maximum(largest, tl.abs(g))
         link = tl.load(next_ptr + link, mask=link >= 0, other=-1)
@@ -169,7 +169,7 @@ def scatter_classes(
     link = head
     while tl.max(link, 0) >= 0:
         i, g, cos = load_link(
-            link, list_weight_ptr, list_cos_ptr, target_coef_ptr, cos_target_ptr, grad_row_ptr, per_sample, slots
+            link, list_weight_ptr, list_cos_ptr, target_weight_ptr, cos_target_ptr, grad_row_ptr, per_sample, slots
         )
         live = link >= 0
         x = tl.load(
