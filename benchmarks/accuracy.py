@@ -24,14 +24,15 @@ from sface_kernels.bench import report
 from sface_kernels.bench.table import accuracy_tables
 from sface_kernels.cli import options
 from sface_kernels.cli.options import option, several
-from sface_kernels.dispatch import BACKENDS
+from sface_kernels.dispatch import BACKENDS, choose
+from sface_kernels.testing import selfcheck
 from sface_kernels.testing.failure import failure_text
 from sface_kernels.testing.published import reference
 from sface_kernels.testing.truth import compute_truth, measure_errors
 from sface_kernels.testing.workloads import GEOMETRIES, Case, Shape, Workload, make_workload
 
 FILTERS = (*(2.0**-power for power in (8, 10, 12, 16, 20, 24)), 0.0)
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = "float32,bfloat16,float16"
 
 
 def measure_workload(work: Workload, dtype_name: str, backend: str) -> list[dict[str, Any]]:
@@ -72,16 +73,17 @@ def measure_workload(work: Workload, dtype_name: str, backend: str) -> list[dict
 
 
 def main(
-    backend: Annotated[Any, option(options.one_of(BACKENDS), "Of the package.", "NAME")] = "native",
+    backend: Annotated[Any, option(options.one_of(BACKENDS), "Of the package; what auto takes.", "NAME")] = None,
     device: Annotated[Any, options.DEVICE] = "cpu",
     n: Annotated[int, typer.Option(min=1, help="Samples.")] = 128,
     c: Annotated[Any, option(several(options.positive), "Classes; several with commas.")] = "1000,10575,85742",
     d: Annotated[Any, option(several(options.positive), "Features; several with commas.")] = "128,512",
     geometries: Annotated[Any, option(several(options.one_of(GEOMETRIES)), "dense: 5 % active.")] = "random,trained",
-    dtypes: Annotated[Any, option(several(options.one_of(DTYPES)), "Of the embeddings.")] = ",".join(DTYPES),
+    dtypes: Annotated[Any, option(several(options.one_of(DTYPES.split(","))), "Of the embeddings.")] = DTYPES,
     out: Annotated[Any, options.OUT] = None,
 ) -> None:
     """Relative errors of the loss and both gradients against filter_eps. Ctrl-C keeps the finished rows."""
+    backend = backend or choose("auto", selfcheck.request(device, torch.float32))[0]
     settings = {"backend": backend, "filters": list(FILTERS), "threads": torch.get_num_threads()}
     result = report.new_report("accuracy", settings, device)
     for geometry, features, classes in itertools.product(geometries, d, c):

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command that ends inside ten minutes, installs nothing and needs no network.
+"""`make gpu`: everything that needs a GPU, in ten minutes; it installs nothing and needs no network.
 
     PYTHON=python3 OUT=runs/gpu make gpu
 
@@ -10,7 +10,6 @@ required ran, finished and was right, 1 where not, 2 without a GPU that the Trit
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540.0
 LEAST = 5.0  # with less time left a part is not started
 STOPPED = "the session was stopped"
+FAILED = ("failed", "wrong", "unavailable")  # of a provider; what has no room on this GPU is no failure
 FIND_GPU = """import sys, torch
 from sface_kernels.testing.selfcheck import unavailable
 if not torch.cuda.is_available(): sys.exit(f"PyTorch {torch.__version__} finds no GPU")
@@ -57,17 +57,8 @@ def session_parts(out: Path) -> list[Part]:
     python, spread = sys.executable, ["-n", "5"] if has("xdist") else []
 
     def bench(name: str, seconds: float, options: str, required: bool = True) -> Part:
-        always = [
-            "--device",
-            "cuda",
-            "--dtype",
-            "bfloat16",
-            "--budget-seconds",
-            "1",
-            "--out",
-            str(out / f"{name}.json"),
-        ]
-        command = [python, "-m", "sface_kernels", "bench", *options.split(), *always]
+        words = f"{options} --device cuda --dtype bfloat16 --budget-seconds 1".split()
+        command = [python, "-m", "sface_kernels", "bench", *words, "--out", str(out / f"{name}.json")]
         return Part(name, seconds, command, ("typer", "rich"), required, {})
 
     def pytest(name: str, seconds: float, where: str, which: str, *needs: str) -> Part:
@@ -113,6 +104,7 @@ def _run(part: Part, limit: float, log: Path) -> tuple[str, str]:
         process = subprocess.Popen(part.command, cwd=ROOT, start_new_session=True, **streams)
         try:
             status = process.wait(limit)
+            return ("passed", "") if status == 0 else ("failed", f"exit status {status}")
         except subprocess.TimeoutExpired:
             return "unfinished", f"ended after {limit:.0f} s"
         except KeyboardInterrupt:
@@ -121,7 +113,6 @@ def _run(part: Part, limit: float, log: Path) -> tuple[str, str]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return ("passed", "") if status == 0 else ("failed", f"exit status {status}")
 
 
 def run(parts: Sequence[Part], out: Path, seconds: float = SECONDS) -> int:
@@ -129,7 +120,7 @@ def run(parts: Sequence[Part], out: Path, seconds: float = SECONDS) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for old in [*out.glob("*.json"), out / "log.txt"]:
         old.unlink(missing_ok=True)
-    deadline, outcomes = time.monotonic() + seconds, []
+    outcomes, tables, right, deadline = [], [], bool(parts), time.monotonic() + seconds
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, too
     for index, part in enumerate(parts):
         began = time.monotonic()
@@ -137,39 +128,29 @@ def run(parts: Sequence[Part], out: Path, seconds: float = SECONDS) -> int:
         limit = min(left, part.seconds + max(0.0, left - sum(later.seconds for later in parts[index:])))
         print(f"{part.name} …", flush=True)
         state, detail = _run(part, limit, out / "log.txt") if limit > LEAST else ("unfinished", "no time was left")
+        if (path := out / f"{part.name}.json").exists():
+            rows = report.load(path)["rows"]
+            tables.append(bench_table(rows, part.name).markdown())
+            if failed := {f"{row['provider']}: {row['reason']}" for row in rows if row["status"] in FAILED}:
+                state, detail = "failed", "; ".join([detail, *sorted(failed)])
         taken = round(time.monotonic() - began, 1)
-        outcomes.append(
-            {"part": part.name, "state": state, "seconds": taken, "required": part.required, "detail": detail}
-        )
+        outcomes.append({"part": part.name, "state": state, "seconds": taken, "detail": detail})
         (out / "summary.json").write_text(json.dumps(outcomes, indent=1) + "\n")
+        right &= state == "passed" or not part.required
         deadline = 0.0 if detail == STOPPED else deadline
-    for path in sorted({*out.glob("*.json")} - {out / "summary.json"}):
-        rows = report.load(path)["rows"]
-        print(f"\n{bench_table(rows, path.stem).markdown()}\n")
-        for row in rows:
-            if row["status"] != "ok":
-                print(f"{row['workload']}: {row['provider']}: {row['status']}: {row['reason']}")
-    for one in outcomes:
-        print(f"{one['part']:<10} {one['state']:<10} {one['seconds']:>6} s  {one['detail']}")
-    right = bool(outcomes) and all(one["state"] == "passed" or not one["required"] for one in outcomes)
+    print(*tables, *("{part:<10} {state:<10} {seconds:>6} s  {detail}".format(**one) for one in outcomes), sep="\n\n")
     print(f"\n{'all required parts passed' if right else 'NOT all required parts passed'}; written to {out}")
     return 0 if right else 1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="make gpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for what is found, made if missing")
-    parser.add_argument("--only", default="", help="parts to run, by name, separated by commas")
-    options = parser.parse_args()
+    out = Path(os.environ.get("OUT", "runs/gpu")).resolve()
     # in another process, as this one must not hold memory of the GPU
     found = subprocess.run([sys.executable, "-c", FIND_GPU], cwd=ROOT, capture_output=True, text=True)
     if found.returncode:
         print(f"make gpu: {found.stderr.strip()}. Set PYTHON to an interpreter that finds one.", file=sys.stderr)
         return 2
-    wanted = options.only.split(",") if options.only else None
-    return run(
-        [p for p in session_parts(options.out.resolve()) if not wanted or p.name in wanted], options.out.resolve()
-    )
+    return run(session_parts(out), out)
 
 
 if __name__ == "__main__":

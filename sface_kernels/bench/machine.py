@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import os
 import platform
@@ -16,8 +15,8 @@ import torch
 from .._version import __version__
 
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "bf16", "sve")
-ENV_NAMES = ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "TORCHINDUCTOR_CPP_WRAPPER", "ATEN_CPU_CAPABILITY")
-ENV_PREFIXES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "SFACE_", "DNNL_", "ONEDNN_", "CUBLAS_", "TRITON_")
+# of environment variables that change timings
+ENV = ("OMP_", "MKL_", "KMP_", "MALLOC_", "SFACE_", "ONEDNN_", "CUBLAS_", "TRITON_", "THP_", "LD_PRELOAD", "ATEN_")
 GPU_STATE = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")  # distributions that bring it
 BUSY_LIMIT = 0.1  # cores that others may use before a machine counts as not idle
@@ -43,18 +42,13 @@ def facts(device: torch.device | None = None) -> dict[str, Any]:
     that is measured, or None for a CPU."""
     cpu = _fields("/proc/cpuinfo")
     flags = cpu.get("flags", cpu.get("Features", "")).split()
-    caches = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = (_read(f"{index}/{name}").strip() for name in ("level", "type", "size"))
-        if kind != "Instruction":
-            caches[f"L{level}"] = size
     memory = _fields("/proc/meminfo").get("MemTotal", "").split()
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
         "cpu_family_model": [cpu.get("cpu family"), cpu.get("model")],
         "cores": os.cpu_count(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
-        "caches": caches,
+        "cache": cpu.get("cache size"),
         "memory_bytes": int(memory[0]) * 1024 if memory else None,
         "thp": _read("/sys/kernel/mm/transparent_hugepage/enabled").partition("[")[2].partition("]")[0] or None,
         "system": f"{platform.system()} {platform.release()}",
@@ -89,47 +83,35 @@ def title(facts: dict[str, Any]) -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, PyTorch and the package; None where something is not installed."""
-
-    def installed(*names: str) -> str | None:
-        for name in names:
-            try:
-                return importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return None
-
-    found = {"python": platform.python_version(), "torch": torch.__version__, "sface_kernels": __version__}
-    others = {name: installed(name) for name in ("numpy", "typer", "rich", "matplotlib")}
-    return {**found, "triton": installed(*TRITON), **others}
+    there = {found.name: found.version for found in importlib.metadata.distributions()}
+    others = {name: there.get(name) for name in ("numpy", "typer", "rich", "matplotlib")}
+    triton = next((there[name] for name in TRITON if name in there), None)
+    own = {"python": platform.python_version(), "torch": torch.__version__, "sface_kernels": __version__}
+    return {**own, "triton": triton, **others}
 
 
 def environment() -> dict[str, str]:
     """The environment variables that change timings."""
-    return {key: value for key, value in sorted(os.environ.items()) if key in ENV_NAMES or key.startswith(ENV_PREFIXES)}
+    return {key: value for key, value in sorted(os.environ.items()) if key.startswith(ENV)}
 
 
 def commit(where: Path | None = None) -> str | None:
     """The git commit of this checkout, with "-dirty" where code differs from it; None outside a checkout."""
-
-    def git(*command: str) -> str:
-        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # reads the checkout, refreshes nothing in it
-        folder = where or Path(__file__).resolve().parent
-        return subprocess.run(
-            ["git", *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    code = (":/", *(f":(top,exclude){path}" for path in UNMEASURED))
+    options: Any = {
+        "cwd": where or Path(__file__).resolve().parent,
+        "capture_output": True,
+        "text": True,
+        "check": True,
+    }
+    options["env"] = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # reads the checkout, refreshes nothing in it
+    # "git status" rather than "git diff": it looks at contents where only a file's time differs
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/"]
     try:
-        # "git status" rather than "git diff": it looks at contents where only a file's time differs
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run([*status, *(f":(top,exclude){path}" for path in UNMEASURED)], **options).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def date() -> str:
-    """Now, UTC, ISO 8601."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return head + "-dirty" * bool(changed)
 
 
 def others_seconds() -> float | None:

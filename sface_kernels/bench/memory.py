@@ -1,11 +1,11 @@
 """Peak memory of one forward and backward: the most during two runs, less what was there before them (code and inputs),
 less the two gradients that are returned.
 
-On a GPU that is what PyTorch's allocator handed out. On a CPU it is the resident memory of a process of its own, where the
-kernel's high-water mark can be reset before the runs (Linux, `/proc/self/clear_refs`), so that short peaks count; pages of
-∂w that nothing was added to may never have been made, so gradients count by what giving them back frees. Before that the
-provider runs once on a small problem, so that libraries are loaded and threads started; a compiled one in full size,
-because a compiler's memory is not the loss's.
+On a GPU that is what PyTorch's allocator handed out. On a CPU it is the resident memory of a process of its own, where
+the kernel's high-water mark can be reset before the runs (Linux, `/proc/self/clear_refs`), so that short peaks count.
+Gradients count by what giving them back frees: pages of ∂w that nothing was added to may never have been made. Before
+that the provider runs once on a small problem, so that libraries are loaded and threads started; a compiled one in full
+size, because a compiler's memory is not the loss's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from .providers import Provider, build
 from .timing import TimedLoss, run_once
 
 SECONDS = 600  # that one process may take
+# a server that has loaded PyTorch and run nothing forks in no time
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 class MemoryRun(NamedTuple):
@@ -37,19 +39,14 @@ class MemoryRun(NamedTuple):
 
 def measure(provider: Provider, case: Case, run: MemoryRun) -> dict[str, Any]:
     """On a CPU, in a process of its own; returns `peak_extra_bytes` and `method`, or `error` and `out_of_memory`."""
-    # a server that has loaded PyTorch and run nothing forks in no time
-    fork = "forkserver" in multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if fork else "spawn")
-    if fork:
-        context.set_forkserver_preload([__name__])
+    context: Any = multiprocessing.get_context(METHOD)
+    context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, provider, case, run))
     process.start()
     theirs.close()
     try:
-        if not ours.poll(SECONDS):
-            return {"error": f"took more than {SECONDS} s", "out_of_memory": False}
-        return ours.recv()
+        return ours.recv() if ours.poll(SECONDS) else {"error": f"took more than {SECONDS} s", "out_of_memory": False}
     except EOFError:
         process.join()
         return {"error": f"ended with status {process.exitcode}, most likely out of memory", "out_of_memory": True}

@@ -31,8 +31,13 @@ FLOORS = {  # bare operations: their dashes, and what they are
     "write-w": ((0, (2, 4)), "writing as much as w"),
 }
 COLOURS = {"reference": "#f97316", "careful": "#a16207", "chunked": "#0d9488", "native": "#2563eb", "triton": "#16a34a"}
-DASHES = {"": "-", "compiled": (0, (5, 2)), "2^-16": (0, (5, 2)), "0": (0, (1, 1.5))}
-MARKERS = {"": "o", "compiled": "s", "2^-16": "s", "0": "^"}
+DASHED = (0, (5, 2))
+VARIANTS: dict[str, Any] = {
+    "": ("-", "o"),
+    "compiled": (DASHED, "s"),
+    "2^-16": (DASHED, "s"),
+    "0": ((0, (1, 1.5)), "^"),
+}
 FEW = 200  # a logarithmic axis that spans less has labels between the powers of ten
 Panel = Callable[[Axes, list[Row]], None]
 
@@ -100,14 +105,16 @@ def _figure(panels: dict[str, list[Row]], panel: Panel, share: bool = False) -> 
 def _style(provider: str) -> dict[str, Any]:
     """Colour by what it is, dashes and markers by the variant, so that they tell apart in grey too."""
     if provider in FLOORS:
-        return {"color": "black", "linestyle": FLOORS[provider][0], "marker": "", "linewidth": 1.2}
+        dashes, what = FLOORS[provider]
+        return {"label": f"floor: {what}", "color": "black", "linestyle": dashes, "marker": "", "linewidth": 1.2}
     base, _, variant = provider.partition("@" if "@" in provider else "-")
-    colour = COLOURS.get(base, "#7c3aed")
-    return {"color": colour, "linestyle": DASHES.get(variant, "-."), "marker": MARKERS.get(variant, "d")}
-
-
-def _name(provider: str) -> str:
-    return f"floor: {FLOORS[provider][1]}" if provider in FLOORS else report.label(provider)
+    dashes, marker = VARIANTS.get(variant, ("-.", "d"))
+    return {
+        "label": report.label(provider),
+        "color": COLOURS.get(base, "#7c3aed"),
+        "linestyle": dashes,
+        "marker": marker,
+    }
 
 
 def _milliseconds(mode: str) -> str:
@@ -143,11 +150,11 @@ def _sizes(
         found = {row[size]: value(row) for row in rows if row["provider"] == provider}
         points = sorted((x, y) for x, y in found.items() if y is not None)
         if points:
-            axes.plot(*zip(*points, strict=True), label=_name(provider), markersize=4, **_style(provider))
+            axes.plot(*zip(*points, strict=True), markersize=4, **_style(provider))
     ticks = sorted({row[size] for row in rows})
     if value is _extra:
         own = {row[size]: 4 * row["c"] * row["d"] / 2**20 for row in rows}
-        axes.plot(ticks, [own[x] for x in ticks], label="∂w itself, returned", **_style("mm-fp32"))
+        axes.plot(ticks, [own[x] for x in ticks], **{**_style("mm-fp32"), "label": "∂w itself, returned"})
     _log_axes(axes, label, ylabel)
     axes.set_xticks(ticks, [f"{x:,}" for x in ticks], rotation=20)
     axes.set_xticks([], minor=True)
@@ -157,8 +164,9 @@ def _ratio(axes: Axes, rows: list[Row]) -> None:
     """Bars of how many times faster than the reference, bare products hatched."""
     # the last file's, where several hold this workload
     found = {row["provider"]: _speedup(row) or 0.0 for row in rows if row["provider"] not in ("read-w", "write-w")}
+    styles = [_style(name) for name in found]
     bars = axes.barh(
-        [_name(name) for name in found], list(found.values()), color=[_style(name)["color"] for name in found]
+        [style["label"] for style in styles], list(found.values()), color=[style["color"] for style in styles]
     )
     for bar, name in zip(bars, found, strict=True):
         if name in FLOORS:
@@ -173,12 +181,11 @@ def _ratio(axes: Axes, rows: list[Row]) -> None:
 def _density(axes: Axes, rows: list[Row]) -> None:
     """Times with quartiles over the share of active pairs; the reference's work does not depend on it."""
     timed = [row for row in rows if row["provider"] != "reference" and row["time_ms"] and row["density"] > 0]
-    for provider, own in {
-        name: [r for r in timed if r["provider"] == name] for name in dict.fromkeys(r["provider"] for r in timed)
-    }.items():
-        where, style = [row["density"] for row in own], _style(provider)
-        axes.plot(where, [row["time_ms"]["median"] for row in own], label=_name(provider), markersize=4, **style)
-        low, high = ([row["time_ms"][key] for row in own] for key in ("q1", "q3"))
+    for provider in dict.fromkeys(row["provider"] for row in timed):
+        own, style = [row for row in timed if row["provider"] == provider], _style(provider)
+        low, middle, high = ([row["time_ms"][key] for row in own] for key in ("q1", "median", "q3"))
+        where = [row["density"] for row in own]
+        axes.plot(where, middle, markersize=4, **style)
         axes.fill_between(where, low, high, alpha=0.15, color=style["color"], linewidth=0)
     if baseline := report.reference_median(rows):
         axes.axhline(baseline, color=COLOURS["reference"], label="reference, at any share")

@@ -163,8 +163,8 @@ def build(provider: Provider, device: torch.device, dtype: torch.dtype) -> LossF
 
 
 class Work(NamedTuple):
-    """Of the dense computation done once, whatever a provider really does, so that rates compare times and nothing else:
-    a backend that skips the products of inactive pairs may show more than the machine's peak."""
+    """Of the dense computation done once, whatever a provider really does, so that rates compare times and nothing
+    else: a backend that skips the products of inactive pairs may show more than the machine's peak."""
 
     flop: int
     bytes: int
@@ -179,12 +179,10 @@ def count(provider: Provider, shape: Shape, mode: str, dtype: torch.dtype) -> Wo
     (n, c, d), size = shape, provider.dtype.itemsize
     product = 2 * n * c * d
     if provider.kind == BARE:
-        return {
-            multiply: Work(product, size * (n * d + c * d + n * c)),
-            multiply_thrice: Work(3 * product, 3 * size * (n * d + c * d + n * c)),
-            read: Work(c * d, size * (c * d + c)),
-            write: Work(0, size * c * d),
-        }[provider.function]
+        whole = Work(product, size * (n * d + c * d + n * c))
+        thrice, once = Work(*(3 * one for one in whole)), Work(c * d, size * (c * d + c))
+        bare: dict[Any, Work] = {multiply: whole, multiply_thrice: thrice, read: once, write: Work(0, size * c * d)}
+        return bare[provider.function]
     inputs = dtype.itemsize * n * d + 4 * c * d  # and so large are their gradients
     if mode in ("forward", "backward"):
         return Work(product if mode == "forward" else 2 * product, inputs)

@@ -11,7 +11,7 @@ from ..testing import budget
 from ..testing.failure import failure_text, out_of_memory
 from ..testing.truth import Errors, Truth, compute_truth, measure_errors
 from ..testing.workloads import Case, Workload, make_workload
-from . import machine, memory, report
+from . import memory, report
 from .providers import BARE, CONTEXT, OPPONENT, LossFunction, Provider, Unavailable, build, count
 from .report import Row
 from .timing import TimedLoss, copies_for, cuda_clock, interleave, kernel_times, recover_memory, summarise, wall_clock
@@ -59,7 +59,7 @@ class Checker:
         meant, limits = self._meant(provider)
         timed = TimedLoss(provider, self.work, "both", function)
         timed.prepare()
-        found = timed.run(), timed.x.grad, timed.w.grad
+        found: Any = timed.run(), timed.x.grad, timed.w.grad
         errors = measure_errors(meant, *found)
         return {
             "ok": all(error <= limit for error, limit in zip(errors, limits, strict=True)),
@@ -101,9 +101,9 @@ class _Entry:
         self.row.update(status=status, reason=reason)
 
     def raised(self, error: Exception) -> None:
-        # its traceback holds the frames in which its tensors live
-        error.with_traceback(None)
-        self.fails("out of memory" if out_of_memory(error) else "failed", failure_text(error))
+        if self.ok:
+            self.fails("out of memory" if out_of_memory(error) else "failed", failure_text(error))
+        error.with_traceback(None)  # which holds the frames in which its tensors live
         recover_memory()
 
     def build(self, case: Case, settings: RunSettings, say: Callable[[str], None]) -> None:
@@ -160,22 +160,23 @@ def run_case(
     Beyond what a provider needs, memory holds 8·C·D bytes for the float64 result and, on a CPU, 4·C·D for each
     provider's last gradient (8·C·D with momentum).
     """
-    entries, work, checker = [_Entry(provider) for provider in providers], None, None
+    entries, work = [_Entry(provider) for provider in providers], None
     for entry in entries:
         entry.build(case, settings, say)
     try:
         say("making the data and their float64 result")
         work = make_workload(case, settings.device, settings.dtype)
         checker = Checker(work)
+        for entry in entries:
+            say(f"checking {entry.provider.name}")
+            entry.attempt(entry.check, checker)
+            entry.attempt(entry.look_into, work, settings)
+        del checker
     except Exception as error:
         if not out_of_memory(error):
             raise
         for entry in entries:
             entry.raised(error)
-    for entry in entries:
-        say(f"checking {entry.provider.name}")
-        entry.attempt(entry.check, checker)
-        entry.attempt(entry.look_into, work, settings)
     try:
         for mode in modes:
             rows = _time(entries, work, case, mode, settings, say)
@@ -193,31 +194,28 @@ def _time(
     case: Case,
     mode: str,
     settings: RunSettings,
-    say: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> list[Row]:
     """A row for each entry."""
-    copies, timed = copies_for(work) if work else 1, {}
-    for entry in entries:
-        loss = entry.attempt(TimedLoss, entry.provider, work, mode, entry.function, copies)
-        if loss is not None:
-            timed[entry.provider.name] = loss
-    clock = cuda_clock if settings.device.type == "cuda" else wall_clock
-    samples = interleave(timed, settings.repeats, settings.budget_seconds, lambda text: say(f"{mode}: {text}"), clock)
+
+    def say(text: str) -> None:
+        tell(f"{mode}: {text}")
+
+    copies, clock = copies_for(work) if work else 1, cuda_clock if settings.device.type == "cuda" else wall_clock
+    timed = [entry.attempt(TimedLoss, entry.provider, work, mode, entry.function, copies) for entry in entries]
+    others = interleave([one for one in timed if one], settings.repeats, settings.budget_seconds, say, clock)
     rows = []
-    for entry in entries:
-        name, stated = entry.provider.name, count(entry.provider, case.shape, mode, settings.dtype)
-        if name in samples.failures:
-            entry.raised(samples.failures[name])
-        times = summarise(samples.seconds[name]) if entry.ok else None
-        rows.append(
-            {
-                **{"workload": case.name, **case.shape._asdict(), "geometry": case.geometry, "seed": case.seed},
-                **{"density_requested": case.density, "density": work.density if work else None},
-                **{"device": str(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")},
-                **{"mode": mode, **entry.row, "time_ms": times, "input_copies": copies},
-                **{"work": stated._asdict(), "rates": stated.rates(times["median"]) if times else None},
-                "other_busy_cores": samples.other_busy_cores,
-            }
-        )
+    for entry, one in zip(entries, timed, strict=True):
+        if one and one.failure:
+            entry.raised(one.failure)
+        times = summarise(one.seconds) if entry.ok else None
+        stated = count(entry.provider, case.shape, mode, settings.dtype)
+        row = {
+            **{"workload": case.name, **case.shape._asdict(), "geometry": case.geometry, "seed": case.seed},
+            **{"density_requested": case.density, "density": work.density if work else None, "input_copies": copies},
+            **{"device": str(settings.device), "dtype": str(settings.dtype).removeprefix("torch."), "mode": mode},
+            **{"work": stated._asdict(), "rates": stated.rates(times["median"]) if times else None, "time_ms": times},
+        }
+        rows.append({**row, **entry.row, "other_busy_cores": others})
     report.add_ratios(rows)
     return rows

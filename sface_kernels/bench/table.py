@@ -84,25 +84,23 @@ def density_table(rows: list[Row]) -> Table:
 def accuracy_tables(rows: list[Row]) -> list[Table]:
     """Per dtype a table of ∂x / ∂w errors and one of loss errors and certificates; then the shares kept."""
 
-    def errors(row: Row, names: tuple[str, ...] = ("grad_x", "grad_w")) -> str:
-        text = " / ".join(f"{row['errors'][name]:.0e}" for name in names)
+    def errors(row: Row) -> str:
+        text = f"{row['errors']['grad_x']:.0e} / {row['errors']['grad_w']:.0e}"
         return f"**{text}**" if row["within_rule"] else text
 
     def loss(row: Row) -> str:
         return f"{row['errors']['loss']:.0e}, {row['dropped']:.0e}"
 
-    tables = []
-    by_dtype = {
-        dtype: [row for row in rows if row["dtype"] == dtype] for dtype in dict.fromkeys(r["dtype"] for r in rows)
-    }
-    for dtype, own in by_dtype.items():
+    tables, first = [], rows[0]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = [row for row in rows if row["dtype"] == dtype]
         bold = "; **bold**: within 4 × the reference's error + 1e-6, loss too" if dtype == "float32" else ""
-        about = f"Embeddings {dtype}, weights float32, N={own[0]['n']}, backend {own[0]['backend']}"
+        about = f"Embeddings {dtype}, weights float32, N={first['n']}, backend {first['backend']}"
         tables.append(_by_filter(f"{about}: error of ∂x / ∂w{bold}.", own, errors, ("grad_x", "grad_w")))
         about = f"Embeddings {dtype}: error of the loss, and the certificate `stats.dropped`."
         tables.append(_by_filter(about, own, loss, ("loss",)))
-    first = next(iter(by_dtype.values()))
-    return [*tables, _by_filter("Share of the pairs kept.", first, lambda row: f"{row['active']:.1e}", ())]
+    own = [row for row in rows if row["dtype"] == first["dtype"]]
+    return [*tables, _by_filter("Share of the pairs kept.", own, lambda row: f"{row['active']:.1e}", ())]
 
 
 def _by_filter(title: str, rows: list[Row], cell: Callable[[Row], str], of_reference: tuple[str, ...]) -> Table:

@@ -7,8 +7,8 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ WARM_UP_RUNS, WARM_UP_SECONDS = 4, 5.0  # whichever ends it first, after one run
 VISIT_SECONDS, MAX_VISIT = 0.05, 5  # a provider runs this long or often before the next one's turn
 MIN_ROUNDS = 3  # even when the budget is spent
 
+T = TypeVar("T")
 Clock = Callable[[Callable[[], object]], float]  # runs a function and returns its seconds
 
 
@@ -60,7 +61,7 @@ class TimedLoss:
         if provider.kind == BARE:
             self.leaves = [[t.to(provider.dtype) for t in pair] for pair in self.leaves]
             n, (c, d) = len(work.x), work.w.shape
-            size = {read: (c,), write: (c, d)}.get(self.function, (n, c))
+            size = (c,) if self.function is read else (c, d) if self.function is write else (n, c)
             # zeros, so that its pages are there before the first run
             self.y = torch.zeros(size, dtype=provider.dtype, device=device)
         else:
@@ -71,6 +72,8 @@ class TimedLoss:
         self.optimizers = [torch.optim.SGD([w], 0.0, 0.9, weight_decay=5e-4, fused=True) for w in optimized]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.ready: tuple[Tensor, Any] | None = None  # the forward of which "backward" times the rest
+        self.seconds: list[float] = []  # of each timed run
+        self.failure: Exception | None = None
 
     def prepare(self) -> None:
         torch.set_float32_matmul_precision(self.provider.precision)
@@ -103,6 +106,7 @@ class TimedLoss:
 
         On a CPU they stay, as freeing them is a cost of every step there (pages go back to the system).
         """
+        self.ready = None
         if self.cuda:
             self.graphs.clear()
             for leaf in itertools.chain(*self.leaves):
@@ -154,12 +158,6 @@ def cuda_clock(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-class Samples(NamedTuple):
-    seconds: dict[str, list[float]]  # of each run of each provider
-    failures: dict[str, Exception]
-    other_busy_cores: float | None  # cores that other processes used meanwhile
-
-
 def summarise(seconds: list[float]) -> dict[str, Any]:
     """Median, quartiles and range in milliseconds, and the number of runs."""
     ms = sorted(1e3 * value for value in seconds)
@@ -198,74 +196,71 @@ def kernel_times(timed: TimedLoss, runs: int = 5) -> dict[str, float]:
 def _warm_up(timed: TimedLoss, clock: Clock) -> None:
     begin = time.perf_counter()
     for _ in range(WARM_UP_RUNS):
-        run_once(timed, clock)
-        if time.perf_counter() - begin > WARM_UP_SECONDS:
-            break
+        if time.perf_counter() - begin < WARM_UP_SECONDS:
+            run_once(timed, clock)
     timed.rest()
 
 
-def _visit(timed: TimedLoss, clock: Clock, seconds: list[float]) -> None:
+def _visit(timed: TimedLoss, clock: Clock) -> None:
     """One turn. An untimed run before has the data in the caches as the provider leaves them, and on a GPU makes the
     memory that `rest` gave back."""
-    if timed.cuda or (seconds and seconds[-1] < VISIT_SECONDS):
+    if timed.cuda or (timed.seconds and timed.seconds[-1] < VISIT_SECONDS):
         run_once(timed, clock)
     spent = 0.0
     for _ in range(MAX_VISIT):
-        seconds.append(run_once(timed, clock))
-        spent += seconds[-1]
-        if spent >= VISIT_SECONDS:
-            break
+        if spent < VISIT_SECONDS:
+            timed.seconds.append(run_once(timed, clock))
+            spent += timed.seconds[-1]
     timed.rest()
 
 
-def balanced_order(names: list[str], turn: int) -> list[str]:
+def balanced_order(contestants: list[T], turn: int) -> list[T]:
     """Rotated by one each round and reversed every other one, so that nobody always follows the same neighbour."""
-    shift = turn % len(names)
-    order = names[shift:] + names[:shift]
+    shift = turn % len(contestants)
+    order = contestants[shift:] + contestants[:shift]
     return order[::-1] if turn % 2 else order
 
 
 def interleave(
-    contestants: Mapping[str, TimedLoss],
+    contestants: Sequence[TimedLoss],
     repeats: int,
     budget_seconds: float,
     say: Callable[[str], None] = lambda text: None,
     clock: Clock = wall_clock,
-) -> Samples:
+) -> float | None:
     """Times everybody in `repeats` rounds, or fewer (at least MIN_ROUNDS) to keep to the budget, in which the warm-up
-    does not count. One that raises is dropped with its reason; the others go on. `say` gets what comes next."""
-    alive, failures = dict(contestants), {}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    does not count. One that raises is left out from there; the others go on. `say` gets what comes next.
 
-    def attempt(what: Callable[..., None], name: str, *arguments: Any) -> None:
+    Returns the cores that other processes used meanwhile, or None where the system does not say.
+    """
+
+    def attempt(what: Callable[[TimedLoss, Clock], None], one: TimedLoss) -> None:
         try:
-            what(alive[name], clock, *arguments)
+            what(one, clock)
         except Exception as error:
             # its traceback holds the frames in which its tensors live
-            failures[name] = error.with_traceback(None)
-            del alive[name]
+            one.failure = error.with_traceback(None)
+            one.rest()
             recover_memory()
 
     begin, busy = time.perf_counter(), machine.others_seconds()
-    for name in contestants:
-        say(f"warming up {name}")
-        attempt(_warm_up, name)
-    names, rounds_begin = list(alive), time.perf_counter()
+    for one in contestants:
+        say(f"warming up {one.provider.name}")
+        attempt(_warm_up, one)
+    rounds_begin = time.perf_counter()
     gc.collect()
     gc.disable()
     try:
         for done in range(repeats):
-            spent = time.perf_counter() - rounds_begin
+            alive, spent = [one for one in contestants if one.failure is None], time.perf_counter() - rounds_begin
             if not alive or (done >= MIN_ROUNDS and spent * (done + 1) / done > budget_seconds):
                 break
             say(f"round {done + 1} of {repeats}")
-            for name in balanced_order(names, done):
-                if name in alive:
-                    attempt(_visit, name, seconds[name])
+            for one in balanced_order(alive, done):
+                attempt(_visit, one)
     finally:
         gc.enable()
-    others = None
-    if busy is not None:
-        wall = time.perf_counter() - begin
-        others = round(max(0.0, ((machine.others_seconds() or busy) - busy) / max(wall, 1e-9)), 3)
-    return Samples(seconds, failures, others)
+    if busy is None:
+        return None
+    now = machine.others_seconds() or busy
+    return round(max(0.0, (now - busy) / max(time.perf_counter() - begin, 1e-9)), 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -91,7 +92,7 @@ def bench(
         """Saves and shows rows as they come, so that whatever ends the run loses nothing finished."""
         if out is not None:
             report.save(result, out)
-        show.progress("")
+        show.progress()
         first = rows[0]
         if any(row["time_ms"] for row in rows):
             about = f"{first['workload']}, {dtype} on {device}: {first['mode']}; {first['density']:.2g} active at 2^-16"
@@ -102,18 +103,16 @@ def bench(
             if not row["time_ms"]:
                 show.line(": ".join(filter(None, (row["provider"], row["status"], row["reason"]))))
         if (first["other_busy_cores"] or 0) > machine.BUSY_LIMIT:
-            show.line(f"warning: others used {first['other_busy_cores']:.2f} cores meanwhile", "yellow")
+            show.line(f"warning: others used {first['other_busy_cores']:.2f} cores meanwhile", warning=True)
 
     try:
         for *shape, share in itertools.product(n, classes, d, densities):
             case = Case(Shape(*shape), geometry, share)
-            run_case(
-                case, providers, mode, settings, result, lambda t, c=case: show.progress(f"{c.name}: {t}"), finished
-            )
+            run_case(case, providers, mode, settings, result, functools.partial(show.progress, case.name), finished)
     except KeyboardInterrupt:
         result["interrupted"] = True
         where = f"in {out}" if out is not None else "not saved"
-        show.progress(f"interrupted: {len(result['rows'])} finished rows are {where}\n")
+        show.line(f"interrupted: {len(result['rows'])} finished rows are {where}", warning=True)
     if out is not None:
         report.save(result, out)
     wrong = any(row["status"] == "wrong" for row in result["rows"])

@@ -12,30 +12,24 @@ from ..bench import machine
 from ..bench.table import Table
 from ..dispatch import BACKENDS, choose
 from ..testing import selfcheck
-from ..types import Request
 from . import show
 from .options import DTYPE_NAMES
 
 
 def facts() -> dict[str, Any]:
     """Versions, devices, and for each device and dtype what every backend says and what "auto" takes."""
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    found: dict[str, Any] = {"versions": machine.versions(), "machine": machine.facts(), "devices": []}
-    for device in devices:
-        gpu = {"gpu": machine.gpu_facts(device)} if device.type == "cuda" else {}
+    devices = []
+    for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        requests = {name: selfcheck.request(torch.device(device), dtype) for name, dtype in DTYPE_NAMES.items()}
         backends = {
-            backend: {
-                "summary": about.summary,
-                "unavailable": {name: selfcheck.unavailable(backend, device, t) for name, t in DTYPE_NAMES.items()},
-            }
-            for backend, about in BACKENDS.items()
+            backend: {"summary": b.summary, "unavailable": {name: b.unavailable(r) for name, r in requests.items()}}
+            for backend, b in BACKENDS.items()
         }
-        auto = {
-            name: choose("auto", Request(device, dtype, selfcheck.weight_dtype(dtype)))[0]
-            for name, dtype in DTYPE_NAMES.items()
-        }
-        found["devices"].append({"device": str(device), **gpu, "backends": backends, "auto": auto})
-    return {**found, "commit": machine.commit()}
+        gpu = {"gpu": machine.gpu_facts(torch.device(device))} if device != "cpu" else {}
+        auto = {name: choose("auto", request)[0] for name, request in requests.items()}
+        devices.append({"device": device, **gpu, "backends": backends, "auto": auto})
+    about = {"versions": machine.versions(), "machine": machine.facts(), "commit": machine.commit()}
+    return {**about, "devices": devices}
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
@@ -46,22 +40,17 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
         return
     show.line(", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
     host = found["machine"]
-    isa, caches = " ".join(host["isa"]) or "–", " ".join(f"{k} {v}" for k, v in host["caches"].items())
-    show.line(f"CPU: {host['cpu']}, {host['cores']} cores, {host['threads']} threads; {isa}; {caches}")
+    show.line(f"CPU: {machine.title(host)}; {host['cores']} cores; {' '.join(host['isa']) or '–'}")
     for entry in found["devices"]:
-        show.table(_device_table(entry))
+        gpu = entry.get("gpu")
+        name = f", {gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else ""
+        rows = []
+        for backend, about in entry["backends"].items():
+            reasons, auto = about["unavailable"], entry["auto"]
+            taken = ["auto" if auto[dtype] == backend else "no" if reasons[dtype] else "yes" for dtype in reasons]
+            why = "; ".join(dict.fromkeys(filter(None, reasons.values())))
+            rows.append([backend, *taken, about["summary"] + (f" (no: {why})" if why else "")])
+        head = ["backend", *DTYPE_NAMES, "what it is, or why it does not run"]
+        show.table(Table(f"{entry['device']}{name}", head, rows, len(head)))
     if len(found["devices"]) == 1:
         show.line("No CUDA or ROCm device: PyTorch finds none.")
-
-
-def _device_table(entry: dict[str, Any]) -> Table:
-    gpu = entry.get("gpu")
-    name = f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else ""
-    rows = []
-    for backend, about in entry["backends"].items():
-        reasons, auto = about["unavailable"], entry["auto"]
-        taken = ["auto" if auto[dtype] == backend else "no" if reasons[dtype] else "yes" for dtype in reasons]
-        why = "; ".join(dict.fromkeys(filter(None, reasons.values())))
-        rows.append([backend, *taken, about["summary"] + (f" (no: {why})" if why else "")])
-    head = ["backend", *DTYPE_NAMES, "what it is, or why it does not run"]
-    return Table(f"{entry['device']} {name}".strip(), head, rows, len(head))

@@ -12,9 +12,11 @@ from rich.markup import escape
 from ..bench.table import Table
 
 
-def line(text: str, style: str = "") -> None:
-    """A sentence, not broken into lines."""
-    Console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+def line(text: str, style: str = "", warning: bool = False) -> None:
+    """A sentence, not broken into lines; a warning in yellow on stderr."""
+    Console(stderr=warning).print(
+        text, style="yellow" if warning else style, markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def table(table: Table, red: Container[int] = ()) -> None:
@@ -27,8 +29,9 @@ def table(table: Table, red: Container[int] = ()) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(shown)
 
 
-def progress(text: str) -> None:
-    """What is being done: on a terminal it takes the place of the last such line, "" clears it."""
+def progress(*parts: str) -> None:
+    """What is being done: on a terminal it takes the place of the last such line, nothing clears it."""
+    text = ": ".join(parts)
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text:

@@ -34,8 +34,8 @@ def limits(truth: Truth, reference: Errors | None, x: Tensor, w: Tensor, y: Tens
     angle and term, and the share of the loss that a screen may move. Without a reference, what `truth.rounding` counts
     and one rounding of ∂x as it is stored.
 
-    Where a backend multiplies half embeddings as they are, the errors of the published arithmetic under autocast, which is
-    what such a training has now, with the roundings of the half dtype, may take the place of the reference's.
+    Where a backend multiplies half embeddings as they are, it may also err as the published arithmetic under autocast,
+    which is what such a training has now, with the roundings of the half dtype.
     """
     if reference is None:
         return truth.rounding._replace(grad_x=truth.rounding.grad_x + torch.finfo(x.dtype).eps / 2)

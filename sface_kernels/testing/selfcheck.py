@@ -6,7 +6,7 @@ Budget: `budget.limits`, the rule of the tests. Work: less than a second for eac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,10 @@ class Outcome(NamedTuple):
     def ok(self) -> bool:
         return self.share <= 1
 
+    def as_json(self) -> dict[str, Any]:
+        errors = self.errors and self.errors._asdict()
+        return {**self._asdict(), "limits": self.limits._asdict(), "errors": errors, "ok": self.ok}
+
 
 def _on_centre(x: Tensor, w: Tensor, y: Tensor) -> None:
     x[0], x[1] = 3 * w[y[0]], -2 * w[y[1]]
@@ -105,27 +109,28 @@ HARD: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
 }
 
 
-def weight_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the weights that are checked and timed with embeddings of `dtype`."""
-    return torch.promote_types(dtype, torch.float32)
+def request(device: torch.device, dtype: torch.dtype) -> Request:
+    """What is checked and timed with embeddings of `dtype`: weights are at least float32."""
+    return Request(device, dtype, torch.promote_types(dtype, torch.float32))
 
 
 def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run embeddings of `dtype` with weights of at least float32."""
-    return BACKENDS[backend].unavailable(Request(device, dtype, weight_dtype(dtype)))
+    """Why a backend cannot run such a request."""
+    return BACKENDS[backend].unavailable(request(device, dtype))
 
 
 def problems(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Problem]:
     """The spread; `small` leaves out what is larger than SMALL."""
+    weight_dtype = request(device, dtype).weight_dtype
     for shape in SHAPES:
         if small and any(own > most for own, most in zip(shape, SMALL, strict=True)):
             continue
         for geometry in ("random", "trained") if min(shape) > 1 else ("random",):
             work = make_workload(Case(shape, geometry), device, dtype)
-            yield Problem(f"{geometry} {'×'.join(map(str, shape))}", work.x, work.w.to(weight_dtype(dtype)), work.y)
+            yield Problem(f"{geometry} {'×'.join(map(str, shape))}", work.x, work.w.to(weight_dtype), work.y)
     for name, change in HARD.items():
         work = make_workload(Case(Shape(16, 97, 33), "trained"), device, dtype)
-        x, w, y = work.x, work.w.to(weight_dtype(dtype)), work.y
+        x, w, y = work.x, work.w.to(weight_dtype), work.y
         change(x, w, y)
         yield Problem(name, x, w, y)
 

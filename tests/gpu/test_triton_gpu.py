@@ -209,7 +209,8 @@ def test_a_side_stream_equals_the_current_one(name: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
 def test_another_device_than_the_current_one() -> None:
     problem, filter_eps = way("lists")
-    rows, grad_x, grad_w = (t.to("cuda:0") for t in step(*(t.to("cuda:1") for t in problem), filter_eps))  # type: ignore[misc,arg-type]
+    x, w, y = (t.to("cuda:1") for t in problem)
+    rows, grad_x, grad_w = (t.to("cuda:0") for t in step(x, w, y, filter_eps))
     assert_same((rows, grad_x, grad_w), step(*problem, filter_eps))
     assert torch.cuda.current_device() == 0
 
@@ -233,8 +234,7 @@ def test_small_calls_of_every_kernel(
     """For compute-sanitizer. The last size has more active classes than a list holds."""
     x, w, y = inputs(n, c, d, share)
     x, w = x.to(dtype).requires_grad_(), w.requires_grad_()
-    options = {"backend": "triton", "filter_eps": filter_eps, "k_inter": k_inter}
-    loss, stats = sface_loss(x, w, y, return_stats=True, **options)
+    loss, stats = sface_loss(x, w, y, backend="triton", filter_eps=filter_eps, k_inter=k_inter, return_stats=True)
     loss.backward()
     print(n, c, d, float(loss.detach()), int(stats.active_pairs))
     assert x.grad is not None and torch.isfinite(x.grad).all() and w.grad is not None and torch.isfinite(w.grad).all()

@@ -13,7 +13,8 @@ pytest.importorskip("typer")
 from sface_kernels import cli
 from sface_kernels.bench import providers
 
-TINY = "bench --n 8 --c 60 --d 16 --threads 1 --repeats 3 --no-memory --device cpu".split()
+SMALL = "bench --n 8 --c 60 --d 16 --threads 1 --repeats 3 --no-memory --device cpu"
+TINY = SMALL.split()
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,12 @@ import math
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
 
 from sface_kernels import __version__, cli
-from sface_kernels.cli import bench, check
+from sface_kernels.cli import bench
 from sface_kernels.dispatch import BACKENDS
 from sface_kernels.testing import budget, selfcheck
 from tests.support import command
@@ -66,39 +65,6 @@ def test_a_check_of_nothing_is_no_success(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "chunked is not checked: it is Sunday" in captured.out
     assert captured.err.count("\n") == 1 and "chunked" in captured.err
-
-
-def test_check_in_the_interpreter_is_a_process_with_the_variable_set(monkeypatch):
-    def start(command, env):
-        assert command[1:] == "-m sface_kernels check --backends triton --device cpu".split()
-        return types.SimpleNamespace(returncode=1 if env["TRITON_INTERPRET"] == "1" else 0)
-
-    monkeypatch.setattr(check.subprocess, "run", start)
-    assert cli.main(["check", "--interpret"]) == 1
-
-
-@pytest.mark.parametrize("problem, status", [(None, 0), ("spills in the loop", 1)])
-def test_check_compiles_for_named_targets(monkeypatch, capsys, problem, status):
-    """With a stand-in for the module that the Triton backend brings."""
-    row = {
-        "kernel": "screen",
-        "variant": "bf16",
-        "registers": 168,
-        "spills": 0,
-        "shared_bytes": 98304,
-        "problem": problem,
-    }
-    row["tensor_core_instructions"] = 4
-    module = types.SimpleNamespace(names=lambda: ["sm_80", "sm_90"], compile_table=lambda target: [row])
-    monkeypatch.setitem(sys.modules, check.TARGETS, module)
-    assert cli.main(["check", "--targets", "sm_80,sm_90"]) == status
-    text = capsys.readouterr().out
-    assert text.count("screen") == 2 and "168" in text and "98304" in text and (problem or "") in text
-    assert cli.main(["check", "--targets", "sm_80,sm_1"]) == 2
-    one_line(capsys, "sm_1", "sm_90")
-    monkeypatch.setitem(sys.modules, check.TARGETS, None)  # makes its import fail
-    assert cli.main(["check", "--targets", "sm_80"]) == 2
-    one_line(capsys, "--targets", "cannot be compiled here")
 
 
 BAD = {

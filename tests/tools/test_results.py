@@ -45,7 +45,7 @@ def error_row(c, filter_eps):
 
 def result(rows, kind="bench"):
     return {
-        **{"schema": report.SCHEMA, "schema_version": report.SCHEMA_VERSION, "kind": kind, "rows": rows},
+        **{**report.FORMAT, "kind": kind, "rows": rows},
         **{"machine": {"cpu": "Abacus", "isa": ["avx2"], "threads": 2, "gpu": None}, "versions": {"torch": "9.9"}},
         **{"commit": "0" * 40 + "-dirty", "date": "2030-01-02T03:04:05+00:00"},
     }
@@ -103,14 +103,14 @@ def test_axes_say_what_is_on_them_and_the_floor_is_drawn():
     assert "ms" in time.get_ylabel() and "MiB" in memory.get_ylabel()
     assert legend(time) == {"reference", "careful-compiled", "native@2^-16", "floor: ONE fp32 product"}
     assert "∂w itself, returned" in legend(memory)
-    lines = {line.get_label(): list(line.get_ydata()) for line in time.get_lines()}
-    assert lines["reference"] == pytest.approx([12.8, 1097.4976])
+    (line,) = (line for line in time.get_lines() if line.get_label() == "reference")
+    assert line.get_ydata() == pytest.approx([12.8, 1097.4976])
     noisy = result([{**row, "other_busy_cores": 0.9} for row in BY_SAMPLES["rows"]])
     samples = plots.draw([noisy], "both")["time_vs_samples"].axes[0]
     assert samples.get_xlabel() == "samples, N" and "others used up to 0.9 cores" in samples.get_title()
     assert "reference, at any share" in legend(plots.draw([BY_DENSITY], "both")["density"].axes[0])
     assert {"∂x, C=1,000", "∂w, C=85,742"} <= legend(figures["error_vs_filter_float32"].axes[0])
-    assert [bar.get_width() for bar in figures["ratio"].axes[0].patches] == pytest.approx([1, 2, 25, 10])
+    assert [bar.get_bbox().width for bar in figures["ratio"].axes[0].patches] == pytest.approx([1, 2, 25, 10])
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, content, 
 
 def test_accuracy_marks_the_filters_within_the_rule(tmp_path):
     out = tmp_path / "accuracy.json"
-    options = "--n 16 --c 300 --d 64 --dtypes float32,bfloat16 --backend chunked --out".split()
+    options = ["--n", "16", "--c", "300", "--d", "64", "--dtypes", "float32,bfloat16", "--backend", "chunked", "--out"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.accuracy", *options, str(out)], cwd=ROOT, capture_output=True, text=True
     )
