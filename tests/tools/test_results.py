@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -110,7 +111,8 @@ def test_axes_say_what_is_on_them_and_the_floor_is_drawn():
     assert samples.get_xlabel() == "samples, N" and "others used up to 0.9 cores" in samples.get_title()
     assert "reference, at any share" in legend(plots.draw([BY_DENSITY], "both")["density"].axes[0])
     assert {"∂x, C=1,000", "∂w, C=85,742"} <= legend(figures["error_vs_filter_float32"].axes[0])
-    assert [bar.get_bbox().width for bar in figures["ratio"].axes[0].patches] == pytest.approx([1, 2, 25, 10])
+    bars: Any = figures["ratio"].axes[0].patches
+    assert [bar.get_width() for bar in bars] == pytest.approx([1, 2, 25, 10])
 
 
 @pytest.mark.parametrize(
