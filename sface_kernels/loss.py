@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import validation
 from .autograd import row_losses
 from .dispatch import check_name, select
+from .growing import replace_parameter
 from .ops import prepare_labels
 from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceStats
 
@@ -202,6 +203,24 @@ class SFaceLoss(nn.Module):
     def reset_parameters(self) -> None:
         """N(0, 2·√(2/C)): xavier normal with gain 2 over the fan-out, the reference module's."""
         nn.init.normal_(self.weight, std=2 * math.sqrt(2 / self.out_features))
+
+    @torch.no_grad()
+    def add_classes(self, count: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Append `count` classes with rows N(0, 2·√(2/C)), C with them. The old rows stay as they are.
+
+        `weight` becomes another Parameter, without a gradient. Give the `optimizer` that holds it: it goes on with the
+        new one, and with its state for the old rows, zeros for the others.
+
+        Raises:
+            TypeError, ValueError: `count` is no int > 0, or the optimizer does not hold the weight.
+        """
+        count = validation.integer("count", count, positive=True)
+        old, total = self.weight, self.out_features + count
+        rows = nn.init.normal_(old.new_empty(count, self.in_features), std=2 * math.sqrt(2 / total))
+        new = nn.Parameter(torch.cat([old, rows]), requires_grad=old.requires_grad)
+        if optimizer is not None:
+            replace_parameter(optimizer, old, new, lambda t: torch.cat([t, t.new_zeros(count, *t.shape[1:])]))
+        self.weight, self.out_features = new, total
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False

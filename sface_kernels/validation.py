@@ -31,6 +31,11 @@ def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
     for name, value in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        if type(value).__name__ == "DTensor":  # by name, as torch.distributed need not be there
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor; a weight that is spread over processes belongs in "
+                "sface_kernels.distributed.ClassParallelSFaceLoss"
+            )
     if embeddings.dim() != 2:
         raise ValueError(f"embeddings: expected shape [N, D], got {list(embeddings.shape)}")
     if weight.dim() != 2:

@@ -1,0 +1,36 @@
+"""Gradient clipping over plain and sharded parameters together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` for a backbone and a class-parallel head together, by their common norm.
+
+    PyTorch's own takes either plain parameters or those of one device mesh, not a mixture. Every process must call
+    it; plain gradients must be the same on every process, as DistributedDataParallel leaves them.
+
+    Returns:
+        The norm before clipping, 0-d, the same on every process.
+    """
+    kinds: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            kinds.setdefault(mesh, []).append(parameter)
+    norms = []
+    for group in kinds.values():
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None], norm_type)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not norms:
+        return torch.zeros(())
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    for group in kinds.values():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return total

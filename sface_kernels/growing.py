@@ -1,0 +1,33 @@
+"""More classes for a weight that an optimizer already holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def replace_parameter(
+    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, grow: Callable[[Tensor], Tensor]
+) -> None:
+    """Put `new` in the place of `old`, with the state of `old`: what has its shape goes through `grow`.
+
+    Raises:
+        ValueError: the optimizer does not hold `old`.
+    """
+    places = [
+        (group, index)
+        for group in optimizer.param_groups
+        for index, parameter in enumerate(group["params"])
+        if parameter is old
+    ]
+    if not places:
+        raise ValueError("optimizer: expected one that holds the head's weight")
+    for group, index in places:
+        group["params"][index] = new
+    if old in optimizer.state:
+        optimizer.state[new] = {
+            name: grow(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+            for name, value in optimizer.state.pop(old).items()
+        }
