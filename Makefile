@@ -56,7 +56,7 @@ compile-matrix: build
 
 # On a machine with a GPU: uses the interpreter PYTHON as it is, installs nothing, ends inside ten minutes.
 gpu:
-	PATH="$(OUTER_PATH)" $(PYTHON) -m benchmarks.gpu --out "$(OUT)"
+	PATH="$(OUTER_PATH)" OUT="$(OUT)" $(PYTHON) -m benchmarks.gpu
 
 lint: build
 	$(BIN)/ruff check .
@@ -84,10 +84,12 @@ RESULTS := benchmarks/results/$(DEVICE)
 PLOT = $(BIN)/python -m sface_kernels plot --out $(dir $(RESULTS)) --prefix $(DEVICE)- --formats png
 ifeq ($(DEVICE),cpu)
 SHAPE := ms1mv2
-CASES := random trained dense casia all thp thp-bf16 modes classes samples
+OURS := native
+CASES := random trained dense casia all thp thp-bf16 modes classes samples density
 else
 SHAPE := --n 1024 --c 1000000 --dtype bfloat16
-CASES := random trained dense casia all modes classes samples
+OURS := triton
+CASES := random trained dense casia all modes classes samples density
 endif
 random := $(SHAPE)
 trained := $(SHAPE) --geometry trained
@@ -99,12 +101,11 @@ thp-bf16 := $(SHAPE) --thp --bf16-opponents
 modes := $(SHAPE) --mode all --no-memory
 classes := --c 1000,10575,85742,360232
 samples := ms1mv2 --n 16,64,256,1024
+density := ms1mv2 --geometry dense --density 1e-6,1e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,0.1,0.3,1 --repeats 9 --no-memory \
+	--providers $(OURS)@2^-16,$(OURS)@0,reference
 
-results: $(CASES:%=$(RESULTS)-%.json) $(RESULTS)-density.json $(RESULTS)-accuracy.json $(RESULTS)-accuracy-dense.json
+results: $(CASES:%=$(RESULTS)-%.json) $(RESULTS)-accuracy.json $(RESULTS)-accuracy-dense.json
 	$(MAKE) pictures tables
-
-$(RESULTS)-density.json: build FORCE
-	$(BIN)/python -m benchmarks.density --device $(DEVICE) --out $@
 
 $(RESULTS)-accuracy.json: build FORCE
 	$(BIN)/python -m benchmarks.accuracy --device $(DEVICE) --out $@

@@ -1,5 +1,5 @@
-"""Benchmarks of the SFace loss: `bench_loss` times, `density` sweeps the share of active pairs, `accuracy` measures errors
-against float64, `tables` writes the results into the documents, `test_*.py` are microbenchmarks for pytest-benchmark.
+"""What writes into this repository: `accuracy` measures errors against float64, `tables` writes the results into the
+documents, `gpu` runs all that needs a GPU, `micro/` holds microbenchmarks for pytest-benchmark.
 
-What they measure with is `sface_kernels.bench`.
+They measure with `sface_kernels.bench` and `sface_kernels.testing`.
 """

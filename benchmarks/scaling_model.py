@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 GPUS = (8, 64, 256, 1024)
 CLASSES = (1_000_000, 10_000_000, 100_000_000)
@@ -164,7 +165,7 @@ def against_published() -> list[str]:
     for rate in (1.0, 0.1):
         base, slope = published_head_seconds(rate)
 
-        def per_million(cost, *arguments, **options) -> float:
+        def per_million(cost: Callable[..., Any], *arguments: Any, **options: Any) -> float:
             large, small = (cost(Problem(8, c), V100, *arguments, **options).seconds for c in (4_000_000, 1_000_000))
             return (large - small) / 3
 

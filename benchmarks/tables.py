@@ -12,69 +12,17 @@ Exit status: 0; 1 with --check where a document is not what the files say; 2 for
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from sface_kernels.bench import machine, report
-
-from .accuracy import markdown as accuracy_tables
-from .arguments import Parser
+from sface_kernels.bench.table import Table, accuracy_tables, bench_table, density_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (\S+)((?: \w+=\S+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-PRODUCTS = ("mm-fp32", "mm-tf32", "mm-bf16")
-
-
-def bench_table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each provider that was timed, with the workload and the mode in front where there are several."""
-    timed = [row for row in rows if row["time_ms"]]
-    several = [key for key in ("workload", "mode") if len({row[key] for row in timed}) > 1]
-    products = [name for name in PRODUCTS if any(row["provider"] == name for row in timed)]
-    hot = any(row["hot_ms"] for row in timed)
-    head = [*several, "provider", "median ms", "quartiles", *["hot ms"] * hot, "× reference"]
-    head += [*(f"/ {name}" for name in products), "extra MiB", "TFLOP/s", "GB/s"]
-    lines = [_line(head), "|" + "---|" * (1 + len(several)) + "---:|" * (len(head) - 1 - len(several))]
-    for row in timed:
-        time, rates, ratios = row["time_ms"], row["rates"], row["ratios"]
-        cells = [*(row[key] for key in several), report.label(row["provider"])]
-        cells += [_time(time["median"]), f"{_time(time['q1'])}–{_time(time['q3'])}"]
-        cells += [_time(row["hot_ms"]["median"]) if row["hot_ms"] else "–"] * hot
-        cells += [_number(ratios["speedup_vs_reference"], 1)]
-        cells += [_number(ratios[f"time_vs_{name.replace('-', '_')}"], 2) for name in products]
-        cells += [_mebibytes(row["memory"]), f"{rates['tflops']:.2f}", f"{rates['gb_per_s']:.1f}"]
-        lines.append(_line(cells))
-    return lines
-
-
-def density_table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each density, a column for each provider's median, and the reference's in the heading."""
-    names = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "reference"))
-    reference = report.reference_median(rows)
-    head = ["active at 2⁻¹⁶", *(f"{name}, ms" for name in names)]
-    lines = [_line(head), "|" + "---:|" * len(head)]
-    for density in dict.fromkeys(row["density"] for row in rows):
-        own = {row["provider"]: row for row in rows if row["density"] == density}
-        medians = [own[name]["time_ms"]["median"] if own.get(name, {}).get("time_ms") else None for name in names]
-        lines.append(_line([f"{density:.1e}", *("–" if value is None else _time(value) for value in medians)]))
-    return [*lines, "", f"Reference at any share: {_number(reference, 0)} ms."]
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _time(milliseconds: float) -> str:
-    return f"{milliseconds:.{2 if milliseconds < 10 else 1 if milliseconds < 100 else 0}f}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _mebibytes(memory: dict[str, Any] | None) -> str:
-    return f"{memory['peak_extra_bytes'] / 2**20:.0f}" if memory and "peak_extra_bytes" in memory else "–"
 
 
 def origin(path: str, result: dict[str, Any]) -> str:
@@ -85,33 +33,33 @@ def origin(path: str, result: dict[str, Any]) -> str:
     return f"`{path}`: {made}{commit[40:]}.{noise}"
 
 
-def block(path: str, options: str) -> str:
-    """What belongs between the two comments."""
-    chosen = dict(option.split("=", 1) for option in options.split())
-    result = report.load(ROOT / path)
+def tables(result: dict[str, Any], chosen: dict[str, list[str]]) -> list[Table]:
+    """Of the rows that have one of the values chosen for each name."""
+    if result["kind"] != "accuracy":
+        chosen = {"mode": ["both"], **chosen}
+    rows = [row for row in result["rows"] if all(row[name.removesuffix("s")] in some for name, some in chosen.items())]
     if result["kind"] == "accuracy":
-        dtypes = chosen["dtypes"].split(",") if "dtypes" in chosen else {row["dtype"] for row in result["rows"]}
-        rows = [row for row in result["rows"] if row["dtype"] in dtypes]
-        return "\n".join(["", accuracy_tables(rows), "", origin(path, result), "", ""])
-    modes = chosen.get("mode", "both").split(",")
-    rows = [row for row in result["rows"] if row["mode"] in modes]
-    if "providers" in chosen:
-        names = chosen["providers"].split(",")
-        rows = [row for row in rows if row["provider"] in names]
-    table = density_table(rows) if result["kind"] == "density" else bench_table(rows)
-    return "\n".join(["", *table, "", origin(path, result), "", ""])
+        return accuracy_tables(rows)
+    return [density_table(rows) if report.is_density_sweep(rows) else bench_table(rows)]
 
 
 def rewrite(text: str) -> str:
     """The document with every table as the results say."""
-    return BLOCK.sub(lambda found: found[1] + block(found[2], found[3]) + found[5], text)
+
+    def block(found: re.Match[str]) -> str:
+        pairs = (option.split("=", 1) for option in found[3].split())
+        result = report.load(ROOT / found[2])
+        written = [table.markdown() for table in tables(result, {name: some.split(",") for name, some in pairs})]
+        return "\n\n".join([found[1].rstrip(), *written, origin(found[2], result), found[5]])
+
+    return BLOCK.sub(block, text)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="tables", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="tables", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("documents", type=Path, nargs="+")
     parser.add_argument("--check", action="store_true", help="change nothing, say what is out of date")
-    options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(arguments)
     stale = []
     for path in options.documents:
         try:
@@ -121,10 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(str(error))
         if after != before:
             stale.append(path)
+            print(f"{path}: {'is not what the results say' if options.check else 'rewritten'}")
             if not options.check:
                 path.write_text(after)
-    for path in stale:
-        print(f"{path}: {'is not what the results say' if options.check else 'rewritten'}")
     return 1 if stale and options.check else 0
 
 

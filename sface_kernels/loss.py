@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,41 @@ from .growing import replace_parameter
 from .ops import prepare_labels
 from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceStats
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+class _Options(TypedDict, total=False):
+    """Those of `sface_loss` that do not change what it returns."""
+
+    s: float
+    k: float
+    a: float
+    b: float
+    k_inter: float | None
+    reduction: str
+    ignore_index: int
+    filter_eps: float | None
+    backend: str
+
+
+@overload
+def sface_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def sface_loss(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, *, return_stats: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, SFaceStats]: ...
+@overload
+def sface_loss(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, *, return_stats: bool, **options: Unpack[_Options]
+) -> Tensor | tuple[Tensor, SFaceStats]: ...
 def sface_loss(
     embeddings: Tensor,
     weight: Tensor,

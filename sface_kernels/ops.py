@@ -126,7 +126,7 @@ def native_segments(rows: int, classes: int) -> int:
 
 
 @fake("native_forward")
-def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, arena_words):
+def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, arena_words):  # type: ignore[no-untyped-def]
     n, d = x.shape
     return (
         x.new_empty([n]),
@@ -142,7 +142,7 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
 
 
 @fake("native_grad_weight")
-def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_weight, arena, segments):
+def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_weight, arena, segments):  # type: ignore[no-untyped-def]
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
@@ -156,7 +156,7 @@ def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
 
 
 @fake("chunked_forward")
-def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, chunk):
+def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, chunk):  # type: ignore[no-untyped-def]
     (n, d), c, dtype = x.shape, w.shape[0], compute_dtype(x, w)
     capacity = torch.sym_min(n * c, CHUNKED_MAX_PAIRS)
     return (
@@ -171,7 +171,7 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
 
 
 @fake("chunked_grad_weight")
-def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, chunk, pairs, coefficients, chunk_pairs):
+def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, chunk, pairs, coefficients, chunk_pairs):  # type: ignore[no-untyped-def]
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
@@ -241,7 +241,7 @@ def _triton_outputs(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, 
 
 
 @fake("triton_forward")
-def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense):
+def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense):  # type: ignore[no-untyped-def]
     return _triton_outputs(x, w, need_grad_x, need_grad_w, dense)
 
 
@@ -251,5 +251,5 @@ def triton_nothing(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, d
 
 
 @fake("triton_grad_weight")
-def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved):
+def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved):  # type: ignore[no-untyped-def]
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)

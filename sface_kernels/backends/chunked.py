@@ -133,7 +133,7 @@ def _counted_rows(target: Tensor) -> Tensor:
     return (target != IGNORED).nonzero().squeeze(1)
 
 
-def _forward(
+def _forward(  # type: ignore[no-untyped-def]
     x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, chunk
 ) -> tuple[Tensor, ...]:
     hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)
@@ -196,7 +196,7 @@ def _forward(
     return stats[0] + stats[1], stats, counts, grad_x, pairs, coefficients, chunk_pairs
 
 
-def _grad_weight(
+def _grad_weight(  # type: ignore[no-untyped-def]
     x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, chunk, pairs, coefficients, chunk_pairs
 ) -> Tensor:
     hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)

@@ -1,13 +1,12 @@
-"""What a reader of a result needs: processor, memory, settings, versions, commit, and whether it was idle."""
+"""What a reader of a result needs: processor, memory, settings, versions, commit, and who else used the machine."""
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,13 @@ import torch
 from .._version import __version__
 
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "bf16", "sve")
-ENV_NAMES = ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "TORCHINDUCTOR_CPP_WRAPPER", "ATEN_CPU_CAPABILITY")
-ENV_PREFIXES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "SFACE_", "DNNL_", "ONEDNN_")
+# of environment variables that change timings
+ENV = ("OMP_", "MKL_", "KMP_", "MALLOC_", "SFACE_", "ONEDNN_", "CUBLAS_", "TRITON_", "THP_", "LD_PRELOAD", "ATEN_")
+GPU_STATE = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")  # distributions that bring it
 BUSY_LIMIT = 0.1  # cores that others may use before a machine counts as not idle
+# What a measurement writes, and text: neither changes what is measured.
+UNMEASURED = ("benchmarks/results", "docs", "*.md")
 
 
 def _read(path: str) -> str:
@@ -28,44 +31,37 @@ def _read(path: str) -> str:
         return ""
 
 
-def _cpu_info(*names: str) -> str | None:
-    for line in _read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in names:
-            return value.strip()
-    return None
+def _fields(path: str) -> dict[str, str]:
+    """The lines `key: value` of a file, the last of each key."""
+    parts = (line.partition(":") for line in _read(path).splitlines())
+    return {key.strip(): value.strip() for key, _, value in parts}
 
 
 def facts(device: torch.device | None = None) -> dict[str, Any]:
     """The machine: `memory_bytes` in bytes, `thp` the kernel's setting of transparent huge pages, `gpu` the device
     that is measured, or None for a CPU."""
-    flags = set((_cpu_info("flags", "Features") or "").split())
-    caches = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind = _read(f"{index}/type").strip()
-        if kind in ("Data", "Unified"):
-            caches[f"L{_read(f'{index}/level').strip()}"] = _read(f"{index}/size").strip()
-    memory = [line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemTotal")]
-    thp = _read("/sys/kernel/mm/transparent_hugepage/enabled")
+    cpu = _fields("/proc/cpuinfo")
+    flags = cpu.get("flags", cpu.get("Features", "")).split()
+    memory = _fields("/proc/meminfo").get("MemTotal", "").split()
     return {
-        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
-        "cpu_family_model": [_cpu_info("cpu family"), _cpu_info("model")],
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu_family_model": [cpu.get("cpu family"), cpu.get("model")],
         "cores": os.cpu_count(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
-        "caches": caches,
+        "cache": cpu.get("cache size"),
         "memory_bytes": int(memory[0]) * 1024 if memory else None,
-        "thp": thp[thp.find("[") + 1 : thp.find("]")] if "[" in thp else None,
+        "thp": _read("/sys/kernel/mm/transparent_hugepage/enabled").partition("[")[2].partition("]")[0] or None,
         "system": f"{platform.system()} {platform.release()}",
         "threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16_products_change_fp32_mm": _bf16_products_apply(),
         "gpu": gpu_facts(device) if device is not None and device.type == "cuda" else None,
     }
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
-    """Name, compute capability, memory and L2 cache in bytes, multiprocessors, and the CUDA or HIP version."""
+    """Name, compute capability, memory and L2 cache in bytes, multiprocessors, the CUDA or HIP version, and `state`:
+    what nvidia-smi says of driver, clocks (MHz), power (W) and temperature (°C), or None without it."""
     properties = torch.cuda.get_device_properties(device)
+    smi = ["nvidia-smi", f"--query-gpu={GPU_STATE}", "--format=csv,noheader", f"--id={device.index or 0}"]
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -73,6 +69,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "multiprocessors": properties.multi_processor_count,
         "runtime": torch.version.cuda or torch.version.hip,
+        "state": subprocess.run(smi, capture_output=True, text=True).stdout.strip() if shutil.which(smi[0]) else None,
     }
 
 
@@ -84,108 +81,44 @@ def title(facts: dict[str, Any]) -> str:
     return ", ".join(filter(None, (facts["cpu"], isa, f"{facts['threads']} threads")))
 
 
-def _bf16_products_apply() -> bool:
-    """Whether `set_float32_matmul_precision("medium")` changes a CPU product: it needs hardware for it."""
-    before = torch.get_float32_matmul_precision()
-    a = torch.linspace(-1, 1, 256 * 256).view(256, 256).sin()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        exact = a @ a
-        torch.set_float32_matmul_precision("medium")
-        return not torch.equal(exact, a @ a)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def versions() -> dict[str, str | None]:
     """Versions of Python, PyTorch and the package; None where something is not installed."""
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sface_kernels": __version__,
-    }
-    for name in ("triton", "numpy", "typer", "rich", "matplotlib"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    there = {found.name: found.version for found in importlib.metadata.distributions()}
+    others = {name: there.get(name) for name in ("numpy", "typer", "rich", "matplotlib")}
+    triton = next((there[name] for name in TRITON if name in there), None)
+    own = {"python": platform.python_version(), "torch": torch.__version__, "sface_kernels": __version__}
+    return {**own, "triton": triton, **others}
 
 
 def environment() -> dict[str, str]:
     """The environment variables that change timings."""
-    return {key: value for key, value in sorted(os.environ.items()) if key in ENV_NAMES or key.startswith(ENV_PREFIXES)}
-
-
-# What a measurement writes, and text: neither changes what is measured.
-UNMEASURED = ("benchmarks/results", "docs", "*.md")
+    return {key: value for key, value in sorted(os.environ.items()) if key.startswith(ENV)}
 
 
 def commit(where: Path | None = None) -> str | None:
     """The git commit of this checkout, with "-dirty" where code differs from it; None outside a checkout."""
-    where = where or Path(__file__).resolve().parent
+    options: Any = {
+        "cwd": where or Path(__file__).resolve().parent,
+        "capture_output": True,
+        "text": True,
+        "check": True,
+    }
+    options["env"] = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # reads the checkout, refreshes nothing in it
+    # "git status" rather than "git diff": it looks at contents where only a file's time differs
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/"]
     try:
-        head = _git(where, "rev-parse", "HEAD")
-        # "git status" rather than "git diff": it looks at contents where only a file's time differs
-        changed = _git(
-            where,
-            "status",
-            "--porcelain",
-            "--untracked-files=no",
-            "--",
-            ":/",
-            *(f":(top,exclude){path}" for path in UNMEASURED),
-        )
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run([*status, *(f":(top,exclude){path}" for path in UNMEASURED)], **options).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return head + ("-dirty" if changed else "")
+    return head + "-dirty" * bool(changed)
 
 
-def _git(where: Path, *command: str) -> str:
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # reads the checkout, refreshes nothing in it
-    run = subprocess.run(
-        ["git", *command], cwd=where, env=environment, capture_output=True, text=True, timeout=10, check=True
-    )
-    return run.stdout.strip()
-
-
-def date() -> str:
-    """Now, UTC, ISO 8601."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def busy_seconds() -> float | None:
-    """Core-seconds that all processes have used since boot, or None where the system does not say."""
-    fields = _read("/proc/stat").splitlines()[:1]
-    if not fields or not fields[0].startswith("cpu "):
+def others_seconds() -> float | None:
+    """Core-seconds that processes other than this one and its ended children have used since boot, or None where the
+    system does not say."""
+    fields = _read("/proc/stat").split()[:9]
+    if fields[:1] != ["cpu"]:
         return None
-    user, nice, system, _idle, _wait, irq, softirq, steal = (int(v) for v in fields[0].split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def own_seconds() -> float:
-    """Core-seconds that this process and its ended children have used."""
-    return sum(os.times()[:4])
-
-
-def busy_cores(seconds: float = 0.5) -> float | None:
-    """Cores in use by anybody else while this process sleeps for `seconds`."""
-    before = busy_seconds()
-    if before is None:
-        return None
-    begin = time.perf_counter()
-    time.sleep(seconds)
-    return round(max(0.0, ((busy_seconds() or before) - before) / (time.perf_counter() - begin)), 3)
-
-
-def idle_check() -> dict[str, Any]:
-    """`busy_cores`, the load average where known, and a `warning` (or None) when the machine is not idle."""
-    busy = busy_cores()
-    try:
-        load: list[float] | None = [round(value, 2) for value in os.getloadavg()]
-    except OSError:
-        load = None
-    warning = None
-    if busy is not None and busy > BUSY_LIMIT:
-        warning = f"the machine is not idle: others use {busy:.2f} cores"
-    return {"busy_cores": busy, "load_average": load, "warning": warning}
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields[1:])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])

@@ -1,23 +1,20 @@
-"""Peak memory of one forward and backward, each provider in a process of its own.
+"""Peak memory of one forward and backward: the most during two runs, less what was there before them (code and inputs),
+less the two gradients that are returned.
 
-Reported: the most memory during two runs, less what was there before them (code and inputs), less the two gradients
-that are returned; at least 0. On a GPU that is what PyTorch's allocator handed out. On a CPU it is resident memory: on
-Linux the kernel's own high-water mark is reset before the runs (`/proc/self/clear_refs`), so short peaks count;
-elsewhere the process's all-time peak is the only one there is, and the method says so. Before the measurement the
-provider runs once on a small problem, so that libraries are loaded; a compiled one runs once in full size, because a
-compiler's memory is not the loss's.
+On a GPU that is what PyTorch's allocator handed out. On a CPU it is the resident memory of a process of its own, where
+the kernel's high-water mark can be reset before the runs (Linux, `/proc/self/clear_refs`), so that short peaks count.
+Gradients count by what giving them back frees: pages of ∂w that nothing was added to may never have been made. Before
+that the provider runs once on a small problem, so that libraries are loaded and threads started; a compiled one in full
+size, because a compiler's memory is not the loss's.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
-import json
-import os
-import subprocess
-import sys
+import multiprocessing
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,140 +22,91 @@ import torch
 
 from ..testing.failure import failure_text, out_of_memory
 from ..testing.workloads import Case, Shape, make_workload
-from .contestant import Contestant
-from .providers import Provider, build, resolve
+from .providers import Provider, build
+from .timing import TimedLoss, run_once
 
-CHILD_SECONDS = 600
-KILLED = -9  # by the kernel, when memory runs out
-OUT_OF_MEMORY = 3  # exit status of the process
+SECONDS = 600  # that one process may take
+# a server that has loaded PyTorch and run nothing forks in no time
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-class Setting(NamedTuple):
-    """What is measured, besides the provider and the case."""
+class MemoryRun(NamedTuple):
+    """How a process of its own is run."""
 
     threads: int
-    device: str = "cpu"
-    dtype: str = "float32"
-    bf16_products: bool = False
-    mode: str = "both"
+    dtype: torch.dtype = torch.float32  # of the embeddings
 
 
-def measure(provider: Provider, case: Case, setting: Setting) -> dict[str, Any]:
-    """Starts the process; returns `peak_extra_bytes`, `method`, `mode`, or `error` and `out_of_memory`."""
-    described = {"provider": provider.name, "case": [list(case.shape), *case[1:]], "setting": list(setting)}
-    command = [sys.executable, "-m", "sface_kernels.bench.memory", json.dumps(described)]
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
+def measure(provider: Provider, case: Case, run: MemoryRun) -> dict[str, Any]:
+    """On a CPU, in a process of its own; returns `peak_extra_bytes` and `method`, or `error` and `out_of_memory`."""
+    context: Any = multiprocessing.get_context(METHOD)
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, provider, case, run))
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took more than {CHILD_SECONDS} s", "out_of_memory": False}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    if done.returncode == KILLED:
-        return {"error": "killed, most likely out of memory", "out_of_memory": True}
-    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200]
-    return {"error": reason, "out_of_memory": done.returncode == OUT_OF_MEMORY}
+        return ours.recv() if ours.poll(SECONDS) else {"error": f"took more than {SECONDS} s", "out_of_memory": False}
+    except EOFError:
+        process.join()
+        return {"error": f"ended with status {process.exitcode}, most likely out of memory", "out_of_memory": True}
+    finally:
+        process.kill()
+        process.join()
 
 
-def _status_bytes(field: str) -> int | None:
+def _child(pipe: Connection, provider: Provider, case: Case, run: MemoryRun) -> None:
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+        pipe.send(_measure_here(provider, case, run))
+    except Exception as error:
+        pipe.send({"error": failure_text(error), "out_of_memory": out_of_memory(error)})
 
 
-def _reset_high_water_mark() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    except OSError:
-        return False
+def _measure_here(provider: Provider, case: Case, run: MemoryRun) -> dict[str, Any]:
+    torch.set_num_threads(run.threads)
+    function = build(provider, torch.device("cpu"), run.dtype)
+
+    def timed(shape: Shape) -> TimedLoss:
+        return TimedLoss(provider, make_workload(case._replace(shape=shape), "cpu", run.dtype), "both", function)
+
+    n, c, d = case.shape
+    run_once(timed(case.shape if provider.compiled else Shape(min(n, 64), min(c, 512), d)))
+    whole = timed(case.shape)
+    before = _resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    run_once(whole), run_once(whole)
+    peak, after = _status_bytes("VmHWM"), _resident_bytes()
+    whole.x.grad = whole.w.grad = None
+    if provider.backend == "native":
+        torch.ops.sface.native_release_memory()  # it keeps the memory of ∂w for the next step
+    gradients = after - _resident_bytes()
+    return {"peak_extra_bytes": max(0, peak - before - gradients), "method": "VmHWM reset before two runs"}
 
 
-def _trim_heap() -> None:
+def cuda_peak(timed: TimedLoss) -> dict[str, Any]:
+    """The same on a GPU, in this process: PyTorch's allocator counts exactly."""
+    run_once(timed)
+    timed.rest()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run_once(timed), run_once(timed)
+    torch.cuda.synchronize()
+    returned = sum(t.numel() * t.element_size() for t in timed.leaves[0])
+    peak = torch.cuda.max_memory_allocated() - before - returned
+    timed.rest()
+    return {"peak_extra_bytes": max(0, peak), "method": "max_memory_allocated over two runs"}
+
+
+def _resident_bytes() -> int:
+    """Without what glibc keeps of freed memory."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
 
 
-def _all_time_peak() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _run(contestant: Contestant, times: int) -> None:
-    for _ in range(times):
-        contestant.prepare()
-        contestant.run()
-
-
-def _measure_here(provider: Provider, case: Case, setting: Setting) -> dict[str, Any]:
-    device, dtype, mode = torch.device(setting.device), getattr(torch, setting.dtype), setting.mode
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    small = case._replace(shape=Shape(min(case.shape.n, 64), min(case.shape.c, 512), case.shape.d))
-    function = build(provider, device, dtype)
-
-    def contestant(case: Case) -> Contestant:
-        return Contestant(provider, make_workload(case, device, dtype), mode, setting.bf16_products, function)
-
-    if not provider.compiled:
-        _run(contestant(small), 1)
-    measured = contestant(case)
-    if provider.compiled:
-        _run(measured, 1)
-        measured.now.x.grad = measured.now.w.grad = None
-    returned = 0
-    if mode != "forward":
-        returned = sum(t.numel() * t.element_size() for t in (measured.now.x, measured.now.w))
-    peak, method = (_cuda_peak if device.type == "cuda" else _cpu_peak)(measured)
-    return {"peak_extra_bytes": max(0, peak - returned), "method": method, "mode": mode}
-
-
-def _cuda_peak(contestant: Contestant) -> tuple[int, str]:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    _run(contestant, 2)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, "max_memory_allocated over two runs"
-
-
-def _cpu_peak(contestant: Contestant) -> tuple[int, str]:
-    _trim_heap()
-    method = "VmHWM reset before two runs"
-    before = _status_bytes("VmRSS")
-    if before is None or not _reset_high_water_mark():
-        method, before = "ru_maxrss, a lower bound", _all_time_peak()
-    _run(contestant, 2)
-    peak = _status_bytes("VmHWM") if method.startswith("VmHWM") else _all_time_peak()
-    assert peak is not None
-    return peak - before, method
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Internal: measures one provider and prints JSON.")
-    parser.add_argument("settings", type=json.loads)
-    settings = parser.parse_args(arguments).settings
-    setting = Setting(*settings["setting"])
-    torch.set_num_threads(setting.threads)
-    shape, *others = settings["case"]
-    try:
-        found = _measure_here(resolve(settings["provider"]), Case(Shape(*shape), *others), setting)
-    except Exception as error:
-        print(failure_text(error), file=sys.stderr)
-        return OUT_OF_MEMORY if out_of_memory(error) else 1
-    print(json.dumps(found))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))

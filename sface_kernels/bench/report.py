@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,8 @@ import torch
 
 from . import machine
 
-SCHEMA = "sface-kernels/benchmark"
-SCHEMA_VERSION = 2
-FIGURES = (  # what `plots` draws
-    *("time_vs_classes", "memory_vs_classes", "time_vs_samples", "memory_vs_samples"),
-    *("ratio", "density", "error_vs_filter"),
-)
-KINDS = ("bench", "density", "accuracy")
+FORMAT = {"schema": "sface-kernels/benchmark", "schema_version": 2}
+KINDS = ("bench", "density", "accuracy")  # "density" is what a bench of several densities called itself
 _RATIOS = {  # name: (provider compared with, True for a speedup: their time over ours)
     "speedup_vs_reference": ("reference", True),
     "speedup_vs_careful_compiled": ("careful-compiled", True),
@@ -28,28 +23,19 @@ _RATIOS = {  # name: (provider compared with, True for a speedup: their time ove
     "time_vs_mm_tf32": ("mm-tf32", False),
     "time_vs_mm_bf16": ("mm-bf16", False),
 }
+Row = dict[str, Any]
 
 
 class ReportError(ValueError):
     """A file is not a result that this version reads. One line."""
 
 
-def new_report(kind: str, settings: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+def new_report(kind: str, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A report without rows, measured on `device`. Call it after the number of threads is set."""
-    return {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "kind": kind,
-        "date": machine.date(),
-        "commit": machine.commit(),
-        "machine": machine.facts(device),
-        "versions": machine.versions(),
-        "environment": machine.environment(),
-        "settings": settings,
-        "idle": [],
-        "interrupted": False,
-        "rows": [],
-    }
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    where = {"machine": machine.facts(device), "versions": machine.versions(), "environment": machine.environment()}
+    about = {**FORMAT, "kind": kind, "date": now, "commit": machine.commit(), **where}
+    return {**about, "settings": settings, "interrupted": False, "rows": []}
 
 
 def label(provider: str) -> str:
@@ -62,68 +48,47 @@ def filter_name(filter_eps: float) -> str:
     return "0" if filter_eps == 0 else f"2^{round(math.log2(filter_eps))}"
 
 
-def add_ratios(rows: list[dict[str, Any]]) -> None:
+def add_ratios(rows: list[Row]) -> None:
     """Fills `ratios` of rows of one workload and mode from their medians."""
-    medians = {row["provider"]: row["time_ms"]["median"] for row in rows if row["time_ms"]}
+    medians = {row["provider"]: median(row) for row in rows}
     for row in rows:
-        own = medians.get(row["provider"])
         row["ratios"] = {}
         for name, (other, speedup) in _RATIOS.items():
-            theirs = medians.get(other)
-            value = None
-            if own and theirs:
-                value = theirs / own if speedup else own / theirs
-            row["ratios"][name] = value
+            own, theirs = median(row), medians.get(other)
+            row["ratios"][name] = (theirs / own if speedup else own / theirs) if own and theirs else None
 
 
-def reference_median(rows: list[dict[str, Any]]) -> float | None:
+def median(row: Row) -> float | None:
+    return row["time_ms"]["median"] if row["time_ms"] else None
+
+
+def is_density_sweep(rows: list[Row]) -> bool:
+    return len({row["density_requested"] for row in rows} - {None}) > 1
+
+
+def reference_median(rows: list[Row]) -> float | None:
     """Of a density sweep, whose reference does the same work at every density: the median of its medians, ms."""
     medians = [row["time_ms"]["median"] for row in rows if row["provider"] == "reference" and row["time_ms"]]
     return statistics.median(medians) if medians else None
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file; ReportError for anything else, OSError where it cannot be read."""
+    """A result file; ReportError for anything else."""
     try:
         report = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ReportError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
         raise ReportError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
-        found = report.get("schema") if isinstance(report, dict) else None
-        raise ReportError(f"{path}: expected the schema {SCHEMA!r}, found {found!r}")
-    if report.get("schema_version") != SCHEMA_VERSION or report.get("kind") not in KINDS:
-        found = f"version {report.get('schema_version')!r}, kind {report.get('kind')!r}"
-        raise ReportError(f"{path}: this version reads version {SCHEMA_VERSION} of {', '.join(KINDS)}, found {found}")
+    found = {key: report.get(key) if isinstance(report, dict) else None for key in (*FORMAT, "kind")}
+    if found not in ({**FORMAT, "kind": kind} for kind in KINDS):
+        raise ReportError(f"{path}: expected {FORMAT} and a kind of {', '.join(KINDS)}, found {found}")
     return report
 
 
-def check_writable(path: Path) -> None:
-    """OSError unless a file can be written there; leaves an existing one as it is."""
-    existed = path.exists()
-    with path.open("a"):
-        pass
-    if not existed:
-        path.unlink()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities and no NaN: null."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def save(report: Any, path: Path) -> None:
-    """Writes the report in one move: a reader sees the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(_finite(report), file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Writes the report in one move: a reader sees the old file or the new one. What is no finite number is null."""
+    finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
+    os.replace(unfinished, path)

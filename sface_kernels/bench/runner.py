@@ -1,4 +1,4 @@
-"""One workload through memory, check and timing: what the commands share."""
+"""One workload through memory, the check against float64, and timing: what the commands share."""
 
 from __future__ import annotations
 
@@ -7,218 +7,215 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..testing import budget
 from ..testing.failure import failure_text, out_of_memory
+from ..testing.truth import Errors, Truth, compute_truth, measure_errors
 from ..testing.workloads import Case, Workload, make_workload
-from . import machine, memory, report
-from .checking import Checker
-from .contestant import copies_for, enter
-from .providers import BARE, LossFunction, Provider, Unavailable, build
-from .timing import Samples, Timed, clock_for, interleave, recover_memory, summarise
-from .work import count, rates
+from . import memory, report
+from .providers import BARE, CONTEXT, OPPONENT, LossFunction, Provider, Unavailable, build, count
+from .report import Row
+from .timing import TimedLoss, copies_for, cuda_clock, interleave, kernel_times, recover_memory, summarise, wall_clock
 
-OUT_OF_MEMORY = "out of memory"
+FULL_CHECK_LIMIT = 1.5e10  # N·C·D up to which all classes are checked; float64 takes some 10 s there on a CPU
+OPPONENT_LIMIT = 1e-4  # relative error of float32 arithmetic as people write it
+BF16_LIMIT = 0.5  # products in bf16 move cosines by 1e-3, which k = 80 blows up: it only tells right from wrong
 
 
-class Settings(NamedTuple):
+class RunSettings(NamedTuple):
     """How a workload is run. `budget_seconds` holds for each mode's timing, checks and memory not counted."""
 
     repeats: int = 15
     budget_seconds: float = 60.0
     threads: int = 1
-    bf16_products: bool = False
     measure_memory: bool = True
+    kernels: bool = False  # whether the time of each kernel is taken
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
 
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+
+def reduced(work: Workload) -> Workload:
+    """The workload, or where it is large one with fewer classes: the targets' and evenly spaced others."""
+    shape = work.case.shape
+    keep = int(FULL_CHECK_LIMIT / (shape.n * shape.d))
+    if shape.c <= keep:
+        return work
+    spaced = torch.arange(0, shape.c, -(-shape.c // keep), device=work.y.device)
+    classes = torch.cat([work.y, spaced]).unique()
+    case = work.case._replace(shape=shape._replace(c=len(classes)))
+    return Workload(case, work.x, work.w[classes], torch.searchsorted(classes, work.y), work.density)
 
 
-class Progress:
-    """Where the runner says what it is doing. This one says nothing."""
+class Checker:
+    """Holds the float64 results of a workload, and what the reference makes of it."""
 
-    def at(self, text: str, step: int) -> None:
-        """`step` of the `steps_of` this workload are done."""
+    def __init__(self, work: Workload) -> None:
+        self.work = reduced(work)
+        self.exact = compute_truth(self.work.x, self.work.w, self.work.y)
+        self.filtered: tuple[float, Truth, Errors] | None = None  # of the last filter asked for
 
-    def warn(self, text: str) -> None:
-        """Something that the reader of the numbers must know."""
+    def check(self, provider: Provider, function: LossFunction | None = None) -> dict[str, Any]:
+        """`ok`, the number of classes checked, errors against the exact float64 result and against the one
+        with the provider's filter, and the limits of the latter. Raises what the provider raises."""
+        meant, limits = self._meant(provider)
+        timed = TimedLoss(provider, self.work, "both", function)
+        timed.prepare()
+        found: Any = timed.run(), timed.x.grad, timed.w.grad
+        errors = measure_errors(meant, *found)
+        return {
+            "ok": all(error <= limit for error, limit in zip(errors, limits, strict=True)),
+            "classes": self.work.case.shape.c,
+            "errors": measure_errors(self.exact, *found)._asdict(),
+            "errors_beyond_filter": errors._asdict(),
+            "limits": limits._asdict(),
+        }
 
-
-def steps_of(providers: list[Provider], modes: list[str], settings: Settings) -> int:
-    """Steps of one workload, as `Progress.at` counts them."""
-    once = len(providers) * (2 if settings.measure_memory else 1) + 1
-    return once + len(modes) * (len(providers) + settings.repeats)
+    def _meant(self, provider: Provider) -> tuple[Truth, Errors]:
+        """What the provider is meant to return, and how far off it may be."""
+        x, w, y = self.work.x, self.work.w, self.work.y
+        if provider.kind == OPPONENT:
+            limit = BF16_LIMIT if provider.autocast or provider.precision == "medium" else OPPONENT_LIMIT
+            return self.exact, Errors(limit, limit + torch.finfo(x.dtype).eps, limit)  # ∂x is stored in x's dtype
+        assert provider.backend is not None
+        filter_eps = provider.filter_for(x.dtype, x.shape[1])
+        if self.filtered is None or self.filtered[0] != filter_eps:
+            truth = compute_truth(x, w, y, filter_eps) if filter_eps else self.exact
+            self.filtered = filter_eps, truth, budget.package_errors(truth, x, w, y, "reference", filter_eps)
+        _, truth, reference = self.filtered
+        return truth, budget.limits(truth, reference, x, w, y, provider.backend)
 
 
 class _Entry:
-    """What is known of one provider on this workload so far."""
+    """A provider on a workload, and what its rows say."""
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
-        self.status = "ok"
-        self.reason: str | None = None
-        self.check: dict[str, Any] | None = None
-        self.memory: dict[str, Any] | None = None
         self.function: LossFunction | None = None
+        known = {"provider": provider.name, "what": provider.what, "status": "ok"}
+        self.row: Row = {**known, "reason": None, "check": None, "memory": None, "kernels": None}
 
-    def fail(self, status: str, reason: str) -> None:
-        self.status, self.reason = status, reason
+    @property
+    def ok(self) -> bool:
+        return self.row["status"] == "ok"
 
+    def fails(self, status: str, reason: str) -> None:
+        self.row.update(status=status, reason=reason)
 
-def outcome(error: BaseException) -> tuple[str, str]:
-    """Status and reason of a row whose provider raised."""
-    return OUT_OF_MEMORY if out_of_memory(error) else "failed", failure_text(error)
+    def raised(self, error: Exception) -> None:
+        if self.ok:
+            self.fails("out of memory" if out_of_memory(error) else "failed", failure_text(error))
+        error.with_traceback(None)  # which holds the frames in which its tensors live
+        recover_memory()
+
+    def build(self, case: Case, settings: RunSettings, say: Callable[[str], None]) -> None:
+        """Makes what is timed, and measures its memory."""
+        provider = self.provider
+        try:
+            self.function = build(provider, settings.device, settings.dtype)
+        except Unavailable as error:
+            self.fails("unavailable", str(error))
+            return
+        if settings.measure_memory and provider.kind != BARE and settings.device.type == "cpu":
+            say(f"memory of {provider.name}")
+            run = memory.MemoryRun(settings.threads, settings.dtype)
+            self.row["memory"] = found = memory.measure(provider, case, run)
+            if found.get("out_of_memory"):
+                # in this process it would take the others with it
+                self.fails("out of memory", found["error"])
+
+    def check(self, checker: Checker) -> None:
+        """Against float64, where it is an SFace loss: floors and other losses are PyTorch's own operations."""
+        if self.provider.kind in (BARE, CONTEXT):
+            return
+        self.row["check"] = found = checker.check(self.provider, self.function)
+        if not found["ok"]:
+            errors = ", ".join(f"{name} {value:.1e}" for name, value in found["errors_beyond_filter"].items())
+            self.fails("wrong", f"errors against float64: {errors}")
+
+    def look_into(self, work: Workload, settings: RunSettings) -> None:
+        """Its kernels, and on a GPU its memory."""
+        if settings.kernels:
+            self.row["kernels"] = kernel_times(TimedLoss(self.provider, work, "both", self.function))
+        if settings.measure_memory and settings.device.type == "cuda" and self.provider.kind != BARE:
+            self.row["memory"] = memory.cuda_peak(TimedLoss(self.provider, work, "both", self.function))
+
+    def attempt(self, what: Callable[..., Any], *arguments: Any) -> Any:
+        """What it returns; where it raises, the rows say so."""
+        try:
+            return what(*arguments) if self.ok else None
+        except Exception as error:
+            self.raised(error)
 
 
 def run_case(
     case: Case,
     providers: list[Provider],
     modes: list[str],
-    settings: Settings,
+    settings: RunSettings,
     result: dict[str, Any],
-    progress: Progress | None = None,
-    done: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    say: Callable[[str], None] = lambda text: None,
+    done: Callable[[list[Row]], None] = lambda rows: None,
 ) -> None:
-    """Appends rows to `result["rows"]`, calling `done` with those of each mode.
+    """Appends rows to `result["rows"]`, calling `done` with those of each mode. `say` gets what is done next.
 
-    On KeyboardInterrupt the rows timed so far are appended first. Beyond what a provider needs, memory holds
-    8·C·D bytes for the float64 result and, on a CPU, 4·C·D for each provider's last gradient (8·C·D with momentum).
+    Beyond what a provider needs, memory holds 8·C·D bytes for the float64 result and, on a CPU, 4·C·D for each
+    provider's last gradient (8·C·D with momentum).
     """
-    _Run(case, providers, settings, result, progress or Progress()).run(modes, done)
-
-
-class _Run:
-    """One workload: its providers, and how far it has come."""
-
-    def __init__(
-        self, case: Case, providers: list[Provider], settings: Settings, result: dict[str, Any], progress: Progress
-    ) -> None:
-        self.case, self.settings, self.result, self.progress = case, settings, result, progress
-        self.entries = [_Entry(provider) for provider in providers]
-        self.steps = 0
-
-    def run(self, modes: list[str], done: Callable[[list[dict[str, Any]]], None]) -> None:
-        idle = machine.idle_check()
-        self.result["idle"].append({"workload": self.case.name, **idle})
-        if idle["warning"]:
-            self.progress.warn(idle["warning"])
-        for entry in self.entries:
-            self._measure_memory(entry)
-        self.progress.at("making the data", self.steps)
-        work = make_workload(self.case, self.settings.device, self.settings.dtype)
-        try:
-            self._check(work)
-            for mode in modes:
-                done(self._time(work, mode))
-        finally:
-            torch.set_float32_matmul_precision("highest")
-            if any(entry.provider.compiled for entry in self.entries):
-                torch.compiler.reset()
-
-    def _measure_memory(self, entry: _Entry) -> None:
-        settings, provider = self.settings, entry.provider
-        self.steps += settings.measure_memory
-        try:
-            entry.function = build(provider, settings.device, settings.dtype)
-        except Unavailable as error:
-            entry.fail("unavailable", str(error))
-            return
-        if not settings.measure_memory or provider.kind == BARE:
-            return
-        self.progress.at(f"memory of {provider.name}", self.steps)
-        setting = memory.Setting(settings.threads, str(settings.device), settings.dtype_name, settings.bf16_products)
-        entry.memory = memory.measure(provider, self.case, setting)
-        if entry.memory.get("out_of_memory"):
-            # in this process it would take the others with it
-            entry.fail(OUT_OF_MEMORY, entry.memory["error"])
-
-    def _check(self, work: Workload) -> None:
-        self.progress.at("float64 result", self.steps)
-        checker = Checker(work, self.settings.bf16_products)
-        self.steps += 1
-        for entry in self.entries:
-            self.steps += 1
-            if entry.status != "ok":
-                continue
-            self.progress.at(f"checking {entry.provider.name}", self.steps)
-            try:
-                entry.check = checker.check(entry.provider, entry.function)
-            except Exception as error:
-                entry.fail(*outcome(error.with_traceback(None)))
-                recover_memory()
-                continue
-            if not entry.check["ok"]:
-                errors = ", ".join(f"{name} {value:.1e}" for name, value in entry.check["errors_beyond_filter"].items())
-                entry.fail("wrong", f"errors against float64: {errors}")
-
-    def _time(self, work: Workload, mode: str) -> list[dict[str, Any]]:
-        settings, samples, copies = self.settings, Samples(), copies_for(work)
-        contestants: dict[str, Timed] = {}
-        for entry in self.entries:
-            if entry.status != "ok":
-                continue
-            name = entry.provider.name
-            try:
-                contestants[name] = enter(entry.provider, work, mode, settings.bf16_products, entry.function, copies)
-            except Exception as error:
-                samples.failures[name] = error.with_traceback(None)
-        try:
-            interleave(
-                contestants,
-                settings.repeats,
-                settings.budget_seconds,
-                samples,
-                lambda text, step: self.progress.at(f"{mode}: {text}", self.steps + step),
-                clock_for(settings.device),
-            )
-        except KeyboardInterrupt:
-            self.result["rows"] += self._rows(work, mode, samples, copies, only_timed=True)
+    entries, work = [_Entry(provider) for provider in providers], None
+    for entry in entries:
+        entry.build(case, settings, say)
+    try:
+        say("making the data and their float64 result")
+        work = make_workload(case, settings.device, settings.dtype)
+        checker = Checker(work)
+        for entry in entries:
+            say(f"checking {entry.provider.name}")
+            entry.attempt(entry.check, checker)
+            entry.attempt(entry.look_into, work, settings)
+        del checker
+    except Exception as error:
+        if not out_of_memory(error):
             raise
-        self.steps += len(self.entries) + settings.repeats
-        rows = self._rows(work, mode, samples, copies, only_timed=False)
-        self.result["rows"] += rows
-        if (samples.other_busy_cores or 0) > machine.BUSY_LIMIT:
-            self.progress.warn(f"others used {samples.other_busy_cores:.2f} cores while {mode} was timed")
-        return rows
+        for entry in entries:
+            entry.raised(error)
+    try:
+        for mode in modes:
+            rows = _time(entries, work, case, mode, settings, say)
+            result["rows"] += rows
+            done(rows)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        if any(provider.compiled for provider in providers):
+            torch.compiler.reset()
 
-    def _rows(self, work: Workload, mode: str, samples: Samples, copies: int, only_timed: bool) -> list[dict[str, Any]]:
-        rows = []
-        for entry in self.entries:
-            name = entry.provider.name
-            failure, seconds = samples.failures.get(name), samples.seconds.get(name)
-            status, reason = (entry.status, entry.reason) if failure is None else outcome(failure)
-            if status == "ok" and not seconds and only_timed:
-                continue
-            timed = summarise(seconds) if status == "ok" and seconds else None
-            rows.append({**self._row(entry, work, mode, timed, samples, copies), "status": status, "reason": reason})
-        report.add_ratios(rows)
-        return rows
 
-    def _row(
-        self, entry: _Entry, work: Workload, mode: str, timed: dict[str, Any] | None, samples: Samples, copies: int
-    ) -> dict[str, Any]:
-        case, settings, provider = self.case, self.settings, entry.provider
-        stated = count(provider, case.shape, mode, settings.dtype)
-        hot = samples.hot.get(provider.name)
-        return {
-            "workload": case.name,
-            **case.shape._asdict(),
-            "geometry": case.geometry,
-            "seed": case.seed,
-            "density_requested": case.density,
-            "density": work.density,
-            "device": str(settings.device),
-            "dtype": settings.dtype_name,
-            "mode": mode,
-            "provider": provider.name,
-            "what": provider.what,
-            "check": entry.check,
-            "time_ms": timed,
-            "hot_ms": summarise(hot) if timed and hot else None,
-            "input_copies": copies,
-            "work": stated._asdict(),
-            "rates": rates(stated, timed["median"]) if timed else None,
-            "memory": entry.memory,
-            "other_busy_cores": samples.other_busy_cores,
+def _time(
+    entries: list[_Entry],
+    work: Workload | None,
+    case: Case,
+    mode: str,
+    settings: RunSettings,
+    tell: Callable[[str], None],
+) -> list[Row]:
+    """A row for each entry."""
+
+    def say(text: str) -> None:
+        tell(f"{mode}: {text}")
+
+    copies, clock = copies_for(work) if work else 1, cuda_clock if settings.device.type == "cuda" else wall_clock
+    timed = [entry.attempt(TimedLoss, entry.provider, work, mode, entry.function, copies) for entry in entries]
+    others = interleave([one for one in timed if one], settings.repeats, settings.budget_seconds, say, clock)
+    rows = []
+    for entry, one in zip(entries, timed, strict=True):
+        if one and one.failure:
+            entry.raised(one.failure)
+        times = summarise(one.seconds) if entry.ok else None
+        stated = count(entry.provider, case.shape, mode, settings.dtype)
+        row = {
+            **{"workload": case.name, **case.shape._asdict(), "geometry": case.geometry, "seed": case.seed},
+            **{"density_requested": case.density, "density": work.density if work else None, "input_copies": copies},
+            **{"device": str(settings.device), "dtype": str(settings.dtype).removeprefix("torch."), "mode": mode},
+            **{"work": stated._asdict(), "rates": stated.rates(times["median"]) if times else None, "time_ms": times},
         }
+        rows.append({**row, **entry.row, "other_busy_cores": others})
+    report.add_ratios(rows)
+    return rows

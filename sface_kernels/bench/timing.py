@@ -1,94 +1,169 @@
-"""Interleaved timing: every contestant in turn, in balanced order, medians with quartiles."""
+"""Providers on a workload, and a clock: all take turns in balanced order; medians with quartiles."""
 
 from __future__ import annotations
 
 import gc
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from ..testing.workloads import Workload
 from . import machine
+from .providers import BARE, PACKAGE, LossFunction, Provider, build, read, write
 
-MAX_WARM_UP = 8  # runs, and
-MAX_WARM_UP_SECONDS = 5.0
-STEADY = 0.1  # relative difference of two runs in a row that ends the warm-up
-VISIT_SECONDS = 0.05  # a contestant runs this long, or MAX_VISIT times, before the next one's turn
-MAX_VISIT = 5
+MODES = ("forward", "backward", "both", "step", "graph")
+CACHE_FACTOR = 4  # rotated inputs are this many times the L2 cache, so that none is still in it
+MAX_COPIES = 16
+WARM_UP_RUNS, WARM_UP_SECONDS = 4, 5.0  # whichever ends it first, after one run at least
+VISIT_SECONDS, MAX_VISIT = 0.05, 5  # a provider runs this long or often before the next one's turn
 MIN_ROUNDS = 3  # even when the budget is spent
 
+T = TypeVar("T")
+Clock = Callable[[Callable[[], object]], float]  # runs a function and returns its seconds
 
-class Timed:
-    """A contestant: `prepare` outside the timed region, then `run` inside it."""
 
-    rotates = False  # whether `prepare` changes to other inputs each time, unless `hot`
-    hot = False
-    rests = False  # whether `rest` gave back what the first run of the next turn must make again
+def copies_for(work: Workload) -> int:
+    """How many copies of the inputs take turns: 1 on a CPU, and where one alone overflows a GPU's L2 cache."""
+    if work.x.device.type != "cuda":
+        return 1
+    size = sum(t.numel() * t.element_size() for t in (work.x, work.w))
+    cache = torch.cuda.get_device_properties(work.x.device).L2_cache_size
+    return min(MAX_COPIES, max(1, math.ceil(CACHE_FACTOR * cache / size)))
+
+
+class TimedLoss:
+    """A provider on copies of a workload that take turns: `prepare` before the clock starts, `run`, and at the end of a
+    turn `rest`. A bare operation does the same in every mode; of a loss
+
+    "forward" builds the graph and frees it; "backward" is that of a forward made in `prepare`; "both"; "step" adds SGD
+    (momentum 0.9, weight decay 5e-4, fused) on w with learning rate 0, so that repeats do the work of an update on data
+    that stays as it is; "graph" replays both from a CUDA graph, without what launching takes on the host.
+
+    Where there is a backward, the timed region begins with freeing the last gradients (`zero_grad(set_to_none)`), which
+    every training step pays for; the upstream gradient is made beforehand. Opponents get half embeddings as a training
+    loop hands them over: converted to float32. A `function` that is given is shared, to be compiled once.
+    """
+
+    def __init__(
+        self, provider: Provider, work: Workload, mode: str, function: LossFunction | None = None, copies: int = 1
+    ) -> None:
+        self.provider, self.mode, self.y, device = provider, mode, work.y, work.x.device
+        self.cuda, self.upstream = device.type == "cuda", torch.ones((), device=device)
+        self.function = function or build(provider, device, work.x.dtype)
+        self.leaves = [[t.clone() if i else t.detach() for t in (work.x, work.w)] for i in range(copies)]
+        if provider.kind == BARE:
+            self.leaves = [[t.to(provider.dtype) for t in pair] for pair in self.leaves]
+            n, (c, d) = len(work.x), work.w.shape
+            size = (c,) if self.function is read else (c, d) if self.function is write else (n, c)
+            # zeros, so that its pages are there before the first run
+            self.y = torch.zeros(size, dtype=provider.dtype, device=device)
+        else:
+            for leaf in itertools.chain(*self.leaves):
+                leaf.requires_grad_()
+        self.turns = itertools.cycle(range(copies))
+        optimized = [w for _, w in self.leaves] if mode == "step" and provider.kind != BARE else []
+        self.optimizers = [torch.optim.SGD([w], 0.0, 0.9, weight_decay=5e-4, fused=True) for w in optimized]
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.ready: tuple[Tensor, Any] | None = None  # the forward of which "backward" times the rest
+        self.seconds: list[float] = []  # of each timed run
+        self.failure: Exception | None = None
 
     def prepare(self) -> None:
-        raise NotImplementedError
+        torch.set_float32_matmul_precision(self.provider.precision)
+        self.turn = next(self.turns)
+        self.x, self.w = self.leaves[self.turn]
+        if self.provider.kind == BARE:
+            return
+        if self.mode == "backward":
+            self.ready = self._forward()
+        if self.mode == "graph" and self.turn not in self.graphs:
+            self.graphs[self.turn] = self._capture()
 
-    def run(self) -> None:
-        raise NotImplementedError
+    def run(self) -> Tensor | None:
+        """The loss, where there is one."""
+        if self.provider.kind == BARE:
+            self.function(self.x, self.w, self.y)
+            return None
+        if self.mode == "graph":
+            self.graphs[self.turn].replay()
+            return None
+        if self.mode == "forward":
+            return self._forward()[0]
+        loss = self._backward()
+        if self.optimizers:
+            self.optimizers[self.turn].step()
+        return loss
 
     def rest(self) -> None:
-        """At the end of a turn."""
+        """On a GPU gives back what it holds between turns: the gradients of every provider together may not fit.
+
+        On a CPU they stay, as freeing them is a cost of every step there (pages go back to the system).
+        """
+        self.ready = None
+        if self.cuda:
+            self.graphs.clear()
+            for leaf in itertools.chain(*self.leaves):
+                leaf.grad = None
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+
+    def _forward(self) -> tuple[Tensor, Any]:
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.provider.autocast):
+            outputs = self.function(self.x if self.provider.kind == PACKAGE else self.x.float(), self.w, self.y)
+        return (outputs, None) if isinstance(outputs, Tensor) else (outputs.loss, outputs)
+
+    def _backward(self) -> Tensor:
+        """Of the forward that `prepare` made, or of one made here."""
+        self.x.grad = self.w.grad = None
+        loss, outputs = self.ready or self._forward()
+        self.ready = None
+        loss.backward(self.upstream)
+        del outputs  # which lived as long as in a training loop that reads them after the step
+        return loss.detach()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._backward()
+        torch.cuda.current_stream().wait_stream(side)
+        self.x.grad = self.w.grad = None  # so that those of the graph come from its own memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._backward()
+        return graph
 
 
-Clock = Callable[[Callable[[], None]], float]  # runs a function and returns its seconds
-
-
-def wall_clock(run: Callable[[], None]) -> float:
+def wall_clock(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-class CudaClock:
+def cuda_clock(run: Callable[[], object]) -> float:
     """Time between two events on the current stream, launches that the host is late with included."""
-
-    def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)  # whose stream the events are recorded on
-        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __call__(self, run: Callable[[], None]) -> float:
-        self.start.record()
-        run()
-        self.end.record()
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end) / 1e3
-
-
-def clock_for(device: torch.device) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else wall_clock
-
-
-class Samples:
-    """Seconds of each run of each contestant, filled as they come, so that an interrupt loses nothing."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-        self.hot: dict[str, list[float]] = {}  # with the same inputs again and again, where they rotate
-        self.failures: dict[str, BaseException] = {}
-        self.other_busy_cores: float | None = None  # cores that other processes used meanwhile
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def summarise(seconds: list[float]) -> dict[str, Any]:
     """Median, quartiles and range in milliseconds, and the number of runs."""
     ms = sorted(1e3 * value for value in seconds)
     q1, median, q3 = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else ms * 3
-    return {
-        "median": median,
-        "q1": q1,
-        "q3": q3,
-        "min": ms[0],
-        "max": ms[-1],
-        "repeats": len(ms),
-        "samples": [round(1e3 * value, 4) for value in seconds],
-    }
+    samples = [round(1e3 * value, 4) for value in seconds]
+    return {"median": median, "q1": q1, "q3": q3, "min": ms[0], "max": ms[-1], "repeats": len(ms), "samples": samples}
 
 
 def recover_memory() -> None:
@@ -98,117 +173,94 @@ def recover_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def run_once(contestant: Timed, clock: Clock = wall_clock) -> float:
+def run_once(timed: TimedLoss, clock: Clock = wall_clock) -> float:
     """Seconds of one run."""
-    contestant.prepare()
-    return clock(contestant.run)
+    timed.prepare()
+    return clock(timed.run)
 
 
-def warm_up(contestant: Timed, clock: Clock = wall_clock) -> None:
-    """Runs until two times in a row agree within STEADY, or the limits above."""
-    begin, last = time.perf_counter(), run_once(contestant, clock)
-    for _ in range(MAX_WARM_UP - 1):
-        now = run_once(contestant, clock)
-        steady, last = abs(now - last) <= STEADY * last, now
-        if steady or time.perf_counter() - begin > MAX_WARM_UP_SECONDS:
-            return
+def kernel_times(timed: TimedLoss, runs: int = 5) -> dict[str, float]:
+    """Milliseconds of one run by kernel on a GPU, by operation on a CPU, by torch.profiler; the longest first."""
+    run_once(timed)
+    with profile(activities=[ProfilerActivity.CUDA if timed.cuda else ProfilerActivity.CPU]) as trace:
+        for _ in range(runs):
+            run_once(timed)
+        if timed.cuda:
+            torch.cuda.synchronize()
+    timed.rest()
+    micro = "self_device_time_total" if timed.cuda else "self_cpu_time_total"
+    found = {event.key: getattr(event, micro) / runs / 1e3 for event in trace.key_averages()}
+    return {name: ms for name, ms in sorted(found.items(), key=lambda pair: -pair[1]) if ms > 0}
 
 
-def balanced_orders(names: list[str]) -> Iterator[list[str]]:
-    """Endless orders: rotated by one each round and reversed every other round, so that nobody always follows
-    the same neighbour."""
-    shift = 0
-    while names:
-        order = names[shift % len(names) :] + names[: shift % len(names)]
-        yield order[::-1] if shift % 2 else order
-        shift += 1
+def _warm_up(timed: TimedLoss, clock: Clock) -> None:
+    begin = time.perf_counter()
+    for _ in range(WARM_UP_RUNS):
+        if time.perf_counter() - begin < WARM_UP_SECONDS:
+            run_once(timed, clock)
+    timed.rest()
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _visit(timed: TimedLoss, clock: Clock) -> None:
+    """One turn. An untimed run before has the data in the caches as the provider leaves them, and on a GPU makes the
+    memory that `rest` gave back."""
+    if timed.cuda or (timed.seconds and timed.seconds[-1] < VISIT_SECONDS):
+        run_once(timed, clock)
+    spent = 0.0
+    for _ in range(MAX_VISIT):
+        if spent < VISIT_SECONDS:
+            timed.seconds.append(run_once(timed, clock))
+            spent += timed.seconds[-1]
+    timed.rest()
+
+
+def balanced_order(contestants: list[T], turn: int) -> list[T]:
+    """Rotated by one each round and reversed every other one, so that nobody always follows the same neighbour."""
+    shift = turn % len(contestants)
+    order = contestants[shift:] + contestants[:shift]
+    return order[::-1] if turn % 2 else order
 
 
 def interleave(
-    contestants: dict[str, Timed],
+    contestants: Sequence[TimedLoss],
     repeats: int,
     budget_seconds: float,
-    samples: Samples | None = None,
-    progress: Callable[[str, int], None] = lambda text, steps: None,
+    say: Callable[[str], None] = lambda text: None,
     clock: Clock = wall_clock,
-) -> Samples:
-    """Times every contestant in `repeats` rounds, or fewer (at least MIN_ROUNDS) to keep to the budget. The
-    warm-up does not count in it.
+) -> float | None:
+    """Times everybody in `repeats` rounds, or fewer (at least MIN_ROUNDS) to keep to the budget, in which the warm-up
+    does not count. One that raises is left out from there; the others go on. `say` gets what comes next.
 
-    In its turn a contestant that takes less than VISIT_SECONDS runs once untimed, to have its data in the
-    caches as it left them, and then up to MAX_VISIT times. One that raises is dropped with its reason; the
-    others go on. `progress` gets what comes next and how many of the len(contestants) + repeats steps are done.
+    Returns the cores that other processes used meanwhile, or None where the system does not say.
     """
-    samples = samples or Samples()
-    begin, busy, own = time.perf_counter(), machine.busy_seconds(), machine.own_seconds()
-    alive = []
-    for done, name in enumerate(list(contestants)):
-        progress(f"warming up {name}", done)
+
+    def attempt(what: Callable[[TimedLoss, Clock], None], one: TimedLoss) -> None:
         try:
-            warm_up(contestants[name], clock)
-            contestants[name].rest()
-            alive.append(name)
+            what(one, clock)
         except Exception as error:
-            _drop(name, error, contestants, samples)
-    orders, rounds_begin = balanced_orders(alive), time.perf_counter()
-    with _no_garbage_collection():
-        for done in range(repeats if alive else 0):
-            spent = time.perf_counter() - rounds_begin
-            if done >= MIN_ROUNDS and spent * (done + 1) / done > budget_seconds:
+            # its traceback holds the frames in which its tensors live
+            one.failure = error.with_traceback(None)
+            one.rest()
+            recover_memory()
+
+    begin, busy = time.perf_counter(), machine.others_seconds()
+    for one in contestants:
+        say(f"warming up {one.provider.name}")
+        attempt(_warm_up, one)
+    rounds_begin = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(repeats):
+            alive, spent = [one for one in contestants if one.failure is None], time.perf_counter() - rounds_begin
+            if not alive or (done >= MIN_ROUNDS and spent * (done + 1) / done > budget_seconds):
                 break
-            progress(f"round {done + 1} of {repeats}", len(alive) + done)
-            for name in next(orders):
-                if name not in contestants:
-                    continue
-                try:
-                    _visit(name, contestants[name], samples, clock)
-                except Exception as error:
-                    _drop(name, error, contestants, samples)
-    wall = time.perf_counter() - begin
-    if busy is not None and wall > 0:
-        others = (machine.busy_seconds() or busy) - busy - (machine.own_seconds() - own)
-        samples.other_busy_cores = round(max(0.0, others / wall), 3)
-    return samples
-
-
-def _drop(name: str, error: Exception, contestants: dict[str, Timed], samples: Samples) -> None:
-    # its traceback holds the frames in which its tensors live
-    samples.failures[name] = error.with_traceback(None)
-    del contestants[name]
-    recover_memory()
-
-
-def _visit(name: str, contestant: Timed, samples: Samples, clock: Clock) -> None:
-    seconds = samples.seconds.setdefault(name, [])
-    if contestant.rests or (seconds and seconds[-1] < VISIT_SECONDS):
-        run_once(contestant, clock)
-    _runs(contestant, seconds, clock)
-    if contestant.rotates:
-        contestant.hot = True
-        try:
-            run_once(contestant, clock)
-            _runs(contestant, samples.hot.setdefault(name, []), clock)
-        finally:
-            contestant.hot = False
-    contestant.rest()
-
-
-def _runs(contestant: Timed, seconds: list[float], clock: Clock) -> None:
-    spent = 0.0
-    for _ in range(MAX_VISIT):
-        seconds.append(run_once(contestant, clock))
-        spent += seconds[-1]
-        if spent >= VISIT_SECONDS:
-            return
+            say(f"round {done + 1} of {repeats}")
+            for one in balanced_order(alive, done):
+                attempt(_visit, one)
+    finally:
+        gc.enable()
+    if busy is None:
+        return None
+    now = machine.others_seconds() or busy
+    return round(max(0.0, (now - busy) / max(time.perf_counter() - begin, 1e-9)), 3)

@@ -8,12 +8,10 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from .bench import bench
+from .bench import INTERRUPTED, bench
 from .check import check
 from .info import info
 from .plot import plot
-
-INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for command in (info, check, bench, plot):
@@ -45,7 +43,6 @@ def run(arguments: list[str]) -> int:
             raise
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "sface-kernels"
-        text = " ".join(error.format_message().split())
-        print(f"{where}: error: {text}", file=sys.stderr)
+        print(f"{where}: error: {' '.join(error.format_message().split())}", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0

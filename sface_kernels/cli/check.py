@@ -1,70 +1,54 @@
-"""`sface-kernels check`: every backend against float64 on this machine, and the Triton kernels without a GPU."""
+"""`sface-kernels check`: every backend against float64 on this machine."""
 
 from __future__ import annotations
 
-import importlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from ..bench import report
+from ..bench.table import Table
 from ..dispatch import BACKENDS
 from ..testing import selfcheck
-from . import options
+from . import options, show
+from .options import option, several
 
-TARGETS = "sface_kernels.backends.triton.tools.compile_report"  # imported on demand: it needs Triton
-INTERPRET = "TRITON_INTERPRET"  # Triton reads it when it is imported
-WORST = ("loss", "grad_x", "grad_w")
+ALL = ",".join(BACKENDS)
 
 
 def check(
-    backends: Annotated[str | None, typer.Option(help="Comma-separated; all that run here if left out.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>; the GPU if there is one.")] = None,
+    backends: Annotated[Any, option(several(options.one_of(BACKENDS)), "Comma-separated; all that run here if left out.")] = ALL,
+    device: Annotated[Any, options.DEVICE] = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line for every problem.")] = False,
-    interpret: Annotated[
-        bool, typer.Option("--interpret", help="Run the Triton kernels in Triton's interpreter, on the CPU.")
-    ] = False,
-    targets: Annotated[
-        str | None,
-        typer.Option(help="Compile the Triton kernels for these, e.g. sm_80,sm_90,sm_100. Needs no GPU."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write every error and budget to this JSON file.")] = None,
-) -> None:
+    out: Annotated[Any, options.OUT] = None,
+) -> None:  # fmt: skip
     """Compare every available backend with float64: errors beside their budget. Exit status 1 if any is over.
 
     The budget is twice the error of plain PyTorch in the same dtype and one rounding of each cosine, angle and term.
-    For plain PyTorch itself, and in float64, it is the a-priori bound of such sums.
+    For plain PyTorch itself, and in float64, it is the a-priori bound of such sums. With TRITON_INTERPRET=1 in the
+    environment the Triton backend is checked on a CPU, in Triton's interpreter.
     """
-    options.output_file(out)
-    if targets is not None:
-        raise typer.Exit(_compile(targets))
-    if interpret:
-        raise typer.Exit(_interpret(verbose, out))
-    chosen = list(BACKENDS) if backends is None else options.split("--backends", backends, options.one_of(BACKENDS))
-    where = options.device(device)
-    small = os.environ.get(INTERPRET) == "1" and "triton" in chosen
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    reasons = {backend: selfcheck.unavailable(backend, where, options.DTYPES["float32"]) for backend in chosen}
+    reasons = {backend: selfcheck.unavailable(backend, device, selfcheck.DTYPES[0]) for backend in backends}
     for backend, reason in reasons.items():
         if reason is not None:
-            console.print(f"{backend} is not checked: {reason}", highlight=False, soft_wrap=True)
+            show.line(f"{backend} is not checked: {reason}")
     if all(reasons.values()):
-        raise options.wrong("--backends", f"none of {', '.join(chosen)} runs on {where}")
+        raise typer.BadParameter(f"none of {', '.join(backends)} runs on {device}", param_hint="--backends")
+    small = os.environ.get("TRITON_INTERPRET") == "1" and "triton" in backends
     outcomes: list[selfcheck.Outcome] = []
-    for dtype in track(options.DTYPES.values(), "Checking", console=Console(stderr=True), transient=True):
-        outcomes += selfcheck.run(chosen, where, dtype, small)
+    for dtype in selfcheck.DTYPES:
+        show.progress(f"checking {dtype}")
+        outcomes += selfcheck.run(backends, device, dtype, small)
+    show.progress()
+    shown = outcomes if verbose else _worst(outcomes)
+    head = ["backend", "embeddings", "filter", "problem", "loss", "∂x", "∂w", "of budget"]
+    table = Table(f"Errors on {device}, beside their budget", head, [_cells(outcome) for outcome in shown], 4)
+    show.table(table, [number for number, outcome in enumerate(shown) if not outcome.ok])
     over = [outcome for outcome in outcomes if not outcome.ok]
-    console.print(_table(outcomes if verbose else _worst(outcomes), f"Errors on {where}, beside their budget"))
     for outcome in over:
-        console.print(f"OVER: {_sentence(outcome)}", style="red", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"{len(outcomes)} results, {len(over)} over their budget", highlight=False)
+        show.line(f"OVER: {', '.join(_cells(outcome))} {outcome.failure or ''}", "red")
+    show.line(f"{len(outcomes)} results, {len(over)} over their budget")
     if out is not None:
         report.save([outcome.as_json() for outcome in outcomes], out)
     raise typer.Exit(1 if over else 0)
@@ -75,77 +59,12 @@ def _worst(outcomes: list[selfcheck.Outcome]) -> list[selfcheck.Outcome]:
     groups: dict[tuple[str, str, bool], selfcheck.Outcome] = {}
     for outcome in outcomes:
         key = outcome.backend, outcome.dtype, outcome.filter_eps > 0
-        if key not in groups or outcome.share() > groups[key].share():
-            groups[key] = outcome
+        groups[key] = max(groups.get(key, outcome), outcome, key=lambda one: one.share)
     return list(groups.values())
 
 
-def _sentence(outcome: selfcheck.Outcome) -> str:
-    about = f"{outcome.backend}, {outcome.dtype}, filter {_filter(outcome)}, {outcome.problem}"
-    if outcome.failure is not None:
-        return f"{about}: {outcome.failure}"
-    assert outcome.errors is not None and outcome.limits is not None
-    pairs = zip(WORST, outcome.errors, outcome.limits, strict=True)
-    return f"{about}: " + ", ".join(f"{name} {error:.1e} of {limit:.1e}" for name, error, limit in pairs)
-
-
-def _filter(outcome: selfcheck.Outcome) -> str:
-    return report.filter_name(outcome.filter_eps)
-
-
-def _table(outcomes: list[selfcheck.Outcome], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("backend", "embeddings", "filter", "problem"):
-        table.add_column(heading)
-    for heading in ("loss", "∂x", "∂w", "of budget"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for before, outcome in zip([outcomes[0], *outcomes], outcomes, strict=False):
-        if before.dtype != outcome.dtype:
-            table.add_section()
-        cells = ["–"] * 3
-        if outcome.errors is not None and outcome.limits is not None:
-            cells = [f"{e:.0e} / {m:.0e}" for e, m in zip(outcome.errors, outcome.limits, strict=True)]
-        share = "failed" if outcome.failure else f"{100 * outcome.share():.0f} %"
-        style = "" if outcome.ok else "red"
-        about = outcome.backend, outcome.dtype, _filter(outcome), outcome.problem
-        table.add_row(*about, *cells, share, style=style)
-    return table
-
-
-def _interpret(verbose: bool, out: Path | None) -> int:
-    """The check of the Triton backend in a process that has the variable set from its start."""
-    command = [sys.executable, "-m", "sface_kernels", "check", "--backends", "triton", "--device", "cpu"]
-    command += ["--verbose"] * verbose + (["--out", str(out)] if out is not None else [])
-    return subprocess.run(command, env={**os.environ, INTERPRET: "1"}).returncode
-
-
-def _compile(text: str) -> int:
-    """Compiles every kernel for the named targets; 1 where one has a problem."""
-    try:
-        module: Any = importlib.import_module(TARGETS)
-    except ImportError as error:
-        raise options.wrong("--targets", f"the Triton kernels cannot be compiled here: {error}") from error
-    names = options.split("--targets", text, options.one_of(module.names()))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    problems = 0
-    for name in names:
-        table = Table(title=f"Triton kernels compiled for {name}", title_justify="left")
-        for heading in ("kernel", "variant"):
-            table.add_column(heading)
-        for heading in ("registers", "spills", "shared bytes", "tensor-core instructions"):
-            table.add_column(heading, justify="right")
-        table.add_column("problem")
-        with Console(stderr=True).status(f"compiling for {name}"):
-            rows = module.compile_table(name)
-        for row in rows:
-            problems += row["problem"] is not None
-            counts = (row["registers"], row["spills"], row["shared_bytes"], row["tensor_core_instructions"])
-            table.add_row(
-                row["kernel"],
-                row["variant"],
-                *map(str, counts),
-                row["problem"] or "",
-                style="red" * bool(row["problem"]),
-            )
-        console.print(table)
-    return 1 if problems else 0
+def _cells(outcome: selfcheck.Outcome) -> list[str]:
+    share = "failed" if outcome.errors is None else f"{100 * outcome.share:.0f} %"
+    found = ["–"] * 3 if outcome.errors is None else [f"{error:.0e}" for error in outcome.errors]
+    errors = [f"{error} of {limit:.0e}" for error, limit in zip(found, outcome.limits, strict=True)]
+    return [outcome.backend, outcome.dtype, report.filter_name(outcome.filter_eps), outcome.problem, *errors, share]

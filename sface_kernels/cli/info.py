@@ -7,31 +7,29 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..bench import machine
+from ..bench.table import Table
 from ..dispatch import BACKENDS, choose
-from ..types import Request
-from .options import DTYPES
+from ..testing import selfcheck
+from . import show
+from .options import DTYPE_NAMES
 
 
 def facts() -> dict[str, Any]:
     """Versions, devices, and for each device and dtype what every backend says and what "auto" takes."""
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    found: dict[str, Any] = {"versions": machine.versions(), "machine": machine.facts(), "devices": []}
-    for device in devices:
-        entry: dict[str, Any] = {"device": str(device), "backends": {}, "auto": {}}
-        if device.type == "cuda":
-            entry["gpu"] = machine.gpu_facts(device)
-        for name, dtype in DTYPES.items():
-            request = Request(device, dtype, torch.promote_types(dtype, torch.float32))
-            entry["auto"][name], _ = choose("auto", request)
-            for backend, about in BACKENDS.items():
-                reasons = entry["backends"].setdefault(backend, {"summary": about.summary, "unavailable": {}})
-                reasons["unavailable"][name] = about.unavailable(request)
-        found["devices"].append(entry)
-    return found
+    devices = []
+    for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        requests = {name: selfcheck.request(torch.device(device), dtype) for name, dtype in DTYPE_NAMES.items()}
+        backends = {
+            backend: {"summary": b.summary, "unavailable": {name: b.unavailable(r) for name, r in requests.items()}}
+            for backend, b in BACKENDS.items()
+        }
+        gpu = {"gpu": machine.gpu_facts(torch.device(device))} if device != "cpu" else {}
+        auto = {name: choose("auto", request)[0] for name, request in requests.items()}
+        devices.append({"device": device, **gpu, "backends": backends, "auto": auto})
+    about = {"versions": machine.versions(), "machine": machine.facts(), "commit": machine.commit()}
+    return {**about, "devices": devices}
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
@@ -40,37 +38,19 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
-    console = Console()
-    missing = "not installed"
-    versions = ", ".join(f"{name} {version or missing}" for name, version in found["versions"].items())
-    console.print(versions, highlight=False, soft_wrap=True)
+    show.line(", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
     host = found["machine"]
-    isa, caches = " ".join(host["isa"]) or "–", " ".join(f"{k} {v}" for k, v in host["caches"].items())
-    console.print(
-        f"CPU: {host['cpu']}, {host['cores']} cores, {host['threads']} threads; {isa}; {caches}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    show.line(f"CPU: {machine.title(host)}; {host['cores']} cores; {' '.join(host['isa']) or '–'}")
     for entry in found["devices"]:
-        console.print(_device_table(entry))
+        gpu = entry.get("gpu")
+        name = f", {gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else ""
+        rows = []
+        for backend, about in entry["backends"].items():
+            reasons, auto = about["unavailable"], entry["auto"]
+            taken = ["auto" if auto[dtype] == backend else "no" if reasons[dtype] else "yes" for dtype in reasons]
+            why = "; ".join(dict.fromkeys(filter(None, reasons.values())))
+            rows.append([backend, *taken, about["summary"] + (f" (no: {why})" if why else "")])
+        head = ["backend", *DTYPE_NAMES, "what it is, or why it does not run"]
+        show.table(Table(f"{entry['device']}{name}", head, rows, len(head)))
     if len(found["devices"]) == 1:
-        console.print("No CUDA or ROCm device: PyTorch finds none.", highlight=False)
-
-
-def _device_table(entry: dict[str, Any]) -> Table:
-    gpu = entry.get("gpu")
-    name = f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else ""
-    table = Table(title=f"{entry['device']} {name}".strip(), title_justify="left")
-    table.add_column("backend")
-    for dtype in DTYPES:
-        table.add_column(dtype)
-    table.add_column("what it is, or why it does not run")
-    for backend, about in entry["backends"].items():
-        reasons = about["unavailable"]
-        cells = [
-            "[bold green]auto" if entry["auto"][dtype] == backend else "no" if reasons[dtype] else "yes"
-            for dtype in DTYPES
-        ]
-        why = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason))
-        table.add_row(backend, *cells, f"{about['summary']}{f' (no: {why})' if why else ''}")
-    return table
+        show.line("No CUDA or ROCm device: PyTorch finds none.")

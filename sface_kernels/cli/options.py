@@ -1,80 +1,89 @@
-"""Values that several commands take, checked before anything is run. Errors name the option and what came."""
+"""Values that several commands take, read before anything is run. Typer adds the option's name to each error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import typer
 
-from ..bench import report
+from ..testing.selfcheck import DTYPES
 
 T = TypeVar("T")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
-def wrong(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=f"'{option}'")
+def option(parser: Callable[[str], Any], text: str, metavar: str = "LIST") -> Any:
+    """A typer option whose value `parser` reads."""
+    return typer.Option(parser=parser, metavar=metavar, help=text)
 
 
-def split(option: str, text: str, convert: Callable[[str], T]) -> list[T]:
+def several(convert: Callable[[str], T]) -> Callable[[str], list[T]]:
     """Comma-separated values, each once."""
-    values = []
-    for part in text.split(","):
-        try:
-            values.append(convert(part.strip()))
-        except ValueError as error:
-            raise wrong(option, str(error)) from error
-        if values[-1] in values[:-1]:
-            raise wrong(option, f"{part.strip()!r} is given twice")
-    return values
+
+    def read(text: str) -> list[T]:
+        values: list[T] = []
+        for part in text.split(","):
+            try:
+                values.append(convert(part.strip()))
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
+            if values[-1] in values[:-1]:
+                raise typer.BadParameter(f"{part.strip()!r} is given twice")
+        return values
+
+    return read
 
 
 def positive(text: str) -> int:
     """An integer above 0, with or without underscores."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise ValueError(f"expected a positive integer, got {text!r}")
+    if not text.replace("_", "").isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"expected a number in (0, 1], got {text!r}")
     return value
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    allowed = list(names)
-
     def convert(text: str) -> str:
-        if text not in allowed:
-            raise ValueError(f"expected one of {', '.join(allowed)}, got {text!r}")
+        if text not in names:
+            raise typer.BadParameter(f"expected one of {', '.join(names)}, got {text!r}")
         return text
 
     return convert
 
 
-def device(text: str | None, option: str = "--device") -> torch.device:
+def device(text: str) -> torch.device:
     """A device that is there; the GPU where there is one and none is named."""
-    if text is None:
+    if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(text)
-    except RuntimeError:
-        raise wrong(option, f"expected cpu, cuda or cuda:<number>, got {text!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise wrong(option, f"expected cpu, cuda or cuda:<number>, got {text!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise wrong(option, f"{text}: PyTorch finds {torch.cuda.device_count()} CUDA devices here")
-    return chosen
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise typer.BadParameter(f"expected cpu, cuda or cuda:<number>, got {text!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(f"{text}: PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+    return torch.device(text)
 
 
-def output_file(path: Path | None, option: str = "--out") -> Path | None:
+def output_file(text: str) -> Path:
     """A file that can be written; it is left as it is."""
-    if path is None:
-        return None
+    path = Path(text)
+    existed = path.exists()
     try:
-        report.check_writable(path)
+        path.open("a").close()
     except OSError as error:
-        raise wrong(option, f"cannot write {path}: {error.strerror}") from error
+        raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from error
+    if not existed:
+        path.unlink()
     return path
+
+
+DEVICE = option(device, "cpu, cuda or cuda:<number>; the GPU if there is one.", "DEVICE")
+OUT = option(output_file, "Write the results to this JSON file.", "FILE.json")

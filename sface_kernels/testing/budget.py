@@ -11,30 +11,42 @@ from .truth import Errors, Truth, measure_errors
 
 # Backends whose loss takes the cosines of dropped pairs from a 16-bit screen: 6 % of those terms (docs/math.md, 3).
 SCREENED = {"native": 0.06, "triton": 0.06}
-HALF_PRODUCTS = ("triton",)  # backends that multiply half embeddings as they are
+MULTIPLIES_IN_HALF = ("triton",)  # backends that multiply half embeddings as they are
 HALF = (torch.float16, torch.bfloat16)
-
-
-def budget(truth: Truth, reference: Errors, backend: str) -> Errors:
-    """What a backend's errors may be: twice the reference's in the same dtype and one rounding of each cosine,
-    angle and term, and the share of the loss that a screen may move."""
-    doubled = [2 * (own + rounding) for own, rounding in zip(reference, truth.rounding, strict=True)]
-    return Errors(doubled[0] + SCREENED.get(backend, 0.0) * truth.dropped_loss, doubled[1], doubled[2])
 
 
 def package_errors(truth: Truth, x: Tensor, w: Tensor, y: Tensor, backend: str, filter_eps: float) -> Errors:
     """Of the mean loss and its gradients, rows with a negative class ignored."""
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     loss = sface_loss(x, w, y, ignore_index=-1, filter_eps=filter_eps, backend=backend)
-    assert isinstance(loss, Tensor)
     loss.backward()
     assert x.grad is not None and w.grad is not None
     return measure_errors(truth, loss.detach(), x.grad, w.grad)
 
 
-def half_budget(truth: Truth, x: Tensor, w: Tensor, y: Tensor) -> Errors:
-    """`budget` for products of half embeddings as they are: the reference is then the published arithmetic under
-    autocast, which is what such a training has now, and the roundings are those of the half dtype."""
+def has_reference(backend: str, dtype: torch.dtype) -> bool:
+    """The reference cannot be judged by its own error; in float64 the truth rounds like what it judges."""
+    return backend != "reference" and dtype != torch.float64
+
+
+def limits(truth: Truth, reference: Errors | None, x: Tensor, w: Tensor, y: Tensor, backend: str) -> Errors:
+    """What a backend's errors may be: twice the reference's in the same dtype and one rounding of each cosine,
+    angle and term, and the share of the loss that a screen may move. Without a reference, what `truth.rounding` counts
+    and one rounding of ∂x as it is stored.
+
+    Where a backend multiplies half embeddings as they are, it may also err as the published arithmetic under autocast,
+    which is what such a training has now, with the roundings of the half dtype.
+    """
+    if reference is None:
+        return truth.rounding._replace(grad_x=truth.rounding.grad_x + torch.finfo(x.dtype).eps / 2)
+    allowed = Errors(*[2 * (own + rounding) for own, rounding in zip(reference, truth.rounding, strict=True)])
+    allowed = allowed._replace(loss=allowed.loss + SCREENED.get(backend, 0.0) * truth.dropped_loss)
+    if x.dtype in HALF and backend in MULTIPLIES_IN_HALF:
+        allowed = Errors(*map(max, allowed, _half_budget(truth, x, w, y)))
+    return allowed
+
+
+def _half_budget(truth: Truth, x: Tensor, w: Tensor, y: Tensor) -> Errors:
     counted = y >= 0
     if not bool(counted.any()):
         return truth.rounding
@@ -48,6 +60,4 @@ def half_budget(truth: Truth, x: Tensor, w: Tensor, y: Tensor) -> Errors:
     errors = measure_errors(truth, loss.detach(), grad_x, w.grad)
     coarser = torch.finfo(x.dtype).eps / torch.finfo(torch.float32).eps
     # the published arithmetic has no clamp: where it gives no number it sets no limit
-    return Errors(
-        *[2 * (own + coarser * r) if own == own else r for own, r in zip(errors, truth.rounding, strict=True)]
-    )
+    return Errors(*[2 * (e + coarser * r) if e == e else r for e, r in zip(errors, truth.rounding, strict=True)])

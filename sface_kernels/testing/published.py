@@ -37,14 +37,12 @@ def reference(x: Tensor, w: Tensor, y: Tensor) -> ReferenceOutputs:
 
     logit_target = (own * logits).sum(1)  # [N]
     with torch.no_grad():
-        theta = torch.acos(logit_target / S)
-        weight_target = 1.0 / (1.0 + torch.exp(-K * (theta - A)))
+        weight_target = 1.0 / (1.0 + torch.exp(-K * (torch.acos(logit_target / S) - A)))
     intra = -weight_target * logit_target
 
     logit_other = other * logits  # [N, C]
     with torch.no_grad():
-        theta = torch.acos(logit_other / S)
-        weight_other = 1.0 / (1.0 + torch.exp(K * (theta - B)))
+        weight_other = 1.0 / (1.0 + torch.exp(K * (torch.acos(logit_other / S) - B)))
     inter = (weight_other * logit_other).sum(1)
 
     loss = intra.mean() + inter.mean()

@@ -1,6 +1,6 @@
 """Every backend against float64 on small problems: shapes with remainders, dtypes, and inputs that break kernels.
 
-Budget: `budget.budget`, the rule of the tests. Work: less than a second for each backend and dtype on a CPU.
+Budget: `budget.limits`, the rule of the tests. Work: less than a second for each backend and dtype on a CPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from torch import Tensor
 from ..dispatch import BACKENDS
 from ..types import Request
 from ..validation import default_filter_eps
-from .budget import HALF, HALF_PRODUCTS, budget, half_budget, package_errors
+from . import budget
 from .failure import failure_text
-from .truth import Errors, Truth, compute_truth
+from .truth import Errors, compute_truth
 from .workloads import Case, Shape, make_workload
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the embeddings; weights at least float32
 SMALL = Shape(40, 300, 64)  # the most that is bearable in Triton's interpreter
+# (N, C, D): nothing to tile, below every tile, primes, one over a tile of 256 rows, the D of face recognition
+SHAPES = (Shape(1, 1, 1), Shape(3, 5, 7), Shape(31, 101, 61), Shape(257, 331, 127), Shape(31, 1009, 512))
 
 
 class Problem(NamedTuple):
@@ -33,37 +35,32 @@ class Problem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """One backend on one problem. `failure` is set where it raised, and then the errors are None."""
+    """One backend on one problem. `failure` is set where it raised, and then there are no errors."""
 
     backend: str
     dtype: str
     filter_eps: float
     problem: str
+    limits: Errors
     errors: Errors | None
-    limits: Errors | None
     failure: str | None = None
 
     @property
-    def ok(self) -> bool:
-        return self.share() <= 1
-
-    def as_json(self) -> dict[str, Any]:
-        errors, limits = (value and value._asdict() for value in (self.errors, self.limits))
-        return {**self._asdict(), "errors": errors, "limits": limits, "ok": self.ok}
-
     def share(self) -> float:
         """Of the budget that the worst of the three errors takes; infinite where it failed or is not a number."""
-        if self.errors is None or self.limits is None:
+        if self.errors is None:
             return float("inf")
         # a limit of 0 is a result that every computation gets exactly
-        shares = [
-            0.0 if e == 0 else e / m if m else float("inf") for e, m in zip(self.errors, self.limits, strict=True)
-        ]
-        return float("inf") if any(share != share for share in shares) else max(shares)
+        shares = [e / m if m else float("inf") if e else 0.0 for e, m in zip(self.errors, self.limits, strict=True)]
+        return max(shares) if all(share == share for share in shares) else float("inf")
 
+    @property
+    def ok(self) -> bool:
+        return self.share <= 1
 
-# (N, C, D): nothing to tile, below every tile, primes, one over a tile of 256 rows, the D of face recognition
-SHAPES = ((1, 1, 1), (3, 5, 7), (31, 101, 61), (257, 331, 127), (31, 1009, 512))
+    def as_json(self) -> dict[str, Any]:
+        errors = self.errors and self.errors._asdict()
+        return {**self._asdict(), "limits": self.limits._asdict(), "errors": errors, "ok": self.ok}
 
 
 def _on_centre(x: Tensor, w: Tensor, y: Tensor) -> None:
@@ -76,7 +73,7 @@ def _same_centres(x: Tensor, w: Tensor, y: Tensor) -> None:
 
 
 def _zero_rows(x: Tensor, w: Tensor, y: Tensor) -> None:
-    if x.dtype not in HALF:  # whose range the gradient of such a row exceeds: it is divided by 1e-12
+    if x.dtype not in budget.HALF:  # whose range the gradient of such a row exceeds: it is divided by 1e-12
         x[0] = 0
     w[y[1]] = 0
 
@@ -112,43 +109,30 @@ HARD: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
 }
 
 
+def request(device: torch.device, dtype: torch.dtype) -> Request:
+    """What is checked and timed with embeddings of `dtype`: weights are at least float32."""
+    return Request(device, dtype, torch.promote_types(dtype, torch.float32))
+
+
+def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run such a request."""
+    return BACKENDS[backend].unavailable(request(device, dtype))
+
+
 def problems(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Problem]:
     """The spread; `small` leaves out what is larger than SMALL."""
-    weight_dtype = torch.promote_types(dtype, torch.float32)
-    for shape in map(Shape._make, SHAPES):
+    weight_dtype = request(device, dtype).weight_dtype
+    for shape in SHAPES:
         if small and any(own > most for own, most in zip(shape, SMALL, strict=True)):
             continue
         for geometry in ("random", "trained") if min(shape) > 1 else ("random",):
             work = make_workload(Case(shape, geometry), device, dtype)
-            name = f"{geometry} {'×'.join(map(str, shape))}"
-            yield Problem(name, work.x, work.w.to(weight_dtype), work.y)
+            yield Problem(f"{geometry} {'×'.join(map(str, shape))}", work.x, work.w.to(weight_dtype), work.y)
     for name, change in HARD.items():
         work = make_workload(Case(Shape(16, 97, 33), "trained"), device, dtype)
-        x, w, y = work.x.clone(), work.w.to(weight_dtype, copy=True), work.y.clone()
+        x, w, y = work.x, work.w.to(weight_dtype), work.y
         change(x, w, y)
         yield Problem(name, x, w, y)
-
-
-def judge(problem: Problem, backend: str, filter_eps: float, truth: Truth) -> Outcome:
-    """`truth` counts the roundings of any order for what has no reference to be measured by, see `run`."""
-    x, w, y = problem.x, problem.w, problem.y
-    if _has_reference(backend, x.dtype):
-        limits = budget(truth, package_errors(truth, x, w, y, "reference", filter_eps), backend)
-    else:
-        stored = torch.finfo(x.dtype).eps / 2
-        limits = truth.rounding._replace(grad_x=truth.rounding.grad_x + stored)
-    if x.dtype in HALF and backend in HALF_PRODUCTS:
-        limits = Errors(*map(max, limits, half_budget(truth, x, w, y)))
-    described = backend, str(x.dtype).removeprefix("torch."), filter_eps, problem.name
-    try:
-        return Outcome(*described, package_errors(truth, x, w, y, backend, filter_eps), limits)
-    except Exception as error:
-        return Outcome(*described, None, limits, failure_text(error))
-
-
-def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot be checked with embeddings of `dtype` and weights of at least float32."""
-    return BACKENDS[backend].unavailable(Request(device, dtype, torch.promote_types(dtype, torch.float32)))
 
 
 def run(backends: list[str], device: torch.device, dtype: torch.dtype, small: bool = False) -> Iterator[Outcome]:
@@ -156,14 +140,20 @@ def run(backends: list[str], device: torch.device, dtype: torch.dtype, small: bo
     runnable = [backend for backend in backends if unavailable(backend, device, dtype) is None]
     for problem in problems(device, dtype, small) if runnable else ():
         for filter_eps in (default_filter_eps(dtype, problem.x.shape[1]), 0.0):
-            truths = {
-                has: compute_truth(problem.x, problem.w, problem.y, filter_eps, problem.w.dtype, any_order=not has)
-                for has in {_has_reference(backend, dtype) for backend in runnable}
-            }
             for backend in runnable:
-                yield judge(problem, backend, filter_eps, truths[_has_reference(backend, dtype)])
+                yield judge(problem, backend, filter_eps)
 
 
-def _has_reference(backend: str, dtype: torch.dtype) -> bool:
-    """The reference is no measure of itself, and in float64 the truth errs as it does."""
-    return backend != "reference" and dtype != torch.float64
+def judge(problem: Problem, backend: str, filter_eps: float) -> Outcome:
+    """The errors of one backend beside their limits."""
+    name, x, w, y = problem
+    judged = budget.has_reference(backend, x.dtype)
+    truth = compute_truth(x, w, y, filter_eps, w.dtype, any_order=not judged)
+    reference = budget.package_errors(truth, x, w, y, "reference", filter_eps) if judged else None
+    limits = budget.limits(truth, reference, x, w, y, backend)
+    errors, failure = None, None
+    try:
+        errors = budget.package_errors(truth, x, w, y, backend, filter_eps)
+    except Exception as error:
+        failure = failure_text(error)
+    return Outcome(backend, str(x.dtype).removeprefix("torch."), filter_eps, name, limits, errors, failure)

@@ -38,12 +38,6 @@ class Truth(NamedTuple):
     dropped_loss: float  # share of `magnitude` in the terms of dropped pairs
 
 
-def _unit_rows(t: Tensor) -> tuple[Tensor, Tensor]:
-    t = t.double()
-    norm = t.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return t / norm, norm
-
-
 @torch.no_grad()
 def compute_truth(
     x: Tensor,
@@ -65,30 +59,26 @@ def compute_truth(
     (n, d), c, rows = x.shape, w.shape[0], max(1, int(counted.sum()))
     x_unit, x_norm = _unit_rows(torch.where(counted.unsqueeze(1), x, 0))
     block = max(256, BLOCK_ELEMENTS // max(n, d))
-    row_loss, row_magnitude, row_kept, row_dropped = x_unit.new_zeros(4, n)
-    error_loss, error_x, error_w = x_unit.new_zeros(n), x_unit.new_zeros(n), x_unit.new_zeros(c)
-    grad_x_unit = torch.zeros_like(x_unit)
-    grad_w = x_unit.new_empty(c, d)
+    row_loss, row_magnitude, row_kept, row_dropped, error_loss, error_x = x_unit.new_zeros(6, n)
+    error_w, grad_w, grad_x_unit = x_unit.new_zeros(c), x_unit.new_empty(c, d), torch.zeros_like(x_unit)
     for start in range(0, c, block):
         w_unit, w_norm = _unit_rows(w[start : start + block])
         cos = (x_unit @ w_unit.t()).clamp_(-1, 1)  # [N, block], (1)
         theta = torch.acos(cos)
         coef = S * torch.sigmoid(-K * (theta - B))  # (4)
         coef[~counted] = 0
-        edge = torch.where(_near_the_filter(coef, cos, filter_eps, d, dtype), coef, 0)
         dropped = coef < filter_eps * S
         own = ((y >= start) & (y < start + block)).nonzero().squeeze(1)
         column = y[own] - start
         coef[own, column] = -S * torch.sigmoid(K * (theta[own, column] - A))  # (3), (6)
+        dropped[own, column] = False
         terms = coef * cos
         row_loss += terms.sum(1)  # (5)
         row_magnitude += terms.abs().sum(1)
-        edge[own, column] = 0
-        dropped[own, column] = False
-        of_loss, of_coef = _roundings(coef, cos, theta, d if any_order else None, dtype)
+        of_loss, of_coef = _roundings(coef, cos, theta, filter_eps, d, any_order, dtype)
         error_loss += of_loss.sum(1)
-        error_x += (of_coef + edge).sum(1)
-        error_w[start : start + block] = (of_coef + edge).sum(0) / w_norm.squeeze(1)
+        error_x += of_coef.sum(1)
+        error_w[start : start + block] = of_coef.sum(0) / w_norm.squeeze(1)
         row_dropped += torch.where(dropped, terms.abs(), 0).sum(1)
         coef.masked_fill_(dropped, 0)
         terms.masked_fill_(dropped, 0)
@@ -98,61 +88,49 @@ def compute_truth(
         grad_w[start : start + block] = grad_w_unit / (rows * w_norm)  # (8)
     grad_x = (grad_x_unit - row_kept.unsqueeze(1) * x_unit) / (rows * x_norm)  # (7)
     magnitude = float(row_magnitude.sum()) / rows
+    loss, loss_rounding, dropped_loss = (float(t.sum()) / rows for t in (row_loss, error_loss, row_dropped))
     rounding = Errors(
-        float(error_loss.sum()) / rows / max(magnitude, NOTHING),
+        loss_rounding / max(magnitude, NOTHING),
         float((error_x / x_norm.squeeze(1)).norm()) / rows / _size(grad_x),
         float(error_w.norm()) / rows / _size(grad_w),
     )
-    dropped_loss = float(row_dropped.sum()) / rows / max(magnitude, NOTHING)
-    return Truth(float(row_loss.sum()) / rows, magnitude, grad_x, grad_w, rounding, dropped_loss)
+    return Truth(loss, magnitude, grad_x, grad_w, rounding, dropped_loss / max(magnitude, NOTHING))
 
 
-def _worst_roundings(d: int) -> int:
-    """Of a cosine, in units of the roundoff: D for the product, D/2 + 2 for each norm, 4 for the divisions."""
-    return 2 * d + 8
+def measure_errors(truth: Truth, loss: Tensor, grad_x: Tensor, grad_w: Tensor) -> Errors:
+    """Errors of a loss and its two gradients; not a number where something is not finite."""
+
+    def distance(ours: Tensor, exact: Tensor) -> float:
+        parts = zip(ours.split(8192), exact.split(8192), strict=True)  # no second copy in float64
+        return math.sqrt(sum(float((a.double() - b).square().sum()) for a, b in parts)) / _size(exact)
+
+    of_loss = abs(float(loss) - truth.loss) / max(truth.magnitude, NOTHING)
+    return Errors(of_loss, distance(grad_x, truth.grad_x), distance(grad_w, truth.grad_w))
 
 
-def _sine(cos: Tensor, dtype: torch.dtype) -> Tensor:
-    return (1 - cos**2).sqrt_().clamp_min_((torch.finfo(dtype).eps / 2) ** 0.5)
-
-
-def _roundings(coef: Tensor, cos: Tensor, theta: Tensor, d: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Per pair `[N, block]`, what the roundings move in a term of the loss and in a coefficient, at most.
-
-    One rounding of each; with `d`, those of sums over D terms in any order.
-    """
-    unit, size = torch.finfo(dtype).eps / 2, coef.abs()
-    sums, cos_scale = (1, cos.abs()) if d is None else (_worst_roundings(d), torch.ones_like(cos))
-    slope = K * size * (1 - size / S)  # |∂p/∂θ|, |∂q/∂θ|
-    of_coef = slope * unit * (theta + sums * cos_scale / _sine(cos, dtype)) + 2 * unit * sums * size
-    return of_coef * cos.abs() + unit * size, of_coef
-
-
-def _near_the_filter(coef: Tensor, cos: Tensor, filter_eps: float, d: int, dtype: torch.dtype) -> Tensor:
-    """Pairs `[N, block]` that arithmetic in `dtype` may put on either side of the filter."""
-    if filter_eps == 0:
-        return torch.zeros_like(coef, dtype=torch.bool)
-    unit = torch.finfo(dtype).eps / 2
-    width = K * unit * (_worst_roundings(d) / _sine(cos, dtype) + 2 * math.pi) + 8 * unit
-    return (coef / (filter_eps * S)).log_().abs_() <= width
+def _unit_rows(t: Tensor) -> tuple[Tensor, Tensor]:
+    t = t.double()
+    norm = t.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return t / norm, norm
 
 
 def _size(grad: Tensor) -> float:
     return max(float(grad.norm()), NEGLIGIBLE) if grad.numel() else 1.0
 
 
-def _distance(ours: Tensor, truth: Tensor) -> float:
-    total = 0.0
-    for start in range(0, truth.shape[0], 8192):
-        rows = slice(start, start + 8192)
-        total += float((ours[rows].double() - truth[rows]).square().sum())
-    return math.sqrt(total) / _size(truth)
-
-
-def measure_errors(truth: Truth, loss: Tensor, grad_x: Tensor, grad_w: Tensor) -> Errors:
-    """Errors of a loss and its two gradients; not a number where something is not finite."""
-    return Errors(
-        loss=abs(float(loss) - truth.loss) / max(truth.magnitude, NOTHING),
-        grad_x=_distance(grad_x, truth.grad_x),
-        grad_w=_distance(grad_w, truth.grad_w),
-    )
+def _roundings(
+    coef: Tensor, cos: Tensor, theta: Tensor, filter_eps: float, d: int, any_order: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Per pair `[N, block]`, what the roundings move in a term of the loss and in a coefficient, at most: one rounding
+    of each, or those of sums over D terms in any order. On either side of the filter is a whole coefficient."""
+    unit, size = torch.finfo(dtype).eps / 2, coef.abs()
+    worst = 2 * d + 8  # of a cosine, in units of the roundoff: D for the product, D/2 + 2 a norm, 4 for the divisions
+    sums, cos_scale = (worst, torch.ones_like(cos)) if any_order else (1, cos.abs())
+    sine = (1 - cos**2).sqrt_().clamp_min_(unit**0.5)
+    slope = K * size * (1 - size / S)  # |∂p/∂θ|, |∂q/∂θ|
+    of_coef = slope * unit * (theta + sums * cos_scale / sine) + 2 * unit * sums * size
+    of_loss = of_coef * cos.abs() + unit * size
+    if filter_eps:
+        width = K * unit * (worst / sine + 2 * math.pi) + 8 * unit
+        of_coef += torch.where((coef > 0) & ((coef / (filter_eps * S)).log().abs() <= width), coef, 0)
+    return of_loss, of_coef

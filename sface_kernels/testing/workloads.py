@@ -18,9 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..types import DEFAULTS
+
 GEOMETRIES = ("random", "trained", "dense")
 CLASSES = {"casia": 10_575, "ms1mv2": 85_742, "glint360k": 360_232, "wf42m": 2_059_906, "4m": 4_000_000}  # identities
-S, K, A, B = 64.0, 80.0, 0.80, 1.23  # scale, slope, and the two angles in radians: the defaults of the loss
+S, K, A, B = DEFAULTS
 FAST_EPS = 2.0**-16  # the filter at which densities are requested and reported
 MAX_PAIRS = 1 << 24  # pairs looked at when a density is measured; 64 MiB of cosines
 SOUGHT_ACTIVE = 20_000  # active pairs in the sample on which a density is bisected: noise below 1 %
@@ -58,43 +60,26 @@ class Workload(NamedTuple):
     density: float  # measured share of non-target pairs that are active at FAST_EPS
 
 
-SUITE = (
-    Case(Shape(128, 85_742, 512), "random"),
-    Case(Shape(128, 85_742, 512), "trained"),
-    Case(Shape(128, 85_742, 512), "dense", density=0.05),
-    Case(Shape(512, 10_575, 512), "random"),
-    Case(Shape(512, 10_575, 512), "trained"),
-)
-
-
-def active_cosine(filter_eps: float, k: float = K, b: float = B) -> float:
-    """The cosine from which a pair is active, q_ij >= filter_eps·s; −1 (every pair) for filter_eps = 0."""
-    if filter_eps <= 0:
-        return -1.0
-    return math.cos(min(math.pi, max(0.0, b + math.log(1 / filter_eps - 1) / k)))
+def active_cosine(filter_eps: float) -> float:
+    """The cosine from which a pair is active, q_ij >= filter_eps·s."""
+    return math.cos(min(math.pi, B + math.log(1 / filter_eps - 1) / K))
 
 
 def make_workload(case: Case, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Workload:
     """The tensors of `case`, drawn on `device`, with the embeddings rounded to `dtype`."""
-    shape, generator = case.shape, torch.Generator(device).manual_seed(case.seed)
-    y = torch.randint(shape.c, (shape.n,), generator=generator, device=device)  # [N]
+    (n, c, d), generator = case.shape, torch.Generator(device).manual_seed(case.seed)
+    y = torch.randint(c, (n,), generator=generator, device=device)  # [N]
     if case.geometry == "random":
-        x, w = _random(shape, generator)
+        x, w = _normal(generator, n, d), _normal(generator, c, d).mul_(_init_std(c))
     elif case.geometry == "trained":
-        x, w = _trained(shape, y, generator)
+        x, w = _trained(case.shape, y, generator)
     elif case.geometry == "dense":
-        x, w = _dense(shape, y, 0.05 if case.density is None else case.density, generator)
+        x, w = _dense(case.shape, y, 0.05 if case.density is None else case.density, generator)
     else:
         raise ValueError(f"geometry: expected one of {GEOMETRIES}, got {case.geometry!r}")
     x = x.to(dtype)
-    return Workload(case, x, w, y, measure_density(x.float(), w, y))
-
-
-def measure_density(x: Tensor, w: Tensor, y: Tensor, filter_eps: float = FAST_EPS) -> float:
-    """Share of the non-target pairs that are active, over at most MAX_PAIRS pairs (classes evenly spaced)."""
-    step = _class_step(x.shape[0], w.shape[0], MAX_PAIRS)
-    cos = _unit(x) @ _unit(w[::step]).t()  # [N, C/step]
-    return _active_share(cos, y, step, active_cosine(filter_eps))
+    step = _class_step(n, c, MAX_PAIRS)
+    return Workload(case, x, w, y, _active_share(x.float(), w[::step], y, step))
 
 
 def _class_step(n: int, c: int, pairs: float) -> int:
@@ -102,11 +87,12 @@ def _class_step(n: int, c: int, pairs: float) -> int:
     return max(1, int(n * c / pairs))
 
 
-def _active_share(cos: Tensor, y: Tensor, step: int, threshold: float) -> float:
-    active = int((cos >= threshold).sum())
+def _active_share(x: Tensor, w: Tensor, y: Tensor, step: int) -> float:
+    """Share of the non-target pairs that are active at FAST_EPS, where `w` holds every `step`-th class."""
+    active = _unit(x) @ _unit(w).t() >= active_cosine(FAST_EPS)  # [N, C/step]
     shown = (y % step == 0).nonzero().squeeze(1)  # rows whose target is among the columns
-    active -= int((cos[shown, y[shown] // step] >= threshold).sum())
-    return active / max(1, cos.numel() - len(shown))
+    found = int(active.sum()) - int(active[shown, y[shown] // step].sum())
+    return found / max(1, active.numel() - len(shown))
 
 
 def _normal(generator: torch.Generator, *size: int) -> Tensor:
@@ -114,7 +100,7 @@ def _normal(generator: torch.Generator, *size: int) -> Tensor:
 
 
 def _uniform(generator: torch.Generator, low: float, high: float, size: int) -> Tensor:
-    return torch.empty(size, device=generator.device).uniform_(low, high, generator=generator)
+    return torch.empty(size, 1, device=generator.device).uniform_(low, high, generator=generator)
 
 
 def _unit(t: Tensor) -> Tensor:
@@ -123,10 +109,6 @@ def _unit(t: Tensor) -> Tensor:
 
 def _init_std(c: int) -> float:
     return 2 * math.sqrt(2 / c)
-
-
-def _random(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return _normal(generator, shape.n, shape.d), _normal(generator, shape.c, shape.d).mul_(_init_std(shape.c))
 
 
 def _spectrum(d: int) -> Tensor:
@@ -152,50 +134,35 @@ def _trained(shape: Shape, y: Tensor, generator: torch.Generator) -> tuple[Tenso
     middle = _unit(_normal(generator, clusters, d) * scale)  # [clusters, D]
     likeness = _uniform(generator, 0.1, 0.6, clusters)  # cosine of two classes of one cluster
     w = _normal(generator, c, d).mul_(scale)
-    w.div_(w.norm(dim=1, keepdim=True)).mul_((1 - likeness[cluster]).sqrt().unsqueeze(1))
-    w.add_(middle[cluster].mul_(likeness[cluster].sqrt().unsqueeze(1)))
+    w.div_(w.norm(dim=1, keepdim=True)).mul_((1 - likeness[cluster]).sqrt())
+    w.add_(middle[cluster].mul_(likeness[cluster].sqrt()))
     w.div_(w.norm(dim=1, keepdim=True))
 
     own = w[y]  # [N, D]
     other = _normal(generator, n, d) * scale
     other = _unit(other - (other * own).sum(1, keepdim=True) * own)
-    cos = (0.70 + 0.06 * _normal(generator, n)).clamp_(0.3, 0.95).unsqueeze(1)  # [N, 1]
+    cos = (0.70 + 0.06 * _normal(generator, n, 1)).clamp_(0.3, 0.95)  # [N, 1]
     x = cos * own + (1 - cos**2).sqrt() * other
     x.mul_(20 * (0.25 * _normal(generator, n, 1)).exp())
     w.mul_(_init_std(c) * math.sqrt(d) * (0.3 * _normal(generator, c, 1)).exp())
     return x, w
 
 
-def _dense(
-    shape: Shape, y: Tensor, density: float, generator: torch.Generator, filter_eps: float = FAST_EPS
-) -> tuple[Tensor, Tensor]:
+def _dense(shape: Shape, y: Tensor, density: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     if not 0 < density <= 1:
         raise ValueError(f"density: expected a number in (0, 1], got {density!r}")
     n, c, d = shape
     x, w = _unit(_normal(generator, n, d)), _normal(generator, c, d)
     w.div_(w.norm(dim=1, keepdim=True))
-    common = _unit(_normal(generator, 1, d)).squeeze(0)  # [D]
-    alpha, beta = _uniform(generator, 0.5, 1.5, n), _uniform(generator, 0.5, 1.5, c)
+    common = _unit(_normal(generator, 1, d))  # [1, D]
+    alpha, beta = _uniform(generator, 0.5, 1.5, n), _uniform(generator, 0.5, 1.5, c)  # [N, 1], [C, 1]
 
-    # x_i + |t| α_i m and w_j + t β_j m have cosines that rise with t; only scalars change while t is sought
+    # x_i + |t| α_i m and w_j + t β_j m have cosines that rise with t
     step = _class_step(n, c, min(MAX_PAIRS, max(1 << 20, SOUGHT_ACTIVE / density)))
-    part, beta_part = w[::step], beta[::step]
-    products, along_x, along_w = x @ part.t(), x @ common, part @ common  # [N, C'], [N], [C']
-
-    def share(t: float) -> float:
-        ax, bw = abs(t) * alpha, t * beta_part
-        norm_x = (1 + 2 * ax * along_x + ax**2).sqrt()
-        norm_w = (1 + 2 * bw * along_w + bw**2).sqrt()
-        cos = torch.addr(products, ax, along_w + bw)
-        cos.addr_(along_x, bw).div_(norm_x.unsqueeze(1)).div_(norm_w)
-        return _active_share(cos, y, step, active_cosine(filter_eps))
-
     low, high = -8.0, 8.0  # mean cosines near −1 and +1
     for _ in range(30):
         t = (low + high) / 2
-        low, high = (t, high) if share(t) < min(density, 0.99999) else (low, t)
-    x.add_(torch.outer(abs(high) * alpha, common))
-    for start in range(0, c, 8192):
-        rows = slice(start, start + 8192)
-        w[rows].add_(torch.outer(high * beta[rows], common))
-    return x.mul_(math.sqrt(d)), w.mul_(_init_std(c) * math.sqrt(d))
+        share = _active_share(x + abs(t) * alpha * common, w[::step] + t * beta[::step] * common, y, step)
+        low, high = (t, high) if share < min(density, 0.99999) else (low, t)
+    x.add_(abs(high) * alpha * common)
+    return x.mul_(math.sqrt(d)), w.addcmul_(high * beta, common).mul_(_init_std(c) * math.sqrt(d))

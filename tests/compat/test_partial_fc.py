@@ -58,7 +58,7 @@ def loader(step, rank, world):
 
 def trainer(optimizer, fp16, columns, weight, directory=None, steps=4):
     rank, world = rank_and_size()
-    backbone = Backbone(fp16)
+    backbone: torch.nn.Module = Backbone(fp16)
     if world > 1:
         backbone = DistributedDataParallel(
             backbone, broadcast_buffers=False, bucket_cap_mb=16, find_unused_parameters=True

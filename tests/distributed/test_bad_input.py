@@ -13,7 +13,7 @@ from tests.distributed.batches import make_head, split
 from tests.distributed.pool import GROUP_TIMEOUT
 from tests.support.cases import f32, f64
 
-DISAGREE = {
+DISAGREE: dict[str, tuple[dict, dict]] = {
     "in_features": (dict(in_features=8), dict(in_features=9)),
     "num_classes": (dict(num_classes=9), dict(num_classes=10)),
     "weight dtype": (dict(dtype=f32), dict(dtype=f64)),

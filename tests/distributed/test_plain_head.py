@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,7 +33,7 @@ def gathered_by_fsdp():
     """`fully_shard` gathers the weight for the forward, so the head is an ordinary data-parallel one: the gradient is
     the mean over processes of each one's own mean loss."""
     batch = split("even", (24, 9, 16), f64)
-    head = fully_shard(single(batch.w))
+    head: Any = fully_shard(single(batch.w))
     loss = head(batch.x[batch.mine], batch.labels[batch.mine])
     loss.backward()
     expected = torch.zeros_like(batch.w)

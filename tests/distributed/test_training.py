@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def left_out_of(wrapper):
     net, backbone, head = Net(make_head(w)), make_backbone(), single(w)
     if wrapper == "DDP":
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["head.weight"])
-        wrapped = DistributedDataParallel(net)
+        wrapped: Any = DistributedDataParallel(net)
     else:
         wrapped = fully_shard(net, ignored_params=set(net.head.parameters()))
     x, labels = data(0)

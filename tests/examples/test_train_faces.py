@@ -70,7 +70,7 @@ def test_both_heads_side_by_side(tmp_path):
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for key, value in tree.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
@@ -79,7 +79,8 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     whole = run(*SMALL, "--epochs", 3, "--out", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
-    steps, plain = [], train_faces.training_step
+    steps: list = []
+    plain = train_faces.training_step
 
     def interrupted(*arguments):
         steps.append(None)

@@ -9,9 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sface_kernels import sface_loss
-from sface_kernels.bench.contestant import enter
 from sface_kernels.bench.providers import resolve
-from sface_kernels.bench.timing import run_once
+from sface_kernels.bench.timing import TimedLoss, run_once
 from sface_kernels.testing import workloads
 from tests.support.cases import Case, f32
 
@@ -22,7 +21,7 @@ ATTEMPTS, RUNS = 5, 3
 def test_native_is_several_times_as_fast_as_the_published_arithmetic(native):
     """Forward and backward with the dense ∂w. Fastest of a few alternating runs: other processes can only add time."""
     work = workloads.make_workload(workloads.Case(workloads.Shape(128, 20_000, 512)))
-    ours, theirs = (enter(resolve(name), work, "both") for name in ("native@2^-16", "reference"))
+    ours, theirs = (TimedLoss(resolve(name), work, "both") for name in ("native@2^-16", "reference"))
     seen = []
     for _ in range(ATTEMPTS):
         seconds = {one: [run_once(one) for _ in range(RUNS)] for one in (ours, theirs)}

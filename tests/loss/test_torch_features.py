@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ class TestFunctorch:
     def test_vjp_with_a_gradient_per_row(self, case32):
         x, w, loss = self.x.to(case32.device), self.w.to(case32.device), self.loss(case32, "none")
         upstream = torch.linspace(-1, 2, 9, device=case32.device)
-        rows, pull = torch.func.vjp(loss, x, w)
+        rows, pull = torch.func.vjp(loss, x, w)  # type: ignore[misc]
         assert torch.equal(rows, loss(x, w))
         for ours, theirs in zip(pull(upstream), gradients(lambda x, w: loss(x, w) @ upstream, x, w), strict=True):
             assert torch.equal(ours, theirs)
@@ -88,6 +89,7 @@ def test_numbers_are_numbers():
     x, labels = torch.randn(3, 8), torch.tensor([0, 4, -1])
     plain = sface_loss(x, head.weight, labels, s=32.0, k=40.0, ignore_index=-1)
     assert torch.equal(head(x, labels), plain)
+    wrong: Any
     for wrong in ("64", True, None, [64.0]):
         with pytest.raises(TypeError, match="s: expected a number, got"):
             sface_loss(x, head.weight, labels, s=wrong)
@@ -179,7 +181,8 @@ def test_saved_tensors_follow_the_problem(case32):
     x, w, labels, _ = trained_problem(16, 200, 32).to(case32.device, f32, f32)
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: packed.append(t.untyped_storage().nbytes()) or t, lambda t: t
+        lambda t: packed.append(t.untyped_storage().nbytes()) or t,  # type: ignore[func-returns-value]
+        lambda t: t,
     ):
         loss = sface_loss(x.requires_grad_(), w.requires_grad_(), labels, backend=case32.backend)
     loss.backward()

@@ -11,39 +11,15 @@ pytest.importorskip("rich")
 pytest.importorskip("typer")
 
 from sface_kernels import cli
-from sface_kernels.bench import machine, providers
+from sface_kernels.bench import providers
 
-TINY = [
-    "bench",
-    "--n",
-    "8",
-    "--c",
-    "60",
-    "--d",
-    "16",
-    "--threads",
-    "1",
-    "--repeats",
-    "3",
-    "--no-memory",
-    "--device",
-    "cpu",
-]
-TOP_KEYS = {
-    *("schema", "schema_version", "kind", "date", "commit", "machine", "versions", "environment", "settings"),
-    *("idle", "interrupted", "rows"),
-}
-ROW_KEYS = {
-    *("workload", "n", "c", "d", "geometry", "seed", "density_requested", "density", "device", "dtype", "mode"),
-    *("provider", "what", "status", "reason", "check", "time_ms", "hot_ms", "input_copies", "work", "rates"),
-    *("memory", "ratios", "other_busy_cores"),
-}
+SMALL = "bench --n 8 --c 60 --d 16 --threads 1 --repeats 3 --no-memory --device cpu"
+TINY = SMALL.split()
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No half second of looking at an idle machine, no change of the threads of other tests."""
-    monkeypatch.setattr(machine, "busy_cores", lambda seconds=0.5: 0.0)
+def same_threads():
+    """No change of the threads of other tests."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

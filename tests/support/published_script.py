@@ -50,12 +50,13 @@ def weight_init(module: nn.Module) -> None:
     elif getattr(module, "weight", None) is not None:
         xavier_normal_fan_out(module.weight.data)
     if getattr(module, "bias", None) is not None:
-        module.bias.data.zero_()
+        module.bias.data.zero_()  # type: ignore[operator]
 
 
 def split_parameters(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters of batch normalisations, and the rest, told apart by words in the class of each layer."""
-    of_norms, others = [], []
+    of_norms: list[Tensor] = []
+    others: list[Tensor] = []
     for layer in module.modules():
         name = str(layer.__class__)
         if "model" in name or "container" in name or "mobilefacenet" in name:

@@ -14,65 +14,55 @@ import pytest
 import torch
 
 from sface_kernels import cli
-from sface_kernels.bench import memory, opponents, report
-from sface_kernels.bench.contestant import MODES
+from sface_kernels.bench import memory, providers, report
+from sface_kernels.bench.timing import MODES
 from sface_kernels.cli import bench
-from sface_kernels.dispatch import BACKENDS
 from sface_kernels.testing import selfcheck
 from sface_kernels.testing.workloads import CLASSES, Shape
 from tests.support import command
 from tests.support.cases import ROOT
-from tests.support.command import ROW_KEYS, TINY, TOP_KEYS, fake, run
+from tests.support.command import TINY, fake, run
 
-quick = command.quick
+same_threads = command.same_threads
 
 
 def test_bench_writes_the_documented_schema(tmp_path, capsys):
-    status, result = run(tmp_path, "--mode", "all", "--geometry", "trained")
+    status, result = run(tmp_path, "--mode", "all", "--geometry", "trained", "--kernels")
     assert status == 0
-    assert set(result) == TOP_KEYS
-    assert (result["schema"], result["schema_version"], result["kind"]) == (
-        report.SCHEMA,
-        report.SCHEMA_VERSION,
-        "bench",
-    )
+    assert {key: result[key] for key in (*report.FORMAT, "kind")} == {**report.FORMAT, "kind": "bench"}
     assert result["machine"]["threads"] == 1 and result["versions"]["torch"] == torch.__version__
-    assert result["settings"]["repeats"] == 3 and result["settings"]["geometry"] == "trained"
-    assert [(row["mode"], row["provider"]) for row in result["rows"]] == list(
-        itertools.product(MODES, ("reference", "careful", "chunked", "mm-fp32"))
-    )
+    assert result["settings"]["repeats"] == 3
+    expected = itertools.product(MODES[:4], ("reference", "careful", "chunked", "mm-fp32"))
+    assert [(row["mode"], row["provider"]) for row in result["rows"]] == list(expected)
     documented = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(f"`{key}`" in documented for key in {*result, *result["rows"][0]})
     for row in result["rows"]:
-        assert set(row) == ROW_KEYS
-        assert all(f"`{key}`" in documented for key in row), [key for key in row if f"`{key}`" not in documented]
         assert row["status"] == "ok", row["reason"]
         times = row["time_ms"]
         assert 0 < times["min"] <= times["q1"] <= times["median"] <= times["q3"] <= times["max"]
         assert len(times["samples"]) == times["repeats"] >= 3
-        assert row["check"]["classes"] == 60
+        assert row["check"] is None if row["provider"] == "mm-fp32" else row["check"]["classes"] == 60
         assert row["rates"]["tflops"] == pytest.approx(row["work"]["flop"] / times["median"] / 1e9)
-    text = capsys.readouterr().out
-    assert "chunked" in text and "TFLOP/s" in text and "GFLOP" in text
-
-
-def test_ratios_are_of_medians(tmp_path):
-    _, result = run(tmp_path)
-    rows = {row["provider"]: row for row in result["rows"]}
+        assert any("mm" in kernel for kernel in row["kernels"])
+    rows = {row["provider"]: row for row in result["rows"] if row["mode"] == "both"}
     median = {name: row["time_ms"]["median"] for name, row in rows.items()}
     ratios = rows["chunked"]["ratios"]
     assert ratios["speedup_vs_reference"] == pytest.approx(median["reference"] / median["chunked"])
     assert ratios["time_vs_mm_fp32"] == pytest.approx(median["chunked"] / median["mm-fp32"])
     assert ratios["speedup_vs_careful_compiled"] is ratios["time_vs_mm_bf16"] is None
+    text = capsys.readouterr().out
+    assert "chunked" in text and "TFLOP/s" in text and "aten::mm" in text
 
 
-def test_several_sizes_and_workloads_by_name(monkeypatch):
+def test_several_sizes_workloads_by_name_and_what_bf16_is_allowed_to(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "run_case", lambda case, *rest: seen.append(case.shape))
+    monkeypatch.setattr(bench, "run_case", lambda case, chosen, *rest: seen.append((case.shape, chosen)))
     assert cli.main(["bench", "casia", "4m", "--n", "8,16", "--d", "32"]) == 0
-    assert seen == [Shape(n, CLASSES[name], 32) for n in (8, 16) for name in ("casia", "4m")]
+    assert [shape for shape, _ in seen] == [Shape(n, CLASSES[name], 32) for n in (8, 16) for name in ("casia", "4m")]
     seen.clear()
-    assert cli.main(["bench", "--c", "10,1_000"]) == 0
-    assert seen == [Shape(128, 10, 512), Shape(128, 1000, 512)]
+    assert cli.main(["bench", "--c", "10,1_000", "--bf16-opponents", "--providers", "careful,mm-fp32,chunked"]) == 0
+    assert [shape for shape, _ in seen] == [Shape(128, 10, 512), Shape(128, 1000, 512)]
+    assert [provider.precision for provider in seen[0][1]] == ["medium", "medium", "highest"]
 
 
 def test_another_loss_is_labelled_so(tmp_path, capsys):
@@ -83,15 +73,17 @@ def test_another_loss_is_labelled_so(tmp_path, capsys):
     assert "linear-cross-entropy (another loss)" in capsys.readouterr().out
 
 
-def test_half_embeddings(tmp_path):
-    status, result = run(tmp_path, "--dtype", "bfloat16", names="reference,reference-bf16,chunked")
-    assert status == 0 and [row["status"] for row in result["rows"]] == ["ok"] * 3
+def test_half_embeddings_at_several_densities(tmp_path):
+    arguments = ["--dtype", "bfloat16", "--geometry", "dense", "--density", "0.01,0.5"]
+    status, result = run(tmp_path, *arguments, names="reference,reference-bf16,chunked")
+    assert status == 0 and [row["status"] for row in result["rows"]] == ["ok"] * 6
     assert {row["dtype"] for row in result["rows"]} == {"bfloat16"}
+    assert report.is_density_sweep(result["rows"]) and result["rows"][-1]["density"] == pytest.approx(0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("error", [1.01, math.nan], ids=["one percent off", "not finite"])
 def test_a_wrong_provider_is_not_timed(tmp_path, monkeypatch, error):
-    fake(monkeypatch, "off", lambda x, w, y: opponents.careful(x, w, y) * error)
+    fake(monkeypatch, "off", lambda x, w, y: providers.careful(x, w, y) * error)
     status, result = run(tmp_path, names="off,careful")
     wrong, right = result["rows"]
     assert status == 1
@@ -114,7 +106,7 @@ def test_a_failing_provider_does_not_stop_the_others(tmp_path, monkeypatch, caps
     def breaks_later(x, w, y):
         if next(calls) >= calls_before:
             raise error
-        return opponents.careful(x, w, y)
+        return providers.careful(x, w, y)
 
     fake(monkeypatch, "breaks", breaks_later)
     exit_status, result = run(tmp_path, names="breaks,careful")
@@ -126,10 +118,10 @@ def test_a_failing_provider_does_not_stop_the_others(tmp_path, monkeypatch, caps
 
 
 def test_memory_that_runs_out_in_the_probe_is_reported_and_not_tried_here(tmp_path, monkeypatch):
-    def measure(provider, case, setting):
+    def measure(provider, case, run):
         if provider.name == "reference":
             return {"error": "killed, most likely out of memory", "out_of_memory": True}
-        return {"peak_extra_bytes": 1, "method": "made up", "mode": "both"}
+        return {"peak_extra_bytes": 1, "method": "made up"}
 
     monkeypatch.setattr(memory, "measure", measure)
     status, result = run(tmp_path, "--memory", names="reference,careful")
@@ -138,52 +130,40 @@ def test_memory_that_runs_out_in_the_probe_is_reported_and_not_tried_here(tmp_pa
     assert fine["time_ms"] and fine["memory"]["peak_extra_bytes"] == 1
 
 
+def test_data_that_do_not_fit_are_reported_for_everybody(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sface_kernels.bench.runner.make_workload", no_room)
+    status, result = run(tmp_path)
+    assert status == 0 and [row["status"] for row in result["rows"]] == ["out of memory"] * 4
+
+
 @pytest.mark.parametrize("name, word", [("triton@0", "triton"), ("mm-tf32", "CUDA")])
 def test_what_cannot_run_says_why(tmp_path, name, word):
-    if (
-        name.startswith("triton")
-        and "triton" in BACKENDS
-        and not selfcheck.unavailable("triton", torch.device("cpu"), torch.float32)
-    ):
+    if word == "triton" and not selfcheck.unavailable("triton", torch.device("cpu"), torch.float32):
         pytest.skip("the Triton backend runs on this CPU, in its interpreter")
     _, result = run(tmp_path, names=f"{name},careful")
     row = result["rows"][0]
     assert row["status"] == "unavailable" and word in row["reason"]
 
 
-def test_an_interrupt_saves_what_was_timed(tmp_path, monkeypatch, capsys):
-    calls = itertools.count()
-
-    def interrupted_later(x, w, y):
-        if next(calls) == 40:
-            raise KeyboardInterrupt
-        return opponents.careful(x, w, y)
-
-    fake(monkeypatch, "stopped", interrupted_later)
-    status, result = run(tmp_path, "--repeats", "50", names="careful,stopped")
-    assert status == 130 and result["interrupted"]
-    assert result["rows"][0]["provider"] == "careful" and result["rows"][0]["time_ms"]["repeats"] >= 1
-    assert "interrupted: 2 finished rows" in capsys.readouterr().err
-
-
 def test_ctrl_c_in_a_terminal(tmp_path):
     """A real signal to a real process, in the second of three workloads."""
     out = tmp_path / "out.json"
-    command = [
-        sys.executable,
-        "-m",
-        "sface_kernels",
-        *TINY,
+    more = [
         "--c",
         "60,61,62",
         "--repeats",
         "100000",
         "--budget-seconds",
         "2",
+        "--providers",
+        "careful,chunked",
+        "--out",
     ]
-    command += ["--providers", "careful,chunked", "--out", str(out)]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "sface_kernels", *TINY, *more, str(out)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -200,7 +180,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
         process.kill()
     # Python ends itself by the signal where an import was interrupted; a shell shows 130 for both
     assert process.returncode in (130, -signal.SIGINT), text
-    assert "interrupted" in text and "Traceback" not in text
+    assert "interrupted: " in text and "Traceback" not in text
     result = json.loads(out.read_text())
     assert result["interrupted"] and {row["c"] for row in result["rows"]} >= {60}
     assert all(row["time_ms"] for row in result["rows"])

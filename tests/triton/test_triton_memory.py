@@ -36,7 +36,7 @@ def extra(way: str, dtype: str) -> dict[tuple[int, int, int], dict]:
     )
     assert done.returncode == 0, done.stderr
     rows = map(json.loads, done.stdout.splitlines())
-    return {tuple(int(size) for size in row["problem"].split(",")[:3]): row for row in rows}
+    return {tuple(map(int, row["problem"].split(",")[:3])): row for row in rows}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

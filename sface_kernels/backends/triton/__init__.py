@@ -70,7 +70,7 @@ def grad_weight(
     return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float().contiguous(), *hp, dense, *saved)
 
 
-def _forward(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense) -> tuple[Any, ...]:
+def _forward(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
     from . import launch_forward as launches
     from .launch import on_device
 
@@ -82,7 +82,7 @@ def _forward(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, n
     return (*results, *saved)
 
 
-def _grad_weight(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved) -> Tensor:
+def _grad_weight(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved) -> Tensor:  # type: ignore[no-untyped-def]
     from . import launch_backward as launches
     from .launch import Saved, on_device
 

@@ -1,1 +1,0 @@
-"""`make gpu`: correctness, memory checks and a first benchmark on a machine with a GPU, in ten minutes."""
