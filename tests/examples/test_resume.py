@@ -30,10 +30,11 @@ def no_pictures(monkeypatch):
 
 def stop_in_epoch(monkeypatch, epoch: int, then=None) -> None:
     """Ctrl-C in the step that is this epoch of TINY, or what `then` makes of the step's values and arguments."""
-    steps, plain = [], train_faces.training_step
+    steps: list[int] = []
+    plain = train_faces.training_step
 
     def step(*arguments):
-        steps.append(None)
+        steps.append(1)
         if len(steps) == epoch and then is None:
             raise KeyboardInterrupt
         values = plain(*arguments)
