@@ -121,7 +121,11 @@ def test_leaves_need_torch_and_the_standard_library_only():
     for name, tree in modules():
         if name.startswith("backends.triton") or layer(name) in ("cli", "compat", "bench.plots"):
             continue
-        foreign = {target.split(".")[0] for target in imports(name, tree)} - {"sface_kernels", "torch", "__future__"} - {"typing_extensions"}
+        foreign = (
+            {target.split(".")[0] for target in imports(name, tree)}
+            - {"sface_kernels", "torch", "__future__"}
+            - {"typing_extensions"}
+        )
         assert foreign <= sys.stdlib_module_names, f"{name}: {foreign - sys.stdlib_module_names}"
 
 
