@@ -12,6 +12,10 @@ std::vector<std::string> native_instruction_sets() {
   return names;
 }
 
+std::tuple<int64_t, int64_t, int64_t, int64_t, double, double> native_constants() {
+  return {kBlockClasses, kGroupSamples, kIgnored, kInvalid, kNormEps, kCandidateShare};
+}
+
 }  // namespace sface
 
 TORCH_LIBRARY_IMPL(sface, CPU, m) {
@@ -20,6 +24,7 @@ TORCH_LIBRARY_IMPL(sface, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(sface, CompositeExplicitAutograd, m) {
+  m.impl("native_constants", sface::native_constants);
   m.impl("native_instruction_sets", sface::native_instruction_sets);
   m.impl("native_release_memory", sface::release_memory);
 }

@@ -58,6 +58,10 @@ define(
     " Tensor target_weight, Tensor arena, Tensor segments) -> Tensor"
 )
 define("native_instruction_sets() -> str[]")
+define(
+    "native_constants() -> (int classes_per_segment, int samples_per_group, int ignored, int invalid, float norm_eps,"
+    " float candidate_share)"
+)
 define("native_release_memory() -> ()")
 define(
     f"chunked_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, SymInt chunk)"
@@ -109,19 +113,21 @@ def prepare_labels(
     return prepare_labels_op(labels, num_classes, ignore_index, check, first, num_classes if count is None else count)
 
 
-CLASSES_PER_SEGMENT = 48  # classes whose active pairs the native backend stores together
-SAMPLES_PER_GROUP = 256  # samples that one native task handles together
+# What one record of the native backend's segments covers. The fake must know it without the extension; a test compares
+# it with what native_constants() says.
+CLASSES_PER_SEGMENT = 48
+SAMPLES_PER_GROUP = 256
 
 
-def native_segments(rows: int, classes: int) -> tuple[int, int]:
-    """How many (sample groups, class blocks) the native backend keeps one segment record for."""
-    return -(-rows // SAMPLES_PER_GROUP), -(-classes // CLASSES_PER_SEGMENT)
+def native_segments(rows: int, classes: int) -> int:
+    """How many segment records the native backend keeps: one for each group of samples and block of classes."""
+    groups = (rows + SAMPLES_PER_GROUP - 1) // SAMPLES_PER_GROUP
+    return groups * ((classes + CLASSES_PER_SEGMENT - 1) // CLASSES_PER_SEGMENT)
 
 
 @fake("native_forward")
 def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, arena_words):  # type: ignore[no-untyped-def]
     n, d = x.shape
-    groups, blocks = native_segments(n, w.shape[0])
     return (
         x.new_empty([n]),
         x.new_empty([6, n]),
@@ -129,8 +135,9 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
         x.new_empty([n if need_grad_x else 0, d]),
         x.new_empty([w.shape[0]]),
         x.new_empty([n]),
-        x.new_empty([arena_words if need_grad_w else 0], dtype=torch.int32),
-        x.new_empty([groups if need_grad_w else 0, blocks, 2], dtype=torch.int64),
+        x.new_empty([torch.sym_min(arena_words, n * w.shape[0]) if need_grad_w else 0], dtype=torch.int32),
+        # flat: a dimension that is 1 for some N only would be a guard on N
+        x.new_empty([2 * native_segments(n, w.shape[0]) if need_grad_w else 0], dtype=torch.int64),
     )
 
 

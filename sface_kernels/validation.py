@@ -80,9 +80,10 @@ def integer(name: str, value: Any, positive: bool = False) -> int:
 
 def _number(name: str, value: Any) -> float:
     """Whatever `float` takes (numpy's numbers too), but no bool, no text and no tensor: its gradient would be lost."""
-    is_number = hasattr(value, "__float__") or hasattr(value, "__index__")
-    if isinstance(value, (bool, str, bytes, Tensor)) or not is_number:
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):  # what torch.compile can trace, first
+        refused = isinstance(value, (bool, str, bytes, Tensor))
+        if refused or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
     number = float(value)
     if not -math.inf < number < math.inf:  # math.isfinite cannot be traced by torch.compile
         raise ValueError(f"{name}: expected a finite number, got {value!r}")

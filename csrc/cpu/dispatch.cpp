@@ -1,4 +1,4 @@
-// Which instruction set runs, decided once.
+// Which instruction set runs, decided once. Each file in simd/ says what it needs.
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
@@ -12,22 +12,20 @@ extern const Kernels* const table;
 }
 #if defined(__x86_64__)
 namespace avx2 {
+bool supported();
 extern const Kernels* const table;
-}
+}  // namespace avx2
 namespace avx512 {
+bool supported();
 extern const Kernels* const table;
-}
+}  // namespace avx512
 #endif
 
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-    usable.push_back(avx512::table);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
-      __builtin_cpu_supports("bmi"))
-    usable.push_back(avx2::table);
+  if (avx512::supported()) usable.push_back(avx512::table);
+  if (avx2::supported()) usable.push_back(avx2::table);
 #endif
   usable.push_back(baseline::table);
   return usable;

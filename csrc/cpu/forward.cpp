@@ -12,21 +12,22 @@ namespace sface {
 
 namespace {
 
-// Per range of classes and sample, in rows of N padded to whole groups.
+// What each task adds up: per range of classes and sample, in rows of N padded to whole groups.
 struct Partials {
-  int64_t stride, padded_d;
+  int64_t stride, padded_d, samples;
   std::vector<double> inter, dropped;
   std::vector<float> hardest;
   std::vector<int32_t> best, best_class;
   std::vector<uint8_t> touched;
   Uninitialised<float> grad;
   std::vector<float> class_sum;  // [ranges][padded D]
-  std::vector<Work> work;        // per task
+  std::vector<Tally> tallies;    // [ranges][groups]
   bool need_grad;
 
   Partials(const Problem& problem, bool need_grad_)
       : stride(problem.groups * kGroupSamples),
         padded_d(problem.padded_d),
+        samples(problem.n),
         inter(problem.ranges * stride, 0.0),
         dropped(problem.ranges * stride, 0.0),
         hardest(problem.ranges * stride, -2.0f),
@@ -35,20 +36,22 @@ struct Partials {
         touched(problem.ranges * stride, 0),
         grad(need_grad_ ? problem.ranges * problem.n * problem.padded_d : 0),
         class_sum(problem.ranges * problem.padded_d, 0.0f),
-        work(problem.ranges * problem.groups),
+        tallies(problem.ranges * problem.groups),
         need_grad(need_grad_) {}
 
-  RowSums sums(const Problem& problem, int64_t range, int64_t first) {
-    const int64_t at = range * stride + first;
-    float* partial = need_grad ? grad.data.get() + (range * problem.n + first) * padded_d : nullptr;
+  // Those of one range, from a sample on.
+  RowSums sums(int64_t range, int64_t sample) {
+    const int64_t at = range * stride + sample;
+    float* partial = need_grad ? grad.data.get() + (range * samples + sample) * padded_d : nullptr;
     return {&inter[at], &dropped[at], &hardest[at], &best[at], &best_class[at], partial, &touched[at]};
   }
 };
 
+// The operator's outputs; null where one was not asked for.
 struct Results {
   float *loss, *stats, *row_grad_x, *inv_norm, *target_weight;
   int32_t* arena;
-  int64_t* segments;
+  Segment* segments;  // [groups][blocks]
   int64_t arena_words;
 };
 
@@ -59,116 +62,152 @@ int64_t arena_before(const Problem& p, int64_t group, int64_t first_class, int64
   return static_cast<int64_t>(pairs / (static_cast<double>(p.n) * p.c) * words);
 }
 
-void run_task(const Problem& problem, const Kernels& kernels, const Rules& rules, const Samples& samples, int64_t range,
-              int64_t g, Partials& partials, Workspace& work, const Results& out) {
-  const Group& group = samples.groups[g];
+void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Workspace& work, const Results& out) {
+  const Problem& problem = call.problem;
+  const Group& group = call.samples.groups[g];
   const int64_t begin = problem.range_begin(range), end = problem.range_begin(range + 1);
-  RowSums sums = partials.sums(problem, range, group.first);
   const int64_t arena_begin = arena_before(problem, g, begin * kBlockClasses, out.arena_words);
-  Arena arena{out.segments != nullptr, out.arena + arena_begin, 0,
-              arena_before(problem, g, end * kBlockClasses, out.arena_words) - arena_begin};
-  const bool float_weight = problem.w.scalar_type() == at::kFloat;
-  const int64_t task = range * problem.groups + g;
+  const int64_t arena_end = arena_before(problem, g, end * kBlockClasses, out.arena_words);
+  const bool first_group = g == 0;  // what belongs to classes alone is its task's to write
+  Task task{.sums = partials.sums(range, group.first),
+            .arena = {out.segments != nullptr, out.arena + arena_begin, 0, arena_end - arena_begin},
+            .tally = {}};
   std::vector<OwnClass> own;
   std::fill(work.class_sum.begin(), work.class_sum.end(), 0.0f);
   work.skip_screens = 0;  // what a task finds must not depend on the task before
   for (int64_t b = begin; b < end; ++b) {
-    Block block{};
-    block.first = b * kBlockClasses;
-    block.rows = problem.block_rows(b);
-    block.w = problem.rows(block.first, block.rows, work.converted, &block.row_stride);
+    Block block = problem.block_of(g, b, own);
+    block.w = problem.weight_rows(block.first, block.count, work.converted, &block.row_stride);
+    block.sum_rows = first_group;
     // the last block may be shorter than this one, and its prefetch must not run past the weight
-    const bool whole_next = b + 1 < end && problem.block_rows(b + 1) == block.rows;
-    block.next = float_weight && whole_next ? block.w + kBlockClasses * block.row_stride : nullptr;
-    problem.own_classes(g, b, own);
-    block.own = own.data();
-    block.own_count = static_cast<int>(own.size());
-    const int64_t used = arena.used;
-    const int64_t record =
-        kernels.forward_block(rules, group, block, static_cast<int>(problem.d), static_cast<int>(problem.padded_d),
-                              g == 0, sums, arena, work, partials.work[task]);
-    if (g == 0) std::memcpy(out.inv_norm + block.first, work.inv_norm.data(), sizeof(float) * block.rows);
-    if (out.segments) {
-      out.segments[(g * problem.blocks + b) * 2] = arena_begin + used;
-      out.segments[(g * problem.blocks + b) * 2 + 1] = record;
-    }
+    const bool whole_next = b + 1 < end && problem.block_rows(b + 1) == block.count;
+    if (problem.float_weight() && whole_next) block.next = block.w + kBlockClasses * block.row_stride;
+    const int64_t used = task.arena.used;
+    const int64_t count = call.kernels.forward_block(call.rules, group, block, task, work);
+    if (first_group)
+      for (int r = 0; r < block.count; ++r)
+        out.inv_norm[block.first + r] = work.shortened >> r & 1 ? -work.inv_norm[r] : work.inv_norm[r];
+    if (out.segments) out.segments[g * problem.blocks + b] = {arena_begin + used, count};
   }
-  if (sums.grad) kernels.flush_dense_grad(group, static_cast<int>(problem.padded_d), sums, work);
-  if (g == 0) std::copy(work.class_sum.begin(), work.class_sum.end(), &partials.class_sum[range * problem.padded_d]);
+  if (task.sums.grad) call.kernels.flush_dense_grad(group, task.sums, work);
+  if (first_group)
+    std::copy(work.class_sum.begin(), work.class_sum.end(), &partials.class_sum[range * problem.padded_d]);
+  partials.tallies[range * problem.groups + g] = task.tally;
 }
 
 float clamp_cosine(float c) { return c < -1 ? -1 : c > 1 ? 1 : c; }
 
-// Adds up one sample's partial sums, adds its own class, and completes (5) and (7).
-void finish_row(const Problem& problem, const Kernels& kernels, const Rules& rules, const Samples& samples,
-                const std::vector<float>& class_sum, bool weight_finite, int64_t i, Partials& partials,
-                std::vector<float>& converted, std::vector<float>& grad, const Results& out) {
-  const int64_t n = problem.n;
-  const int d = static_cast<int>(problem.d);
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  float* row_grad = out.row_grad_x ? out.row_grad_x + i * problem.d : nullptr;
-  const auto report = [&](float loss, std::array<float, 6> stats, float target_weight) {
-    out.loss[i] = loss;
-    out.target_weight[i] = target_weight;
-    for (int k = 0; k < 6; ++k) out.stats[k * n + i] = stats[k];
-  };
-  const int64_t code = problem.codes()[i];
-  if (code == kIgnored) {
-    if (row_grad) std::memset(row_grad, 0, sizeof(float) * d);
-    return report(0, {0, 0, 0, 0, 0, 0}, 0);
+// What all rows need to know of the classes.
+struct ClassTotals {
+  std::vector<float> sum;  // [padded D] Σ ŵ_j
+  bool finite = true;      // whether every row of w is
+
+  ClassTotals(const Call& call, const Partials& partials, const float* inv_norm) : sum(call.problem.padded_d, 0.0f) {
+    const Problem& p = call.problem;
+    for (int64_t range = 0; range < p.ranges; ++range)
+      call.kernels.axpy(1.0f, &partials.class_sum[range * p.padded_d], sum.data(), static_cast<int>(p.padded_d));
+    if (p.n > 0)
+      for (int64_t j = 0; j < p.c; ++j) finite &= !is_nan(inv_norm[j]);
   }
-  if (!samples.usable(i) || !weight_finite || code == kInvalid) {
-    if (row_grad) std::fill(row_grad, row_grad + d, nan);
-    return report(nan, {nan, nan, nan, nan, nan, nan}, samples.usable(i) ? 0 : nan);
+};
+
+// Completes (5) and (7) sample by sample.
+class RowFinisher {
+ public:
+  RowFinisher(const Call& call, Partials& partials, const ClassTotals& classes, const Results& out)
+      : call_(call), partials_(partials), classes_(classes), out_(out), grad_(call.problem.padded_d) {}
+
+  void finish(int64_t i) {
+    const int64_t code = call_.problem.codes()[i];
+    const bool usable = call_.samples.usable(i);
+    if (code == kIgnored) return report_constant(i, 0, 0);
+    if (!usable || !classes_.finite || code == kInvalid) return report_constant(i, kNaN, usable ? 0 : kNaN);
+
+    const int d = static_cast<int>(call_.problem.d);
+    const float* x = call_.samples.row(i);
+    float* row_grad = out_.row_grad_x ? out_.row_grad_x + i * d : nullptr;
+    const Totals totals = add_partials(i, row_grad != nullptr);
+    float hardest = totals.hardest;
+    const float s = call_.rules.hyper.s;
+    // the largest screened product below the threshold may beat what was computed in fp32, up to its rounding
+    if (totals.best_class >= 0) hardest = std::max(hardest, cosine(x, weight_row(totals.best_class)));
+    float cos_target = 0, p = 0;
+    if (code >= 0) {
+      const WeightRow own = weight_row(code);
+      cos_target = cosine(x, own);
+      call_.kernels.intra(call_.rules.hyper, cos_target, &p);
+      if (row_grad) call_.kernels.axpy(-p * own.inv_norm, own.w, grad_.data(), d);
+    }
+    if (row_grad) {
+      const double norm = call_.samples.norms[i];
+      const float scale = static_cast<float>(s / std::max<double>(norm, kNormEps));
+      // below kNormEps normalize divides by a constant, so nothing is projected away
+      const float along = norm < kNormEps ? 0.0f : call_.kernels.dot(grad_.data(), x, d);
+      call_.kernels.combine(scale, grad_.data(), -along * scale, x, row_grad, d);
+    }
+    const float inter_loss = static_cast<float>(s * totals.inter), intra_loss = -s * p * cos_target;
+    const float cos_sum = call_.kernels.dot(x, classes_.sum.data(), d) - cos_target;
+    report(i, intra_loss + inter_loss,
+           {intra_loss, inter_loss, cos_target, cos_sum, hardest < -1.5f ? -INFINITY : hardest,
+            static_cast<float>(s * totals.dropped)},
+           -p);
   }
 
-  const float* x = samples.row(i);
-  double inter = 0, dropped = 0;
-  float hardest = -2;
-  std::fill(grad.begin(), grad.end(), 0.0f);
-  for (int64_t range = 0; range < problem.ranges; ++range) {
-    RowSums sums = partials.sums(problem, range, i);
-    inter += *sums.inter;
-    dropped += *sums.dropped;
-    hardest = std::max(hardest, *sums.hardest);
-    if (row_grad && *sums.touched) kernels.axpy(1.0f, sums.grad, grad.data(), d);
-  }
-  const auto cosine = [&](int64_t cls, const float** w, float* inv) {
-    int64_t stride;
-    *w = problem.rows(cls, 1, converted, &stride);
-    *inv = out.inv_norm[cls];
-    return clamp_cosine(kernels.dot(x, *w, d) * *inv);
-  };
-  const float* w = nullptr;
-  float inv = 0;
-  // the largest screened product of the rest may beat what was computed in fp32, up to its rounding
-  int64_t best_range = 0;
-  for (int64_t range = 1; range < problem.ranges; ++range)
-    if (*partials.sums(problem, range, i).best > *partials.sums(problem, best_range, i).best) best_range = range;
-  const int64_t best_class = *partials.sums(problem, best_range, i).best_class;
-  if (best_class >= 0) hardest = std::max(hardest, cosine(best_class, &w, &inv));
+ private:
+  static constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-  float cos_target = 0, p = 0;
-  if (code >= 0) {
-    cos_target = cosine(code, &w, &inv);
-    kernels.intra(rules.hyper, cos_target, &p);
-    if (row_grad) kernels.axpy(-p * inv, w, grad.data(), d);
+  struct Totals {
+    double inter = 0, dropped = 0;
+    float hardest = -2;
+    int32_t best = INT32_MIN, best_class = -1;
+  };
+
+  // The sample's partial sums, range by range in their order; Σ g ŵ of the other classes in grad_.
+  Totals add_partials(int64_t i, bool want_grad) {
+    Totals totals;
+    std::fill(grad_.begin(), grad_.end(), 0.0f);
+    for (int64_t range = 0; range < call_.problem.ranges; ++range) {
+      const RowSums sums = partials_.sums(range, i);
+      totals.inter += *sums.inter;
+      totals.dropped += *sums.dropped;
+      totals.hardest = std::max(totals.hardest, *sums.hardest);
+      if (*sums.best > totals.best) {
+        totals.best = *sums.best;
+        totals.best_class = *sums.best_class;
+      }
+      if (want_grad && *sums.touched)
+        call_.kernels.axpy(1.0f, sums.grad, grad_.data(), static_cast<int>(call_.problem.d));
+    }
+    return totals;
   }
-  const float s = rules.hyper.s;
-  if (row_grad) {
-    const float norm = samples.norms[i];
-    const float scale = s / std::max(norm, kNormEps);
-    // below kNormEps normalize divides by a constant, so nothing is projected away
-    const float along = norm < kNormEps ? 0.0f : kernels.dot(grad.data(), x, d);
-    kernels.combine(scale, grad.data(), -along * scale, x, row_grad, d);
+
+  WeightRow weight_row(int64_t cls) { return call_.problem.weight_row(cls, out_.inv_norm[cls], converted_); }
+
+  float cosine(const float* x, const WeightRow& row) {
+    return clamp_cosine(call_.kernels.dot(x, row.w, static_cast<int>(call_.problem.d)) * row.inv_norm);
   }
-  const float inter_loss = static_cast<float>(s * inter), intra_loss = -s * p * cos_target;
-  const float cos_sum = kernels.dot(x, class_sum.data(), d) - cos_target;
-  report(intra_loss + inter_loss,
-         {intra_loss, inter_loss, cos_target, cos_sum, hardest < -1.5f ? -INFINITY : hardest,
-          static_cast<float>(s * dropped)},
-         -p);
-}
+
+  // `stats` in the order of RowStats in sface_kernels/types.py.
+  void report(int64_t i, float loss, const std::array<float, 6>& stats, float target_weight) {
+    out_.loss[i] = loss;
+    out_.target_weight[i] = target_weight;
+    for (int k = 0; k < 6; ++k) out_.stats[k * call_.problem.n + i] = stats[k];
+  }
+
+  // A row that is ignored (zeros) or has no value (NaN).
+  void report_constant(int64_t i, float value, float target_weight) {
+    const int64_t d = call_.problem.d;
+    if (out_.row_grad_x) std::fill_n(out_.row_grad_x + i * d, d, value);
+    report(i, value, {value, value, value, value, value, value}, target_weight);
+  }
+
+  const Call& call_;
+  Partials& partials_;
+  const ClassTotals& classes_;
+  const Results& out_;
+  std::vector<float> grad_;       // [padded D] Σ g ŵ of the sample
+  std::vector<float> converted_;  // a row of w that is not taken in place
+};
 
 }  // namespace
 
@@ -176,24 +215,28 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
                               double k_intra, double k_inter, double a, double b, double filter_eps, bool need_grad_x,
                               bool need_grad_w, int64_t arena_words) {
   const Problem problem(x, w, target);
+  TORCH_CHECK(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
   const Kernels& kernels = sface::kernels();
   const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
-  const Samples samples(problem, kernels, {.columns = true, .pairs = rules.screen});
+  const Samples samples(problem, kernels, {.columns = true, .fixed_point = rules.screen});
+  const Call call{problem, kernels, rules, samples};
 
   const auto options = x.options();
   at::Tensor row_loss = at::empty({problem.n}, options), row_stats = at::empty({6, problem.n}, options);
   at::Tensor row_grad_x = at::empty({need_grad_x ? problem.n : 0, problem.d}, options);
   at::Tensor inv_norm = at::empty({problem.c}, options), target_weight = at::empty({problem.n}, options);
-  at::Tensor arena = at::empty({need_grad_w ? arena_words : 0}, options.dtype(at::kInt));
-  at::Tensor segments = at::empty({need_grad_w ? problem.groups : 0, problem.blocks, 2}, options.dtype(at::kLong));
-  const Results out{row_loss.mutable_data_ptr<float>(),
-                    row_stats.mutable_data_ptr<float>(),
-                    need_grad_x ? row_grad_x.mutable_data_ptr<float>() : nullptr,
-                    inv_norm.mutable_data_ptr<float>(),
-                    target_weight.mutable_data_ptr<float>(),
-                    need_grad_w ? arena.mutable_data_ptr<int32_t>() : nullptr,
-                    need_grad_w ? segments.mutable_data_ptr<int64_t>() : nullptr,
-                    need_grad_w ? arena_words : 0};
+  const int64_t words = need_grad_w ? std::min(arena_words, problem.n * problem.c) : 0;
+  at::Tensor arena = at::empty({words}, options.dtype(at::kInt));
+  at::Tensor segments = at::empty({need_grad_w ? 2 * problem.groups * problem.blocks : 0}, options.dtype(at::kLong));
+  const Results out{
+      .loss = row_loss.mutable_data_ptr<float>(),
+      .stats = row_stats.mutable_data_ptr<float>(),
+      .row_grad_x = need_grad_x ? row_grad_x.mutable_data_ptr<float>() : nullptr,
+      .inv_norm = inv_norm.mutable_data_ptr<float>(),
+      .target_weight = target_weight.mutable_data_ptr<float>(),
+      .arena = need_grad_w ? arena.mutable_data_ptr<int32_t>() : nullptr,
+      .segments = need_grad_w ? reinterpret_cast<Segment*>(segments.mutable_data_ptr<int64_t>()) : nullptr,
+      .arena_words = words};
 
   Partials partials(problem, need_grad_x);
   const int64_t tasks = problem.ranges * problem.groups;
@@ -201,27 +244,21 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
   for_each_worker(tasks, [&](auto next_task) {
     Workspace work = make_workspace(problem, kernels);
     for (int64_t task; (task = next_task()) < tasks;)
-      run_task(problem, kernels, rules, samples, task / problem.groups, task % problem.groups, partials, work, out);
+      run_task(call, task / problem.groups, task % problem.groups, partials, work, out);
   });
 
-  std::vector<float> class_sum(problem.padded_d, 0.0f);
-  for (int64_t range = 0; range < problem.ranges; ++range)
-    kernels.axpy(1.0f, &partials.class_sum[range * problem.padded_d], class_sum.data(),
-                 static_cast<int>(problem.padded_d));
-  bool weight_finite = true;
-  if (problem.n > 0)
-    for (int64_t j = 0; j < problem.c; ++j) weight_finite &= !std::isnan(out.inv_norm[j]);
+  const ClassTotals classes(call, partials, out.inv_norm);
   at::parallel_for(0, problem.n, 8, [&](int64_t begin, int64_t end) {
-    std::vector<float> converted, grad(problem.padded_d);
-    for (int64_t i = begin; i < end; ++i)
-      finish_row(problem, kernels, rules, samples, class_sum, weight_finite, i, partials, converted, grad, out);
+    RowFinisher rows(call, partials, classes, out);
+    for (int64_t i = begin; i < end; ++i) rows.finish(i);
+    kernels.finish_stores();
   });
 
   at::Tensor counts = at::zeros({2}, options.dtype(at::kLong));
   int64_t* totals = counts.mutable_data_ptr<int64_t>();
-  for (int64_t task = 0; task < tasks; ++task) {
-    totals[0] += partials.work[task].active;
-    totals[1] += partials.work[task].dense_pairs;
+  for (const Tally& tally : partials.tallies) {
+    totals[0] += tally.active;
+    totals[1] += tally.dense_pairs;
   }
   return {row_loss, row_stats, counts, row_grad_x, inv_norm, target_weight, arena, segments};
 }

@@ -15,21 +15,35 @@
 
 namespace sface {
 
+// By their bits: no compiler flag (-ffast-math) and no fused operation changes what these answer. Inlined, so that no
+// copy exists that is compiled for one instruction set.
+SFACE_INLINE bool is_finite(double v) { return (__builtin_bit_cast(uint64_t, v) >> 52 & 0x7ff) != 0x7ff; }
+SFACE_INLINE bool is_nan(float v) { return (__builtin_bit_cast(uint32_t, v) & 0x7fffffffu) > 0x7f800000u; }
+
 constexpr int kBlockClasses = 48;   // classes handled together: their rows stay in the L2 cache
 constexpr int kGroupSamples = 256;  // samples handled together
 constexpr int kFeaturePad = 32;     // feature rows in scratch memory are padded to a multiple of this
 constexpr float kScale = 32766.0f;  // fixed point: a unit row times this, rounded to int16, never overflows
 constexpr float kNormEps = 1e-12f;  // torch.nn.functional.normalize's
+// Pairs with a smaller share of s are summed with their screened cosine, in a form that is accurate to here.
+constexpr double kCandidateShare = 1.0 / 1024;
+// A row of w longer than this is computed from kShortening times the row: fp32 holds no square of its components, and
+// from 2¹²⁶ on no normal 1/‖w_j‖. In inv_norm stands −1/‖kShortening·w_j‖ then.
+constexpr float kLongestRow = 0x1p60f, kShortening = 0x1p-96f;
 
-// Codes in `target`, as in sface_kernels/types.py.
+// Codes in `target`. sface_kernels/types.py has them too, and a test compares what native_constants() returns.
 constexpr int64_t kIgnored = -2;
 constexpr int64_t kInvalid = -3;
 
-// Second word of a segment: a count of active pairs, or one of these.
-constexpr int64_t kDenseStored = -1;  // the block's coefficients stand in the arena as a dense tile
+// What the forward left of one block of classes and one group of samples: a record of the operator's `segments`.
+struct Segment {
+  int64_t begin;  // first word in the arena
+  int64_t count;  // active pairs of two words each, or one of the codes below
+};
+constexpr int64_t kDenseStored = -1;  // the coefficients stand in the arena as a dense tile, one word each
 constexpr int64_t kRecompute = -2;    // the arena was full: the backward computes the tile again
 
-// Memory that is not touched before it is needed: what no task uses costs nothing.
+// Uninitialised memory: pages are mapped on first write, so unused parts cost no memory.
 template <typename T>
 struct Uninitialised {
   explicit Uninitialised(int64_t count = 0) : data(count > 0 ? new T[count] : nullptr) {}
@@ -46,8 +60,8 @@ struct Rules {
   float slope_log2;       // k_inter·log2(e)
   float keep_above;       // an entry has a gradient where its sigmoid is ≥ this
   bool screen;            // false: every block is dense
-  int32_t candidate_min;  // a screened product ≥ this may be active
-  bool cheap_below;       // inter_weight_below is accurate for everything that is no candidate
+  int32_t candidate_min;  // a pair whose screened product is ≥ this is a candidate: it may be active
+  bool cheap_below;       // inter_weight_below is accurate for every pair below candidate_min
 };
 
 // A sample whose own class lies in the block: it is no "other class" there.
@@ -58,12 +72,13 @@ struct OwnClass {
 
 // The samples of one group, prepared once per call.
 struct Group {
-  int first, count;        // samples [first, first + count)
-  int panels;              // panels of Kernels::panel_samples samples, the last one padded with zeros
-  const float* rows;       // [count][padded D] unit rows, fp32
-  const float* columns;    // [panels][D][panel] the same transposed, for dense blocks
-  const int32_t* pairs;    // [panels][padded D / 2][panel] int16 pairs, for the screen
-  const uint32_t* counts;  // [panels] a bit per sample that takes part (not ignored, finite)
+  int first, count;  // samples [first, first + count)
+  int panels;        // panels of Kernels::panel_samples samples, the last one padded with zeros
+  int d, padded_d;
+  const float* rows;             // [count][padded D] unit rows, fp32
+  const float* columns;          // [panels][D][panel] the same transposed, for dense blocks
+  const int32_t* fixed_point;    // [panels][padded D / 2][panel] for the screen: two int16 features in a word
+  const uint32_t* participates;  // [panels] a bit per sample that takes part (not ignored, finite)
 };
 
 // What a task adds up for each sample of its group, over its range of classes.
@@ -71,42 +86,52 @@ struct RowSums {
   double* inter;        // [count] Σ sigmoid·c over other classes
   double* dropped;      // [count] Σ sigmoid over pairs without a gradient
   float* hardest;       // [count] the largest cosine computed in fp32
-  int32_t* best;        // [count] the largest screened product among the rest
+  int32_t* best;        // [count] the largest screened product below candidate_min
   int32_t* best_class;  // [count] and its class
   float* grad;          // [count][padded D] Σ g ŵ, or null
   uint8_t* touched;     // [count] whether grad holds anything yet
 };
 
 struct Block {
-  int64_t first;  // class of the first row
-  int rows;
-  const float* w;  // [rows] with row_stride
+  int64_t first;   // class of the first row
+  int count;       // rows
+  const float* w;  // [count] with row_stride
   int64_t row_stride;
   const float* next;    // the first row of the block after, to prefetch; null at the end
   const OwnClass* own;  // samples of this group with their class in this block
   int own_count;
+  bool sum_rows;  // whether its unit rows are to be added to Workspace::class_sum
 };
 
-// The block's part of the list of active pairs.
+// The task's part of the memory for active pairs.
 struct Arena {
   bool wanted;  // false: no gradient of w is needed
   int32_t* words;
   int64_t used, capacity;
 };
 
-// What a task did, for the statistics.
-struct Work {
+// What a task found, for the statistics.
+struct Tally {
   int64_t active = 0;       // pairs with a gradient
   int64_t dense_pairs = 0;  // pairs computed with dense products
 };
 
+// What belongs to one task: a range of classes against a group of samples.
+struct Task {
+  RowSums sums;
+  Arena arena;
+  Tally tally;
+};
+
 // Scratch memory of one thread, sized by make_workspace.
 struct Workspace {
-  std::vector<int32_t> pairs;       // [block][padded D / 2] screened rows
-  std::vector<float> inv_norm;      // [block] 1/‖w_j‖, NaN where the row is not finite
-  std::vector<float> tile;          // [block][group] cosines, then coefficients
-  std::vector<float> packed;        // [block][panel] a part of the unit rows for Σ g ŵ
-  Uninitialised<float> dense_grad;  // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
+  std::vector<int32_t> fixed_point;  // [block][padded D / 2] screened rows, as in Group
+  std::vector<float> inv_norm;       // [block] 1/‖w_j‖ (of the shortened row), NaN where the row is not finite
+  Uninitialised<float> short_rows;   // [block][D] a block that holds rows longer than kLongestRow, with those shortened
+  uint64_t shortened = 0;            // a bit per row of the block that was shortened
+  std::vector<float> tile;           // [block][group] cosines, then coefficients
+  std::vector<float> packed;         // [block][panel] a part of the unit rows for Σ g ŵ
+  Uninitialised<float> dense_grad;   // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
   bool has_dense_grad = false;
   int skip_screens = 0;                    // blocks still taken to be dense, as the one before was
   std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task
@@ -122,19 +147,18 @@ struct Kernels {
   int panel_samples;  // samples in a panel
   int strip_rows;     // classes in a register tile
 
-  // Unit rows of a panel: fills the layouts of Group, `columns` and `pairs` only where they are not null. `rows` holds
-  // x on entry, x̂ on return.
-  void (*pack_panel)(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms);
+  // Unit rows of a panel: fills the layouts of Group, `columns` and `fixed_point` only where they are not null. `rows`
+  // holds x on entry, x̂ on return.
+  void (*pack_panel)(float* rows, int count, int d, int padded_d, float* columns, int32_t* fixed_point, double* norms);
 
-  // One block of classes against one group: sums, active pairs, Σ g ŵ. Returns what the segment record says.
-  int64_t (*forward_block)(const Rules&, const Group&, const Block&, int d, int padded_d, bool sum_classes, RowSums&,
-                           Arena&, Workspace&, Work&);
+  // One block of classes against one group: sums, active pairs, Σ g ŵ. Returns Segment::count.
+  int64_t (*forward_block)(const Rules&, const Group&, const Block&, Task&, Workspace&);
 
   // After the last block of a task: what its dense blocks added joins RowSums::grad.
-  void (*flush_dense_grad)(const Group&, int padded_d, RowSums&, Workspace&);
+  void (*flush_dense_grad)(const Group&, RowSums&, Workspace&);
 
   // Coefficients of a block, again: tile[row][panels·panel] = sigmoid where kept, 0 elsewhere.
-  void (*recompute_tile)(const Rules&, const Group&, const Block&, int d, Workspace&);
+  void (*recompute_tile)(const Rules&, const Group&, const Block&, Workspace&);
 
   // raw[rows][padded D] += tile[rows][count] · x̂ of the group, with `columns` = x̂ as [padded D / panel][count][panel].
   void (*add_dense)(const float* tile, int tile_stride, int rows, const float* columns, int count, int padded_d,
@@ -146,7 +170,8 @@ struct Kernels {
   void (*axpy)(float scale, const float* x, float* y, int d);  // y += scale·x
   // out = scale·raw + along·w, the tangent of (8)
   void (*combine)(float scale, const float* raw, float along, const float* w, float* out, int d);
-  void (*zero)(float* out, int d);                      // past the caches where that is possible
+  void (*zero)(float* out, int d);  // like combine, past the caches where that is possible
+  void (*finish_stores)();          // after the last combine or zero, so that other threads see them
   void (*intra)(const Hyper&, float cosine, float* p);  // (3) without s
 };
 

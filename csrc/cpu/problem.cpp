@@ -9,43 +9,59 @@ namespace {
 // share.
 constexpr int64_t kPartialBytes = 8 << 20;
 constexpr int64_t kMinRanges = 4, kMaxRanges = 32;
+constexpr int64_t kMaxFeatures = 1 << 24;  // its products with a panel or a block are taken in int
 
 // fp32 rounding in a rescored cosine: of norms and products, and of a sum in at least 8 partial sums over D
 double rounding_slack(int64_t d) { return 2e-6 + d / 8.0 * 0x1p-24; }
-// The loss of what is no candidate uses a form that is accurate to here.
-constexpr double kCandidateShare = 1.0 / 1024;
+
+const at::Tensor& matrix(const char* name, const at::Tensor& t) {
+  TORCH_CHECK(t.dim() == 2, name, ": expected two dimensions, got shape ", t.sizes());
+  return t;
+}
 
 }  // namespace
 
+void check_tensor(const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.sizes() == sizes && t.is_contiguous(), name,
+              ": expected contiguous ", dtype, " ", sizes, " on the CPU, got ", t.scalar_type(), " ", t.sizes(),
+              " with strides ", t.strides(), " on ", t.device());
+}
+
 Problem::Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& target_)
-    : n(x_.size(0)),
-      c(w_.size(0)),
-      d(x_.size(1)),
+    : x(matrix("x", x_)),
+      w(matrix("w", w_)),
+      target(target_),
+      n(x.size(0)),
+      c(w.size(0)),
+      d(x.size(1)),
       padded_d(ceil_div(d, kFeaturePad) * kFeaturePad),
       groups(ceil_div(n, kGroupSamples)),
-      blocks(ceil_div(c, kBlockClasses)),
-      x(x_),
-      w(w_),
-      target(target_) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous(), "x: expected contiguous float32 [N, D]");
-  TORCH_CHECK(w.dim() == 2 && w.size(1) == d && w.stride(1) == 1, "w: expected [C, ", d, "] with contiguous rows");
-  TORCH_CHECK(target.scalar_type() == at::kLong && target.is_contiguous() && target.numel() == n,
-              "target: expected contiguous int64 [", n, "]");
-  TORCH_CHECK(c < INT32_MAX && n < INT32_MAX, "sizes: expected fewer than 2^31 classes and samples");
+      blocks(ceil_div(c, kBlockClasses)) {
+  check_tensor("x", x, at::kFloat, {n, d});
+  check_tensor("target", target, at::kLong, {n});
+  const at::ScalarType dtype = w.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16,
+              "w: expected float32, float16 or bfloat16, got ", dtype);
+  TORCH_CHECK(w.device().is_cpu() && w.size(1) == d && (d == 1 || w.stride(1) == 1), "w: expected [C, ", d,
+              "] with contiguous rows on the CPU, got ", w.sizes(), " with strides ", w.strides(), " on ", w.device());
+  TORCH_CHECK(c > 0 && d > 0, "w: expected at least one class and one feature, got shape ", w.sizes());
+  TORCH_CHECK(c < INT32_MAX && n < INT32_MAX && d <= kMaxFeatures,
+              "sizes: expected fewer than 2^31 classes and samples and at most 2^24 features, got ", c, ", ", n, ", ",
+              d);
   const int64_t partial = std::max<int64_t>(1, n * padded_d * static_cast<int64_t>(sizeof(float)));
   ranges = std::min(blocks, std::clamp(kPartialBytes / partial, kMinRanges, kMaxRanges));
   for (int64_t i = 0; i < n; ++i) {
     const int64_t code = codes()[i];
     TORCH_CHECK(code < c, "target: expected classes below ", c, ", got ", code);
-    if (code >= 0) targets.push_back({code, i});
+    if (code >= 0) labelled.push_back({code, i});
   }
-  std::sort(targets.begin(), targets.end(),
-            [](const Target& a, const Target& b) { return a.cls != b.cls ? a.cls < b.cls : a.sample < b.sample; });
+  std::sort(labelled.begin(), labelled.end(),
+            [](const Labelled& a, const Labelled& b) { return a.cls != b.cls ? a.cls < b.cls : a.sample < b.sample; });
 }
 
-const float* Problem::rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const {
+const float* Problem::weight_rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const {
   const int64_t from = w.stride(0);
-  if (w.scalar_type() == at::kFloat) {
+  if (float_weight()) {
     *stride = from;
     return w.const_data_ptr<float>() + first * from;
   }
@@ -57,22 +73,40 @@ const float* Problem::rows(int64_t first, int64_t count, std::vector<float>& con
   if (w.scalar_type() == at::kHalf) {
     convert(w.const_data_ptr<at::Half>());
   } else {
-    TORCH_CHECK(w.scalar_type() == at::kBFloat16, "w: expected float32, float16 or bfloat16");
     convert(w.const_data_ptr<at::BFloat16>());
   }
   *stride = d;
   return converted.data();
 }
 
+WeightRow Problem::weight_row(int64_t cls, float inv_norm, std::vector<float>& converted) const {
+  int64_t stride;
+  const float* row = weight_rows(cls, 1, converted, &stride);
+  if (!(inv_norm < 0)) return {row, inv_norm, 1};
+  converted.resize(kBlockClasses * d);
+  for (int64_t k = 0; k < d; ++k) converted[k] = row[k] * kShortening;
+  return {converted.data(), -inv_norm, kShortening};
+}
+
 void Problem::own_classes(int64_t group, int64_t block, std::vector<OwnClass>& out) const {
   out.clear();
   const int64_t first = block * kBlockClasses, end = first + kBlockClasses;
-  const auto begin =
-      std::lower_bound(targets.begin(), targets.end(), first, [](const Target& t, int64_t cls) { return t.cls < cls; });
+  const auto begin = std::lower_bound(labelled.begin(), labelled.end(), first,
+                                      [](const Labelled& t, int64_t cls) { return t.cls < cls; });
   const int64_t sample = group_first(group);
-  for (auto t = begin; t != targets.end() && t->cls < end; ++t)
+  for (auto t = begin; t != labelled.end() && t->cls < end; ++t)
     if (t->sample >= sample && t->sample < sample + kGroupSamples)
       out.push_back({static_cast<int32_t>(t->sample - sample), static_cast<int32_t>(t->cls - first)});
+}
+
+Block Problem::block_of(int64_t group, int64_t block, std::vector<OwnClass>& own) const {
+  own_classes(group, block, own);
+  Block out{};
+  out.first = block * kBlockClasses;
+  out.count = block_rows(block);
+  out.own = own.data();
+  out.own_count = static_cast<int>(own.size());
+  return out;
 }
 
 Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts)
@@ -80,17 +114,20 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
   const int64_t panel = kernels.panel_samples, d = problem.d;
   const int64_t group_panels = kGroupSamples / panel, panels = group_panels * problem.groups;
   columns = Uninitialised<float>(layouts.columns ? panels * panel * d : 0);
-  pairs = Uninitialised<int32_t>(layouts.pairs ? panels * panel * (padded_d / 2) : 0);
-  counts.assign(panels, 0);
+  fixed_point = Uninitialised<int32_t>(layouts.fixed_point ? panels * panel * (padded_d / 2) : 0);
+  participates.assign(panels, 0);
   for (int64_t g = 0; g < problem.groups; ++g) {
     const int64_t first = problem.group_first(g), count = problem.group_count(g), first_panel = g * group_panels;
-    groups[g] = {.first = static_cast<int>(first),
-                 .count = static_cast<int>(count),
-                 .panels = static_cast<int>(ceil_div(count, panel)),
-                 .rows = row(first),
-                 .columns = layouts.columns ? columns.data.get() + first_panel * panel * d : nullptr,
-                 .pairs = layouts.pairs ? pairs.data.get() + first_panel * panel * (padded_d / 2) : nullptr,
-                 .counts = counts.data() + first_panel};
+    groups[g] = {
+        .first = static_cast<int>(first),
+        .count = static_cast<int>(count),
+        .panels = static_cast<int>(ceil_div(count, panel)),
+        .d = static_cast<int>(d),
+        .padded_d = static_cast<int>(padded_d),
+        .rows = row(first),
+        .columns = layouts.columns ? columns.data.get() + first_panel * panel * d : nullptr,
+        .fixed_point = layouts.fixed_point ? fixed_point.data.get() + first_panel * panel * (padded_d / 2) : nullptr,
+        .participates = participates.data() + first_panel};
   }
   const float* x = problem.x.const_data_ptr<float>();
   at::parallel_for(0, ceil_div(problem.n, panel), 1, [&](int64_t begin, int64_t end) {
@@ -99,9 +136,10 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
       for (int64_t i = first; i < first + count; ++i) std::memcpy(row(i), x + i * d, sizeof(float) * d);
       kernels.pack_panel(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
                          layouts.columns ? columns.data.get() + p * panel * d : nullptr,
-                         layouts.pairs ? pairs.data.get() + p * panel * (padded_d / 2) : nullptr, &norms[first]);
+                         layouts.fixed_point ? fixed_point.data.get() + p * panel * (padded_d / 2) : nullptr,
+                         &norms[first]);
       for (int64_t i = 0; i < count; ++i)
-        if (usable(first + i) && !problem.ignored(first + i)) counts[p] |= 1u << i;
+        if (usable(first + i) && !problem.ignored(first + i)) participates[p] |= 1u << i;
     }
   });
 }
@@ -129,8 +167,9 @@ Rules make_rules(const Hyper& hyper, int64_t d) {
 Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
   Workspace work;
   const int64_t padded = problem.padded_d, panels = kGroupSamples / kernels.panel_samples;
-  work.pairs.resize(kBlockClasses * padded / 2);
+  work.fixed_point.resize(kBlockClasses * padded / 2);
   work.inv_norm.resize(kBlockClasses);
+  work.short_rows = Uninitialised<float>(kBlockClasses * problem.d);
   work.tile.resize((kBlockClasses + 1) * kGroupSamples);  // one more: a strip may read past the last sample
   work.packed.resize(kBlockClasses * kernels.panel_samples);
   work.dense_grad = Uninitialised<float>(padded * kGroupSamples);

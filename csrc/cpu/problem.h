@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -15,19 +16,30 @@ namespace sface {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A sample and its class, sorted by class.
-struct Target {
+// A sample and its class.
+struct Labelled {
   int64_t cls;
   int64_t sample;
 };
 
+// ŵ = w·inv_norm, and 1/‖w_j‖ = inv_norm·factor.
+struct WeightRow {
+  const float* w;
+  float inv_norm;
+  float factor;  // 1, or kShortening where w is the shortened row
+};
+
+// Raises unless `t` is what a kernel may read through a pointer.
+void check_tensor(const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes);
+
 struct Problem {
+  at::Tensor x, w, target;
   int64_t n, c, d, padded_d;
   int64_t groups, blocks;
-  int64_t ranges;  // the classes are cut into this many ranges of blocks; a task is a range and a group
-  at::Tensor x, w, target;
-  std::vector<Target> targets;  // rows with a class, by class
+  int64_t ranges;                  // the classes are cut into this many ranges of blocks; a task is a range and a group
+  std::vector<Labelled> labelled;  // samples with a class, sorted by class
 
+  // Raises unless the three fit each other and hold a class and a feature at least.
   Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& target_);
 
   int64_t range_begin(int64_t range) const { return blocks * range / ranges; }  // first block
@@ -36,32 +48,45 @@ struct Problem {
   int block_rows(int64_t block) const {
     return static_cast<int>(std::min<int64_t>(kBlockClasses, c - block * kBlockClasses));
   }
+  bool float_weight() const { return w.scalar_type() == at::kFloat; }
   const int64_t* codes() const { return target.const_data_ptr<int64_t>(); }
 
   // Rows of w as fp32: in place for a float weight, else converted into `converted`.
-  const float* rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const;
+  const float* weight_rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const;
+  // A row of w of which the forward left this entry of inv_norm, shortened where that says so.
+  WeightRow weight_row(int64_t cls, float inv_norm, std::vector<float>& converted) const;
   // The samples of a group with their class in a block.
   void own_classes(int64_t group, int64_t block, std::vector<OwnClass>& out) const;
+  // A block against a group: its place and own classes, held in `own`; the rows of w are the caller's to set.
+  Block block_of(int64_t group, int64_t block, std::vector<OwnClass>& own) const;
   bool ignored(int64_t sample) const { return codes()[sample] == kIgnored; }
 };
 
 // Unit rows of every sample in the layouts that the kernels read.
 struct Samples {
   int64_t padded_d;
-  Uninitialised<float> rows;     // [N][padded D]
-  Uninitialised<float> columns;  // [panels][D][panel]
-  Uninitialised<int32_t> pairs;  // [panels][padded D / 2][panel]
-  std::vector<uint32_t> counts;  // [panels], as in Group
-  std::vector<float> norms;      // [N], not finite where the row is not
+  Uninitialised<float> rows;           // [N][padded D]
+  Uninitialised<float> columns;        // [panels][D][panel]
+  Uninitialised<int32_t> fixed_point;  // [panels][padded D / 2][panel]
+  std::vector<uint32_t> participates;  // [panels], as in Group
+  std::vector<double> norms;           // [N], not finite where the row is not; may exceed the largest float
   std::vector<Group> groups;
 
   // Which layouts beside the rows; unit rows alone are cheap.
   struct Layouts {
-    bool columns, pairs;
+    bool columns, fixed_point;
   };
   Samples(const Problem& problem, const Kernels& kernels, Layouts layouts);
   float* row(int64_t sample) const { return rows.data.get() + sample * padded_d; }
-  bool usable(int64_t sample) const { return std::isfinite(norms[sample]); }
+  bool usable(int64_t sample) const { return is_finite(norms[sample]); }
+};
+
+// What stays the same through a call.
+struct Call {
+  const Problem& problem;
+  const Kernels& kernels;
+  const Rules& rules;
+  const Samples& samples;
 };
 
 Rules make_rules(const Hyper& hyper, int64_t d);
@@ -69,6 +94,12 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels);
 
 // Runs body(next_task) on each of PyTorch's threads; next_task() hands out 0 … count − 1, to whoever is free. Tasks own
 // their results, so what comes out does not depend on which thread ran what.
+//
+// Why no lock is needed: a forward task alone writes its rows of Partials, its part of the arena and its segments, and
+// that of the first group also inv_norm and class_sum of its classes; a backward task alone writes its rows of ∂w.
+// Scratch belongs to a thread. Tasks share `next`, which is atomic and orders nothing, and what was complete before
+// parallel_for; whoever reads their results does so after it returned, which waits for every thread. (ThreadSanitizer
+// does not know OpenMP's barriers, so it cannot check this.)
 template <typename Body>
 void for_each_worker(int64_t count, const Body& body) {
   std::atomic<int64_t> next{0};

@@ -18,7 +18,7 @@ except (ImportError, OSError) as error:
         "`pip install --no-build-isolation --no-deps --force-reinstall .` in a checkout builds it"
     )
 
-ARENA_WORDS = 12 << 20  # 48 MiB: active pairs take 2 words each, entries of dense blocks 1
+ARENA_WORDS = 12 << 20  # at most 48 MiB: active pairs take 2 words each, entries of dense blocks 1, N·C in all suffice
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,15 +33,14 @@ def unavailable(request: Request) -> str | None:
 
 def _inner_contiguous(w: Tensor) -> Tensor:
     if w.shape[1] == 1:  # the stride of a single column means nothing, and contiguous() would keep it
-        return w.as_strided(w.shape, (w.stride(0), 1))
+        return w[:, 0].unsqueeze(1)
     return w if w.stride(1) == 1 else w.contiguous()
 
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
-    arena_words = ARENA_WORDS  # untouched pages cost nothing, and a size that depends on N would recompile
     return Forward.of(
         torch.ops.sface.native_forward(
-            x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, arena_words
+            x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, ARENA_WORDS
         )
     )
 

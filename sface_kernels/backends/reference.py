@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ..precision import full_float32
-from ..types import IGNORED, INVALID, Forward, HyperParameters, Request, RowStats
-
-NORM_EPS = 1e-12  # torch.nn.functional.normalize's
+from ..types import IGNORED, INVALID, NORM_EPS, Forward, HyperParameters, Request, RowStats
 
 
 def unavailable(request: Request) -> str | None:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import validation
+from ..dispatch import select
 from ..ops import prepare_labels
-from ..types import IGNORED, SFaceStats
+from ..types import IGNORED, Request, SFaceStats
 from .collectives import (
     GatherRows,
     Group,
@@ -96,7 +97,7 @@ def class_parallel_loss(
         sampling: the part of the classes to compare with; all of them if None.
     """
     if exchange_sizes:
-        count, need_x = _exchange_sizes(embeddings, labels, shard, options)
+        count, need_x = _exchange_sizes(embeddings, labels, shard, options, return_stats)
     else:
         check_shard_tensors(embeddings, shard.weight, labels)
         count, need_x = len(embeddings), embeddings.requires_grad
@@ -127,19 +128,23 @@ def class_parallel_loss(
     return loss, _statistics(sums.to(loss.dtype), sums, _correct(rows, target, shard.group), counted, shard.num_classes)
 
 
-def _exchange_sizes(embeddings: Tensor, labels: Tensor, shard: Shard, options: Options) -> tuple[int, bool]:
+def _exchange_sizes(
+    embeddings: Tensor, labels: Tensor, shard: Shard, options: Options, return_stats: bool
+) -> tuple[int, bool]:
     """(rows to pad to, whether any process wants ∂x); raises on every process what is wrong on one of them."""
     error: Exception | None = None
     try:
         check_shard_tensors(embeddings, shard.weight, labels)
         prepare_labels(labels, shard.num_classes, options.ignore_index, checks_labels(embeddings))
-    except (TypeError, ValueError) as raised:
+        request = Request(embeddings.device, embeddings.dtype, shard.weight.dtype, embeddings.shape[1])
+        select(options.backend, request)
+    except (TypeError, ValueError, RuntimeError) as raised:
         error = raised
     if shard.group is None:
         if error is not None:
             raise error
         return len(embeddings), embeddings.requires_grad
-    settings = shard.settings(options)
+    settings = {**shard.settings(options), "return_stats": return_stats}
     if error is None:
         dtype = validation.FLOAT_DTYPES.index(embeddings.dtype)
         mine = [0, len(embeddings), embeddings.requires_grad, dtype, zlib.crc32(repr(settings).encode())]

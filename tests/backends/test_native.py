@@ -1,7 +1,8 @@
-"""What only the C++ backend does: instruction sets, a bounded list of active pairs, recycled memory, 64-bit offsets."""
+"""What only the C++ backend does: instruction sets, a bounded list of active pairs, operators that check, 64-bit offsets."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import mmap
@@ -13,11 +14,11 @@ import sys
 import pytest
 import torch
 
-from sface_kernels import sface_loss
+from sface_kernels import SFaceLoss, sface_loss
 from sface_kernels.backends import native as backend
 from sface_kernels.types import Request
-from tests.support.cases import ROOT, f32
-from tests.support.checks import Judge, run
+from tests.support.cases import ROOT, bf16, f32
+from tests.support.checks import Judge, assert_rows_within, run
 from tests.support.oracle import truth
 from tests.support.problems import GEOMETRIES, Problem, trained_problem
 
@@ -29,6 +30,29 @@ def test_it_is_built_where_a_compiler_is():
         pytest.skip("no C++ compiler on this machine")
     assert importlib.util.find_spec("sface_kernels._C"), f"{compiler} is here, yet sface_kernels._C is not built"
     assert backend.unavailable(Request(torch.device("cpu"), f32, f32)) is None
+
+
+def defined(name: str) -> dict[str, float]:
+    """The values of every module constant of this name in the package, by file; nothing is imported."""
+    found = {}
+    for path in sorted((ROOT / "sface_kernels").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+            if isinstance(target, ast.Name) and target.id == name and node.value is not None:
+                value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value  # tl.constexpr(…)
+                found[str(path.relative_to(ROOT))] = eval(ast.unparse(value), {})
+    return found
+
+
+def test_constants_are_those_of_python(native):
+    """What two languages must know, compared: C++ says what it was built with."""
+    there = torch.ops.sface.native_constants()
+    names = ["CLASSES_PER_SEGMENT", "SAMPLES_PER_GROUP", "IGNORED", "INVALID", "NORM_EPS", "CANDIDATE_SHARE"]
+    for name, value in zip(names, there, strict=True):
+        here = defined(name)
+        assert here, f"no file defines {name}"
+        for file, expected in here.items():
+            assert value == pytest.approx(expected, rel=1e-7, abs=0), f"{name} in {file}"
 
 
 class TestInstructionSets:
@@ -79,66 +103,152 @@ class TestListOfActivePairs:
         problem = GEOMETRIES["collapsed"](300, 331, 96)
         arguments = (problem.x, problem.w, problem.labels, 64.0, 80.0, 80.0, 0.8, 1.23, 2.0**-12, True, True)
         segments = torch.ops.sface.native_forward(*arguments, words)[-1]
-        assert (segments[..., 1] == -2).all()
+        assert (segments.view(-1, 2)[:, 1] == -2).all()
+
+
+class TestOperators:
+    """Public as torch.ops.sface.*: whoever calls them reads nothing out of bounds."""
+
+    HYPER = (64.0, 80.0, 80.0, 0.8, 1.23, 2.0**-12)
+
+    def forward(self, x, w, target, words=10_000, hyper=HYPER):
+        return torch.ops.sface.native_forward(x, w, target, *hyper, True, True, words)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda x, w, y: (x, w[:0], y), "w: expected at least one class and one feature"),
+            (lambda x, w, y: (x[:, :0], w[:, :0], y), "w: expected at least one class and one feature"),
+            (lambda x, w, y: (x.double(), w, y), "x: expected contiguous Float"),
+            (lambda x, w, y: (x[:, ::2], w[:, ::2], y), "x: expected contiguous Float"),
+            (lambda x, w, y: (x[0], w, y), "x: expected two dimensions"),
+            (lambda x, w, y: (x, w[0], y), "w: expected two dimensions"),
+            (lambda x, w, y: (x, w.double(), y), "w: expected float32, float16 or bfloat16, got Double"),
+            (lambda x, w, y: (x, w[:, :5], y), "w: expected .* with contiguous rows"),
+            (lambda x, w, y: (x, w.t().contiguous().t(), y), "w: expected .* with contiguous rows"),
+            (lambda x, w, y: (x, w, y.int()), "target: expected contiguous Long"),
+            (lambda x, w, y: (x, w, y[:1]), "target: expected contiguous Long"),
+            (lambda x, w, y: (x, w, y[:1].expand(3)), "target: expected contiguous Long"),
+            (lambda x, w, y: (x, w, y, -1), "arena_words: expected a size, got -1"),
+        ],
+    )
+    def test_forward_refuses(self, native, change, message):
+        x, w, labels, _ = trained_problem(3, 10, 8)
+        with pytest.raises(RuntimeError, match=message):
+            self.forward(*change(x, w, labels))
 
     def test_target_out_of_range(self, native):
-        """The operator itself reads nothing out of bounds, whoever calls it."""
         x, w, _, _ = trained_problem(3, 10, 8)
         for code in (10, 2**40):
             with pytest.raises(RuntimeError, match=f"target: expected classes below 10, got {code}"):
-                torch.ops.sface.native_forward(
-                    x, w, torch.tensor([0, code, 1]), 64.0, 80.0, 80.0, 0.8, 1.23, 0.0, True, True, 30
-                )
+                self.forward(x, w, torch.tensor([0, code, 1]))
+
+    def test_no_samples(self, native):
+        x, w, labels, upstream = trained_problem(3, 10, 8)
+        x, labels, upstream = x[:0], labels[:0], upstream[:0]
+        row_loss, _, counts, row_grad_x, *saved = self.forward(x, w, labels)
+        assert row_loss.shape == (0,) and row_grad_x.shape == (0, 8) and counts.tolist() == [0, 0]
+        grad = torch.ops.sface.native_grad_weight(x, w, labels, upstream, *self.HYPER, *saved)
+        assert torch.equal(grad, torch.zeros(10, 8))
+
+    @pytest.mark.parametrize("which", ["grad_row", "inv_norm", "target_weight", "arena", "segments"])
+    def test_grad_weight_refuses(self, native, which):
+        """What the forward saved, but short, of another dtype, with other strides, or another shape."""
+        x, w, labels, upstream = trained_problem(300, 100, 16)
+        names = ["grad_row", "inv_norm", "target_weight", "arena", "segments"]
+        saved = dict(zip(names, (upstream, *self.forward(x, w, labels)[4:]), strict=True))
+
+        def backward(value: torch.Tensor) -> torch.Tensor:
+            grad_row, *rest = {**saved, which: value}.values()
+            return torch.ops.sface.native_grad_weight(x, w, labels, grad_row, *self.HYPER, *rest)
+
+        right = saved[which]
+        assert torch.isfinite(backward(right)).all()
+        bad = [right.double(), right.repeat_interleave(2)[::2], right[:1].expand(len(right)), right.unsqueeze(0)]
+        for value in [*bad, right[: len(right) // 8]]:
+            with pytest.raises(RuntimeError, match=f"{which if which != 'arena' else '(arena|segments)'}: expected"):
+                backward(value)
+
+    @pytest.mark.parametrize("record", [(-1, 1), (0, 2**62), (2**62, 1), (0, -3), (10_000, -1)])
+    def test_records_that_point_out_of_the_arena(self, native, record):
+        x, w, labels, upstream = trained_problem(30, 100, 16)
+        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[4:]
+        segments.view(-1, 2)[1] = torch.tensor(record)
+        with pytest.raises(RuntimeError, match="segments: expected a part of an arena"):
+            torch.ops.sface.native_grad_weight(
+                x, w, labels, upstream, *self.HYPER, inv_norm, target_weight, arena, segments
+            )
+
+    @pytest.mark.parametrize("word", [-1, 48 << 16, 30, 0xFFFF])
+    def test_pairs_outside_their_block(self, native, word):
+        x, w, labels, upstream = trained_problem(30, 100, 16)
+        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[4:]
+        segments.view(-1, 2)[1] = torch.tensor([0, 1])
+        arena[0] = word
+        with pytest.raises(RuntimeError, match="arena: expected a pair of 48 classes and 30 samples"):
+            torch.ops.sface.native_grad_weight(
+                x, w, labels, upstream, *self.HYPER, inv_norm, target_weight, arena, segments
+            )
+
+    def test_a_stride_in_a_dimension_of_size_1_means_nothing(self, native):
+        x, w = torch.randn(4, 1), torch.randn(1, 5).t()
+        target = torch.arange(4)
+        assert w.stride(1) == 5
+        ours, plain = (self.forward(x, t, target)[0] for t in (w, w.clone(memory_format=torch.contiguous_format)))
+        assert torch.equal(ours, plain)
+
+    def test_export_with_any_number_of_samples(self, native):
+        """A batch below 256 and one above it pass through one exported graph."""
+        head = SFaceLoss(16, 40, backend="native")
+        size = torch.export.Dim("n")
+        for traced in (5, 300):
+            example = torch.randn(traced, 16, requires_grad=True), torch.arange(traced) % 40
+            exported = torch.export.export(head, example, dynamic_shapes=({0: size}, {0: size})).module()
+            for n in (2, 256, 257, 600):
+                x, labels = torch.randn(n, 16), torch.arange(n) % 40
+                assert torch.equal(exported(x, labels), head(x, labels))
 
 
-class TestRecycledMemory:
-    """A large ∂w takes the memory of one that was freed; never that of one still alive, and never with its content."""
+class TestRowsOfAnyLength:
+    """Up to the largest float, where fp32 can neither square a component nor hold 1/‖w‖."""
 
-    SHAPE = (16, 9001, 256)  # 9.2 MB, past the size from which memory is kept
+    LARGEST = 3e38
 
-    def test_gradients_of_two_steps_live_side_by_side(self, native):
-        problems = [trained_problem(*self.SHAPE, seed=seed) for seed in (1, 2, 3)]
-        grads = [run(native, problem).grad_w for problem in problems]
-        copies = [grad.clone() for grad in grads]
-        del grads[0]
-        run(native, problems[0])
-        assert torch.equal(grads[0], copies[1]) and torch.equal(grads[1], copies[2])
+    @pytest.mark.parametrize("flush", [False, True], ids=["denormals", "flushed"])
+    @pytest.mark.parametrize("filter_eps", [0.0, 2.0**-24])
+    @pytest.mark.parametrize("words", [backend.ARENA_WORDS, 0], ids=["listed", "computed again"])
+    def test_as_the_same_directions(self, native, monkeypatch, filter_eps, flush, words):
+        monkeypatch.setattr(backend, "ARENA_WORDS", words)
+        problem = trained_problem(40, 150, 96)
+        x, w = problem.x.clone(), problem.w.clone()
+        for rows, places in ((x, (0, 3)), (w, (0, 7, 149))):
+            for i in places:
+                rows[i] *= 1 / rows[i].abs().max()
+                rows[i] *= self.LARGEST
+        x[5], w[60], w[61], w[62] = x[5] * 2.0**80, w[60] * 2.0**61, w[61] * 2.0**90, w[62] * 2.0**120
+        assert torch.isfinite(x).all() and torch.isfinite(w).all()
+        try:
+            torch.set_flush_denormal(flush)
+            result = run(native, problem._replace(x=x, w=w), filter_eps=filter_eps)
+        finally:
+            torch.set_flush_denormal(False)
+        t = truth(x, w, problem.labels, problem.upstream, filter_eps=filter_eps)
+        assert_rows_within("row_loss", result.row_loss.double() - t.row_loss, t.worst.loss + t.screen_loss["native"])
+        # a gradient that fp32 cannot hold as a normal number may be 0 when denormals are flushed
+        lost = torch.finfo(f32).tiny * 96**0.5 * 64 if flush else torch.finfo(f32).tiny * 2.0**-22 * 96**0.5
+        assert_rows_within("grad_x", result.grad_x.double() - t.grad_x, t.worst.x + t.flip_x + lost)
+        assert_rows_within("grad_w", result.grad_w.double() - t.grad_w, t.worst.w + t.flip_w + lost)
 
-    def test_what_the_last_owner_left_is_gone(self, native):
-        problem = trained_problem(*self.SHAPE)
-        expected = run(native, problem).grad_w.clone()
-        for _ in range(3):
-            grad = run(native, problem).grad_w
-            assert torch.equal(grad, expected)
-            grad.fill_(torch.nan)
-            del grad
-
-    def test_other_sizes(self, native):
-        for c in (9001, 9002, 8500, 30_000, 9001, 20):
-            problem = trained_problem(16, c, 256)
-            run(native, problem).grad_w.fill_(torch.nan)
-            assert torch.isfinite(run(native, problem).grad_w).all()
-
-    def test_release(self, native):
-        """`native_release_memory` may be called at any time, and leaves live gradients alone."""
-        problem = trained_problem(*self.SHAPE)
-        grad = run(native, problem).grad_w
-        copy = grad.clone()
-        torch.ops.sface.native_release_memory()
-        assert torch.equal(grad, copy)
-        del grad
-        torch.ops.sface.native_release_memory()
-        assert torch.equal(run(native, problem).grad_w, copy)
-
-    def test_a_gradient_outlives_its_tensors(self, native):
-        """The storage may be resized, shared and viewed like any other."""
-        grad = run(native, trained_problem(*self.SHAPE)).grad_w
-        view, total = grad[5:10], float(grad.double().sum())
-        grad.add_(1).sub_(1)
-        assert float(grad.double().sum()) == pytest.approx(total, abs=1e-2)
-        del grad
-        torch.ops.sface.native_release_memory()
-        assert torch.isfinite(view).all()
+    def test_bfloat16(self, native):
+        """The only half that reaches so far."""
+        problem = trained_problem(20, 100, 64).to("cpu", bf16, bf16)
+        x, w = problem.x.clone(), problem.w.clone()
+        for row in (x[1], w[7]):
+            row *= 1 / row.abs().max()
+            row *= self.LARGEST
+        result = run(native, problem._replace(x=x, w=w), filter_eps=2.0**-12)
+        t = truth(x, w, problem.labels, problem.upstream, filter_eps=2.0**-12)
+        assert_rows_within("row_loss", result.row_loss.double() - t.row_loss, t.worst.loss + t.screen_loss["native"])
 
 
 def untouched(elements: int) -> torch.Tensor:

@@ -45,6 +45,12 @@ def later_disagreements():
     with pytest.raises(ValueError, match=r"^b: expected the same on every process, got 1.1 on rank 0 and 1.0"):
         head(x, labels)
     head.b = 1.1
+    with pytest.raises(ValueError, match=r"^return_stats: expected the same on every process, got False on rank 0"):
+        head(x, labels, return_stats=last)
+    head.backend = "fast" if last else head.backend
+    with pytest.raises(ValueError if last else RuntimeError, match="backend: exp" if last else "raised an error"):
+        head(x, labels)
+    head.backend = "auto"
     bad = [
         (x[:, :3], labels, r"weight: expected \[C, 3\]"),
         (x, labels.float(), "labels: expected an integer dtype"),

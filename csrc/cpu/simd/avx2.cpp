@@ -9,7 +9,14 @@
 #include <vector>
 
 #include "target.h"
-SFACE_TARGET_BEGIN("avx2,fma,popcnt,bmi")
+#define SFACE_FEATURES(feature, separator) \
+  feature("avx2") separator feature("fma") separator feature("popcnt") separator feature("bmi")
+
+namespace sface::avx2 {
+bool supported() { return SFACE_SUPPORTED(SFACE_FEATURES); }
+}  // namespace sface::avx2
+
+SFACE_TARGET_BEGIN(SFACE_FEATURES)
 namespace sface::avx2 {
 namespace {
 constexpr const char* kName = "avx2";
@@ -19,10 +26,11 @@ constexpr int kPanelVectors = 2;
 
 typedef float F32 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t I32 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t U32 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int16_t I16 __attribute__((vector_size(16), aligned(2), may_alias));
 
-// acc + the products of two int16 pairs per lane, exact
-SFACE_INLINE I32 dot_pairs(I32 acc, I32 x, I32 w) { return acc + I32(_mm256_madd_epi16(__m256i(x), __m256i(w))); }
+// acc + x₀w₀ + x₁w₁ of the two int16 in each lane, exact
+SFACE_INLINE I32 dot_int16(I32 acc, I32 x, I32 w) { return acc + I32(_mm256_madd_epi16(__m256i(x), __m256i(w))); }
 SFACE_INLINE uint32_t bits(I32 mask) { return static_cast<uint32_t>(_mm256_movemask_ps(__m256(mask))); }
 SFACE_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 SFACE_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
@@ -31,6 +39,7 @@ SFACE_INLINE F32 larger(F32 a, F32 b) { return F32(_mm256_max_ps(__m256(a), __m2
 SFACE_INLINE F32 smaller(F32 a, F32 b) { return F32(_mm256_min_ps(__m256(a), __m256(b))); }
 SFACE_INLINE bool can_stream(const float* p) { return reinterpret_cast<uintptr_t>(p) % 32 == 0; }
 SFACE_INLINE void stream(float* p, F32 v) { _mm256_stream_ps(p, __m256(v)); }
+SFACE_INLINE void finish_streams() { _mm_sfence(); }
 
 #include "generic/all.inl"
 }  // namespace

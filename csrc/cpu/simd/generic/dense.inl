@@ -55,12 +55,13 @@ void pack_features(const float* rows, int count, int padded_d, float* columns) {
 
 // (1) for a block: tile[row][panels·kPanel]. Features in parts: a part of a panel stays in the L1 cache for all rows,
 // and shorter sums round less.
-inline void cosine_tile(const Group& group, const Block& block, int d, Workspace& work) {
+inline void cosine_tile(const Group& group, const Block& block, Workspace& work) {
   constexpr int kPart = 128;
+  const int d = group.d;
   const int stride = group.panels * kPanel;
   for (int panel = 0; panel < group.panels; ++panel)
     for (int k = 0; k < d; k += kPart)
-      gemm_panel(block.rows, block.w + k, block.row_stride, 1,
+      gemm_panel(block.count, block.w + k, block.row_stride, 1,
                  group.columns + (static_cast<int64_t>(panel) * d + k) * kPanel, d - k < kPart ? d - k : kPart,
                  work.tile.data() + panel * kPanel, stride, k > 0);
 }
@@ -72,20 +73,20 @@ inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Bl
                                 RowSums* sums) {
   constexpr int kAtOnce = 2 * kPanelVectors;  // classes
   constexpr float kNoClass = -4.0f;           // no cosine: marks own classes and rows past the last
-  const int stride = group.panels * kPanel, padded_rows = (block.rows + kAtOnce - 1) / kAtOnce * kAtOnce;
+  const int stride = group.panels * kPanel, padded_rows = (block.count + kAtOnce - 1) / kAtOnce * kAtOnce;
   float* tile = work.tile.data();
   // a row that is not finite reads as -1 here; the drivers turn what it touches into NaN
-  for (int row = 0; row < block.rows; ++row) {
+  for (int row = 0; row < block.count; ++row) {
     const F32 inv = broadcast(work.inv_norm[row]);
     for (int i = 0; i < stride; i += kLanes)
       store(tile + row * stride + i, clamp(load(tile + row * stride + i) * inv, -1.0f, 1.0f));
   }
-  for (int i = block.rows * stride; i < padded_rows * stride; ++i) tile[i] = kNoClass;
+  for (int i = block.count * stride; i < padded_rows * stride; ++i) tile[i] = kNoClass;
   for (int i = 0; i < block.own_count; ++i) tile[block.own[i].row * stride + block.own[i].sample] = kNoClass;
 
   int64_t active = 0;
   for (int i = 0; i < stride; i += kLanes) {
-    const uint32_t takes_part = group.counts[i / kPanel] >> (i % kPanel);
+    const uint32_t takes_part = group.participates[i / kPanel] >> (i % kPanel);
     I32 lane_on;
     for (int lane = 0; lane < kLanes; ++lane) lane_on[lane] = -static_cast<int32_t>(takes_part >> lane & 1);
     F32 inter{}, dropped{}, hardest = broadcast(-2.0f);
@@ -94,14 +95,14 @@ inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Bl
       const auto weight = sigmoid_of_angle(arccos(clamp(c, -1.0f, 1.0f)), rules.slope_log2, rules.hyper.b);
 #pragma GCC unroll 8
       for (int r = 0; r < kAtOnce; ++r) {
-        const I32 counts = lane_on & I32(c.v[r] > kNoClass + 1.0f);
-        const I32 kept = counts & I32(weight.v[r] >= rules.keep_above);
+        const I32 counted = lane_on & I32(c.v[r] > kNoClass + 1.0f);
+        const I32 kept = counted & I32(weight.v[r] >= rules.keep_above);
         store(tile + (row + r) * stride + i, select(kept, weight.v[r], F32{}));
         if constexpr (kSums) {
           active += __builtin_popcount(bits(kept));
-          inter += select(counts, weight.v[r] * c.v[r], F32{});
-          dropped += select(counts & ~kept, weight.v[r], F32{});
-          const F32 other = select(counts, c.v[r], broadcast(-2.0f));
+          inter += select(counted, weight.v[r] * c.v[r], F32{});
+          dropped += select(counted & ~kept, weight.v[r], F32{});
+          const F32 other = select(counted, c.v[r], broadcast(-2.0f));
           hardest = select(I32(other > hardest), other, hardest);
         }
       }
@@ -118,13 +119,13 @@ inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Bl
 }
 
 // Σ_r tile[r][i] ŵ_r added to work.dense_grad[padded D / kPanel][group][kPanel], where a panel's part is contiguous
-inline void add_unit_rows(const Group& group, const Block& block, int d, int padded_d, Workspace& work) {
-  const int stride = group.panels * kPanel;
+inline void add_unit_rows(const Group& group, const Block& block, Workspace& work) {
+  const int d = group.d, padded_d = group.padded_d, stride = group.panels * kPanel;
   if (!work.has_dense_grad) std::memset(work.dense_grad.data.get(), 0, sizeof(float) * padded_d * kGroupSamples);
   work.has_dense_grad = true;
   float* packed = work.packed.data();  // [block][kPanel]
   for (int k = 0; k < padded_d; k += kPanel) {
-    for (int row = 0; row < block.rows; ++row) {
+    for (int row = 0; row < block.count; ++row) {
       const float* w = block.w + row * block.row_stride;
       float* out = packed + row * kPanel;
       const float inv = work.inv_norm[row];
@@ -134,14 +135,15 @@ inline void add_unit_rows(const Group& group, const Block& block, int d, int pad
         for (int v = 0; v < kPanel; ++v) out[v] = k + v < d ? w[k + v] * inv : 0.0f;
       }
     }
-    gemm_panel(group.count, work.tile.data(), 1, stride, packed, block.rows,
+    gemm_panel(group.count, work.tile.data(), 1, stride, packed, block.count,
                work.dense_grad.data.get() + static_cast<int64_t>(k) * kGroupSamples, kPanel, true);
   }
 }
 
 // Moves what add_unit_rows summed to the rows of the task.
-void flush_dense_grad(const Group& group, int padded_d, RowSums& sums, Workspace& work) {
+void flush_dense_grad(const Group& group, RowSums& sums, Workspace& work) {
   if (!work.has_dense_grad) return;
+  const int padded_d = group.padded_d;
   work.has_dense_grad = false;
   for (int i = 0; i < group.count; ++i) {
     float* grad = sums.grad + static_cast<int64_t>(i) * padded_d;
@@ -152,7 +154,7 @@ void flush_dense_grad(const Group& group, int padded_d, RowSums& sums, Workspace
   }
 }
 
-void recompute_tile(const Rules& rules, const Group& group, const Block& block, int d, Workspace& work) {
-  cosine_tile(group, block, d, work);
+void recompute_tile(const Rules& rules, const Group& group, const Block& block, Workspace& work) {
+  cosine_tile(group, block, work);
   coefficient_tile<false>(rules, group, block, work, nullptr);
 }

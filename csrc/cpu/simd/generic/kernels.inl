@@ -8,86 +8,111 @@ constexpr double kDenseShare = 0.18;
 // block, so one in 16 costs a hundredth.
 constexpr int kBlindBlocks = 15;
 
+// Rows longer than kLongestRow, times kShortening: the block is a copy from here on.
+__attribute__((noinline, cold)) void shorten_rows(int d, Block& block, Workspace& work) {
+  float* out = work.short_rows.data.get();
+  for (int row = 0; row < block.count; ++row, out += d) {
+    const float* w = block.w + row * block.row_stride;
+    const double norm = row_norm(w, d, dot(w, w, d));
+    const bool is_long = norm > kLongestRow && is_finite(norm);
+    if (is_long) work.shortened |= uint64_t{1} << row;
+    for (int k = 0; k < d; ++k) out[k] = is_long ? w[k] * kShortening : w[k];
+  }
+  block.w = work.short_rows.data.get();
+  block.row_stride = d;
+}
+
 // 1/‖w‖ of each row, Σ ŵ over the block where it is wanted, and the rows in fixed point where they are screened.
-inline void prepare_rows(const Block& block, int d, int padded_d, bool sum_classes, bool screen, Workspace& work) {
-  for (int start = 0; start < block.rows; start += kRowsAtOnce) {
+inline void prepare_rows(const Group& group, Block& block, bool screen, Workspace& work) {
+  const int d = group.d, padded_d = group.padded_d;
+  for (int start = 0; start < block.count; start += kRowsAtOnce) {
     const float* rows[kRowsAtOnce];
     float squares[kRowsAtOnce], inv[kRowsAtOnce] = {};
     bool all_finite = true;
-    // past the last row: that row again, 0 times
-    for (int r = 0; r < kRowsAtOnce; ++r)
-      rows[r] = block.w + (start + r < block.rows ? start + r : block.rows - 1) * block.row_stride;
-    sums_of_squares(rows, d, squares);
-    for (int r = 0; r < kRowsAtOnce && start + r < block.rows; ++r) {
+    const auto square = [&] {
+      // past the last row: that row again, 0 times
+      for (int r = 0; r < kRowsAtOnce; ++r)
+        rows[r] = block.w + (start + r < block.count ? start + r : block.count - 1) * block.row_stride;
+      sums_of_squares(rows, d, squares);
+    };
+    square();
+    bool any_long = false;
+    for (int r = 0; r < kRowsAtOnce; ++r) any_long |= squares[r] > kLongestRow * kLongestRow;
+    if (__builtin_expect(any_long, 0) && work.shortened == 0) {
+      shorten_rows(d, block, work);
+      square();
+    }
+    for (int r = 0; r < kRowsAtOnce && start + r < block.count; ++r) {
       const double norm = row_norm(rows[r], d, squares[r]);
-      inv[r] = finite(norm) ? static_cast<float>(1.0 / (norm < kNormEps ? kNormEps : norm)) : __builtin_nanf("");
+      inv[r] = is_finite(norm) ? static_cast<float>(1.0 / (norm < kNormEps ? kNormEps : norm)) : __builtin_nanf("");
       work.inv_norm[start + r] = inv[r];
-      all_finite &= finite(norm);
+      all_finite &= is_finite(norm);
     }
     if (screen)
-      for (int r = 0; r < kRowsAtOnce && start + r < block.rows; ++r) {
-        int16_t* fixed =
-            reinterpret_cast<int16_t*>(work.pairs.data() + static_cast<int64_t>(start + r) * (padded_d / 2));
-        if (finite(inv[r])) {
+      for (int r = 0; r < kRowsAtOnce && start + r < block.count; ++r) {
+        Int16* fixed =
+            reinterpret_cast<Int16*>(work.fixed_point.data() + static_cast<int64_t>(start + r) * (padded_d / 2));
+        if (is_finite(inv[r])) {
           to_fixed_point(rows[r], d, padded_d, inv[r] * kScale, fixed);
         } else {
           std::memset(fixed, 0, sizeof(int16_t) * padded_d);
         }
       }
     // a row that is not finite makes every loss NaN: what Σ ŵ holds then is not read
-    if (sum_classes && all_finite) add_scaled(rows, inv, d, work.class_sum.data());
+    if (block.sum_rows && all_finite) add_scaled(rows, inv, d, work.class_sum.data());
   }
 }
 
 inline int64_t count_candidates(const Group& group, const Block& block, const Workspace& work) {
   int64_t found = 0;
-  for (int row = 0; row < block.rows; ++row)
+  for (int row = 0; row < block.count; ++row)
     for (int panel = 0; panel < group.panels; ++panel)
-      found += __builtin_popcount(work.candidates[row * group.panels + panel] & group.counts[panel]);
+      found += __builtin_popcount(work.candidates[row * group.panels + panel] & group.participates[panel]);
   return found;
 }
 
-inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
-                           RowSums& sums, Arena& arena, Workspace& work, Work& done) {
-  cosine_tile(group, block, d, work);
+inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, Task& task, Workspace& work) {
+  Arena& arena = task.arena;
+  cosine_tile(group, block, work);
   for (int panel = 0; panel < group.panels; ++panel)
-    done.dense_pairs += static_cast<int64_t>(block.rows) * __builtin_popcount(group.counts[panel]);
-  done.active += coefficient_tile<true>(rules, group, block, work, &sums);
-  if (sums.grad) add_unit_rows(group, block, d, padded_d, work);
-  const int64_t words = static_cast<int64_t>(block.rows) * group.count;
+    task.tally.dense_pairs += static_cast<int64_t>(block.count) * __builtin_popcount(group.participates[panel]);
+  task.tally.active += coefficient_tile<true>(rules, group, block, work, &task.sums);
+  if (task.sums.grad) add_unit_rows(group, block, work);
+  const int64_t words = static_cast<int64_t>(block.count) * group.count;
   if (arena.used + words > arena.capacity) return kRecompute;
-  for (int row = 0; row < block.rows; ++row, arena.used += group.count)
+  for (int row = 0; row < block.count; ++row, arena.used += group.count)
     std::memcpy(arena.words + arena.used, work.tile.data() + row * group.panels * kPanel, sizeof(float) * group.count);
   return kDenseStored;
 }
 
-int64_t forward_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d, bool sum_classes,
-                      RowSums& sums, Arena& arena, Workspace& work, Work& done) {
-  prepare_rows(block, d, padded_d, sum_classes, rules.screen && work.skip_screens == 0, work);
+int64_t forward_block(const Rules& rules, const Group& group, const Block& given, Task& task, Workspace& work) {
+  Block block = given;
+  work.shortened = 0;
+  prepare_rows(group, block, rules.screen && work.skip_screens == 0, work);
   if (!rules.screen || work.skip_screens > 0) {
     work.skip_screens -= rules.screen;
-    return dense_block(rules, group, block, d, padded_d, sums, arena, work, done);
+    return dense_block(rules, group, block, task, work);
   }
   const int stride = group.panels * kPanel;
   std::memset(work.below.data(), 0, sizeof(float) * stride);
   std::memset(work.below_weight.data(), 0, sizeof(float) * stride);
   if (rules.cheap_below) {
-    screen_block<true>(rules, group, block, padded_d, sums, work);
+    screen_block<true>(rules, group, block, task.sums, work);
   } else {
-    screen_block<false>(rules, group, block, padded_d, sums, work);
+    screen_block<false>(rules, group, block, task.sums, work);
   }
-  if (count_candidates(group, block, work) > kDenseShare * block.rows * group.count) {
+  if (count_candidates(group, block, work) > kDenseShare * block.count * group.count) {
     work.skip_screens = kBlindBlocks;
-    return dense_block(rules, group, block, d, padded_d, sums, arena, work, done);
+    return dense_block(rules, group, block, task, work);
   }
 
   for (int i = 0; i < group.count; ++i) {
-    sums.inter[i] += work.below[i];
-    sums.dropped[i] += work.below_weight[i];
+    task.sums.inter[i] += work.below[i];
+    task.sums.dropped[i] += work.below_weight[i];
   }
-  const int64_t begin = arena.used;
-  if (rescore_block(rules, group, block, d, padded_d, sums, arena, work, done)) return (arena.used - begin) / 2;
-  arena.used = begin;
+  const int64_t begin = task.arena.used;
+  if (rescore_block(rules, group, block, task, work)) return (task.arena.used - begin) / 2;
+  task.arena.used = begin;
   return kRecompute;
 }
 
@@ -105,5 +130,6 @@ const Kernels kTable = {
     .axpy = axpy,
     .combine = combine,
     .zero = zero,
+    .finish_stores = finish_stores,
     .intra = intra,
 };

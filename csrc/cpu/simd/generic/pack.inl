@@ -7,8 +7,8 @@ SFACE_INLINE F32 absolute(F32 a) { return F32(I32(a) & broadcast_int(0x7fffffff)
 SFACE_INLINE F32 at_least(F32 a, float low) { return larger(a, broadcast(low)); }
 SFACE_INLINE F32 clamp(F32 a, float low, float high) { return smaller(larger(a, broadcast(low)), broadcast(high)); }
 SFACE_INLINE F32 if_less(float bound, F32 a, F32 yes, F32 no) { return select(I32(a > bound), yes, no); }
-// power·2^n, n in the low bits of `shifted`
-SFACE_INLINE F32 times_power_of_two(F32 power, F32 shifted) { return F32(I32(power) + (I32(shifted) << 23)); }
+// power·2^n, n in the low bits of `shifted`; unsigned, as what is discarded later may overflow
+SFACE_INLINE F32 times_power_of_two(F32 power, F32 shifted) { return F32(U32(power) + (U32(shifted) << 23)); }
 
 template <int kCount>
 struct Pack {

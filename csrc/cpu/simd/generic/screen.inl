@@ -8,35 +8,35 @@ struct Products {
   I32 sum[kStripRows][kPanelVectors];
 };
 
-// A value that the compiler takes as it comes, rather than deriving others from it ahead of a loop.
+// Hides the value's origin, so that the optimiser does not precompute pointers from it ahead of a loop.
 template <typename T>
 SFACE_INLINE void keep_in_register(T& value) {
   asm("" : "+r"(value));
 }
 
-// `next` moves by `prefetch_bytes` with each pair of features, at most two cache lines.
-SFACE_INLINE void multiply(const int32_t* w_pairs, const int32_t* x_pairs, int pairs, const char*& next,
+// `depth` words of two features each; `next` moves by `prefetch_bytes` with each of them, at most two cache lines.
+SFACE_INLINE void multiply(const int32_t* w_fixed, const int32_t* x_fixed, int depth, const char*& next,
                            int64_t prefetch_bytes, Products& out) {
   // A pointer per row would leave no register for the prefetch, and a spilled one costs 8 % of the time: every fourth
   // row has a pointer, and addressing adds the strides of the three after it.
   constexpr int kQuads = (kStripRows + 3) / 4;
-  int64_t stride = pairs, three = 3 * stride;
+  int64_t stride = depth, three = 3 * stride;
   keep_in_register(stride);
   keep_in_register(three);
   const int32_t* quad[kQuads];
-  for (int q = 0; q < kQuads; ++q) quad[q] = w_pairs + 4 * q * stride;
+  for (int q = 0; q < kQuads; ++q) quad[q] = w_fixed + 4 * q * stride;
   I32 sum[kStripRows][kPanelVectors] = {};
-  for (int k = 0; k < pairs; ++k, x_pairs += kPanel) {
+  for (int k = 0; k < depth; ++k, x_fixed += kPanel) {
     __builtin_prefetch(next, 0, 2);
     __builtin_prefetch(next + 64, 0, 2);
     next += prefetch_bytes;
     I32 x[kPanelVectors];
-    for (int v = 0; v < kPanelVectors; ++v) x[v] = load_int(x_pairs + v * kLanes);
+    for (int v = 0; v < kPanelVectors; ++v) x[v] = load_int(x_fixed + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kStripRows; ++r) {
       const int64_t offset = r % 4 == 0 ? 0 : r % 4 == 1 ? stride : r % 4 == 2 ? 2 * stride : three;
       const I32 w = broadcast_int(quad[r / 4][offset]);
-      for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = dot_pairs(sum[r][v], x[v], w);
+      for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = dot_int16(sum[r][v], x[v], w);
     }
 #pragma GCC unroll 4
     for (int q = 0; q < kQuads; ++q) keep_in_register(++quad[q]);
@@ -65,12 +65,13 @@ inline void mask_own_classes(const Block& block, int strip, int panel, Products&
     for (int v = 0; v < kPanelVectors; ++v) products.sum[r][v] = load_int(values[r] + v * kLanes);
 }
 
-// Sums over the pairs of a tile that are no candidates, and the candidates' bits. Two classes at a time.
+// Sums the loss of every pair of a tile below the threshold, and marks the others, the candidates. Two classes at a
+// time.
 template <bool kCheap>
 SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, int panel, int panels,
                            const Products& products, RowSums& sums, Workspace& work) {
   constexpr float kToCosine = 1.0f / (kScale * kScale);
-  constexpr int kPairs = 2 * kPanelVectors;  // vectors of two classes
+  constexpr int kVectors = 2 * kPanelVectors;  // of two classes
   static_assert(kStripRows % 2 == 0);
   const int first_row = strip * kStripRows, at = panel * kPanel;
   const I32 below_candidates = broadcast_int(rules.candidate_min - 1);
@@ -85,8 +86,8 @@ SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, in
   }
   for (int row = 0; row < kStripRows; row += 2) {
     const I32* product = products.sum[row];  // [2][kPanelVectors]
-    const auto c = each<kPairs>([&](int i) { return __builtin_convertvector(product[i], F32) * kToCosine; });
-    Pack<kPairs> weight;
+    const auto c = each<kVectors>([&](int i) { return __builtin_convertvector(product[i], F32) * kToCosine; });
+    Pack<kVectors> weight;
     if constexpr (kCheap) {
       weight = inter_weight_below(c, series);
     } else {
@@ -94,7 +95,7 @@ SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, in
     }
     uint32_t found[2] = {};
 #pragma GCC unroll 8
-    for (int i = 0; i < kPairs; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       const int v = i % kPanelVectors, r = i / kPanelVectors;
       const I32 candidate = I32(product[i] > below_candidates);
       const F32 counted = select(candidate, F32{}, weight.v[i]);
@@ -118,25 +119,24 @@ SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, in
 }
 
 template <bool kCheap>
-inline void screen_block(const Rules& rules, const Group& group, const Block& block, int padded_d, RowSums& sums,
-                         Workspace& work) {
-  const int pairs = padded_d / 2, strips = (block.rows + kStripRows - 1) / kStripRows;
-  const int64_t steps = static_cast<int64_t>(strips) * group.panels * pairs;
-  const int64_t bytes = block.next ? block.rows * block.row_stride * static_cast<int64_t>(sizeof(float)) : 0;
+inline void screen_block(const Rules& rules, const Group& group, const Block& block, RowSums& sums, Workspace& work) {
+  const int depth = group.padded_d / 2, strips = (block.count + kStripRows - 1) / kStripRows;
+  const int64_t steps = static_cast<int64_t>(strips) * group.panels * depth;
+  const int64_t bytes = block.next ? block.count * block.row_stride * static_cast<int64_t>(sizeof(float)) : 0;
   const char* next = reinterpret_cast<const char*>(block.next ? block.next : block.w);
   for (int i = 0; i < block.own_count; ++i)
     work.own_tiles[block.own[i].row / kStripRows * group.panels + block.own[i].sample / kPanel] = 1;
   for (int panel = 0; panel < group.panels; ++panel)
     for (int strip = 0; strip < strips; ++strip) {
       Products products;
-      multiply(work.pairs.data() + static_cast<int64_t>(strip) * kStripRows * pairs,
-               group.pairs + static_cast<int64_t>(panel) * pairs * kPanel, pairs, next, bytes / steps, products);
+      multiply(work.fixed_point.data() + static_cast<int64_t>(strip) * kStripRows * depth,
+               group.fixed_point + static_cast<int64_t>(panel) * depth * kPanel, depth, next, bytes / steps, products);
       uint8_t& own = work.own_tiles[strip * group.panels + panel];
       if (__builtin_expect(own, 0)) {
         mask_own_classes(block, strip, panel, products);
         own = 0;
       }
-      const int rows = block.rows - strip * kStripRows;
+      const int rows = block.count - strip * kStripRows;
       if (__builtin_expect(rows < kStripRows, 0)) mask_absent_rows(rows, products);
       sum_tile<kCheap>(rules, block, strip, panel, group.panels, products, sums, work);
     }
@@ -149,15 +149,14 @@ struct Candidates {
   float cosine[kGroupSamples + kLanes], weight[kGroupSamples + kLanes];
 };
 
-inline void rescore(const Rules& rules, const Group& group, const float* w, float inv, int d, int padded_d,
-                    Candidates& list) {
+inline void rescore(const Rules& rules, const Group& group, const float* w, float inv, Candidates& list) {
   const int count = list.count;
   for (int n = 0; n < count; n += 4) {
     const float* x[4];
     for (int i = 0; i < 4; ++i)
-      x[i] = group.rows + static_cast<int64_t>(list.sample[n + i < count ? n + i : n]) * padded_d;
+      x[i] = group.rows + static_cast<int64_t>(list.sample[n + i < count ? n + i : n]) * group.padded_d;
     float product[4];
-    dot4(w, x, d, product);
+    dot4(w, x, group.d, product);
     for (int i = 0; i < 4 && n + i < count; ++i) {
       const float c = product[i] * inv;
       list.cosine[n + i] = c < -1 ? -1 : c > 1 ? 1 : c;
@@ -172,7 +171,7 @@ inline void rescore(const Rules& rules, const Group& group, const float* w, floa
 inline void list_candidates(const Group& group, const Block& block, int row, const Workspace& work, Candidates& list) {
   list.count = 0;
   for (int panel = 0; panel < group.panels; ++panel) {
-    uint32_t found = work.candidates[row * group.panels + panel] & group.counts[panel];
+    uint32_t found = work.candidates[row * group.panels + panel] & group.participates[panel];
     for (; found; found &= found - 1) list.sample[list.count++] = panel * kPanel + __builtin_ctz(found);
   }
   for (int i = 0; i < block.own_count; ++i) {
@@ -185,17 +184,18 @@ inline void list_candidates(const Group& group, const Block& block, int row, con
 }
 
 // Rescores every candidate of the block; lists the active ones. False where the arena was too small for the list.
-inline bool rescore_block(const Rules& rules, const Group& group, const Block& block, int d, int padded_d,
-                          RowSums& sums, Arena& arena, Workspace& work, Work& done) {
+inline bool rescore_block(const Rules& rules, const Group& group, const Block& block, Task& task, Workspace& work) {
+  RowSums& sums = task.sums;
+  Arena& arena = task.arena;
   Candidates list;
   bool listed = true;
-  for (int row = 0; row < block.rows; ++row) {
+  for (int row = 0; row < block.count; ++row) {
     const float* w = block.w + row * block.row_stride;
     const float inv = work.inv_norm[row];
-    if (!finite(inv)) continue;  // the drivers turn every loss into NaN
+    if (!is_finite(inv)) continue;  // the drivers turn every loss into NaN
     list_candidates(group, block, row, work, list);
     if (list.count == 0) continue;
-    rescore(rules, group, w, inv, d, padded_d, list);
+    rescore(rules, group, w, inv, list);
     for (int n = 0; n < list.count; ++n) {
       const int i = list.sample[n];
       const float weight = list.weight[n];
@@ -205,12 +205,12 @@ inline bool rescore_block(const Rules& rules, const Group& group, const Block& b
         sums.dropped[i] += weight;
         continue;
       }
-      ++done.active;
+      ++task.tally.active;
       if (sums.grad) {
-        float* grad = sums.grad + static_cast<int64_t>(i) * padded_d;
-        if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * padded_d);
+        float* grad = sums.grad + static_cast<int64_t>(i) * group.padded_d;
+        if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * group.padded_d);
         sums.touched[i] = 1;
-        axpy(weight * inv, w, grad, d);
+        axpy(weight * inv, w, grad, group.d);
       }
       if (!arena.wanted) continue;
       if (arena.used + 2 <= arena.capacity) {

@@ -64,6 +64,8 @@ void zero(float* out, int d) {
   for (; k < d; ++k) out[k] = 0;
 }
 
+void finish_stores() { finish_streams(); }
+
 void intra(const Hyper& hyper, float cosine, float* p) {
   const F32 theta = arccos(broadcast(cosine));
   *p = sigmoid_of_angle(theta, -hyper.k_intra * kLog2E, hyper.a)[0];
@@ -79,20 +81,15 @@ inline double row_norm(const float* row, int d, float square) {
   return __builtin_sqrt(sum);
 }
 
-// By its bits: no compiler flag and no fused operation changes what this answers.
-inline bool finite(double v) {
-  uint64_t bits;
-  std::memcpy(&bits, &v, sizeof(bits));
-  return (bits >> 52 & 0x7ff) != 0x7ff;
-}
+typedef int16_t Int16 __attribute__((may_alias));  // half of an int32 word of fixed point
 
 // row·scale rounded to int16, `padded_d` of them.
-inline void to_fixed_point(const float* row, int d, int padded_d, float scale, int16_t* out) {
+inline void to_fixed_point(const float* row, int d, int padded_d, float scale, Int16* out) {
   constexpr float kRound = 12582912.0f;  // leaves round(v) in the low bits, two's complement
   int k = 0;
   for (; k + kLanes <= d; k += kLanes)
     *reinterpret_cast<I16*>(out + k) = __builtin_convertvector(I32(load(row + k) * scale + kRound), I16);
-  for (; k < d; ++k) out[k] = static_cast<int16_t>(I32(broadcast(row[k] * scale) + kRound)[0]);
+  for (; k < d; ++k) out[k] = static_cast<Int16>(I32(broadcast(row[k] * scale) + kRound)[0]);
   for (; k < padded_d; ++k) out[k] = 0;
 }
 
@@ -123,13 +120,13 @@ inline void add_scaled(const float* const rows[kRowsAtOnce], const float scale[k
     for (int r = 0; r < kRowsAtOnce; ++r) sum[k] += scale[r] * rows[r][k];
 }
 
-void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int32_t* pairs, float* norms) {
+void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int32_t* fixed_point, double* norms) {
   constexpr int kAtOnce = kFeaturePad / 2;  // the lines that these features are written to stay in the L1 cache
   for (int i = 0; i < count; ++i) {
     float* row = rows + static_cast<int64_t>(i) * padded_d;
     const double norm = row_norm(row, d, dot(row, row, d));
-    norms[i] = static_cast<float>(norm);
-    const double inv = finite(norm) ? 1.0 / (norm < kNormEps ? kNormEps : norm) : 0.0;
+    norms[i] = norm;
+    const double inv = is_finite(norm) ? 1.0 / (norm < kNormEps ? kNormEps : norm) : 0.0;
     for (int k = 0; k < d; ++k) row[k] = inv > 0 ? static_cast<float>(row[k] * inv) : 0.0f;
     for (int k = d; k < padded_d; ++k) row[k] = 0;
   }
@@ -140,14 +137,14 @@ void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int
         for (int k = start; k < start + kAtOnce && k < d; ++k)
           columns[k * kPanel + i] = rows[static_cast<int64_t>(i) * padded_d + k];
   }
-  if (pairs) {
-    std::memset(pairs, 0, sizeof(int32_t) * (padded_d / 2) * kPanel);
+  if (fixed_point) {
+    std::memset(fixed_point, 0, sizeof(int32_t) * (padded_d / 2) * kPanel);
     for (int start = 0; start < padded_d / 2; start += kAtOnce)
       for (int i = 0; i < count; ++i) {
-        int32_t fixed[kAtOnce];
+        int32_t words[kAtOnce];
         to_fixed_point(rows + static_cast<int64_t>(i) * padded_d + 2 * start, 2 * kAtOnce, 2 * kAtOnce, kScale,
-                       reinterpret_cast<int16_t*>(fixed));
-        for (int k = 0; k < kAtOnce; ++k) pairs[(start + k) * kPanel + i] = fixed[k];
+                       reinterpret_cast<Int16*>(words));
+        for (int k = 0; k < kAtOnce; ++k) fixed_point[(start + k) * kPanel + i] = words[k];
       }
   }
 }
