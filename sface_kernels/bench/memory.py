@@ -93,8 +93,7 @@ def cuda_peak(timed: TimedLoss) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     run_once(timed), run_once(timed)
     torch.cuda.synchronize()
-    returned = sum(t.numel() * t.element_size() for t in timed.leaves[0])
-    peak = torch.cuda.max_memory_allocated() - before - returned
+    peak = torch.cuda.max_memory_allocated() - before - timed.x.nbytes - timed.w.nbytes
     timed.rest()
     return {"peak_extra_bytes": max(0, peak), "method": "max_memory_allocated over two runs"}
 

@@ -33,9 +33,8 @@ def copies_for(work: Workload) -> int:
     """How many copies of the inputs take turns: 1 on a CPU, and where one alone overflows a GPU's L2 cache."""
     if work.x.device.type != "cuda":
         return 1
-    size = sum(t.numel() * t.element_size() for t in (work.x, work.w))
     cache = torch.cuda.get_device_properties(work.x.device).L2_cache_size
-    return min(MAX_COPIES, max(1, math.ceil(CACHE_FACTOR * cache / size)))
+    return min(MAX_COPIES, max(1, math.ceil(CACHE_FACTOR * cache / (work.x.nbytes + work.w.nbytes))))
 
 
 class TimedLoss:

@@ -109,13 +109,6 @@ def test_bad_options_are_one_line_and_exit_2(capsys, monkeypatch, arguments):
     one_line(capsys, *BAD[arguments])
 
 
-def test_a_rejected_run_leaves_the_old_result(tmp_path):
-    out = tmp_path / "out.json"
-    out.write_text("old")
-    assert cli.main(["bench", "--out", str(out), "--n", "0"]) == 2
-    assert out.read_text() == "old"
-
-
 def test_huge_pages_restart_the_process_once(monkeypatch):
     def execve(path, command, environment):
         assert command[1:] == ["-m", "sface_kernels", *TINY, "--thp"] and environment[bench.THP_VARIABLE] == "1"
@@ -131,8 +124,3 @@ def test_without_the_extra_one_line_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "typer" in done.stderr and "pip install 'sface-kernels[cli]'" in done.stderr
-
-
-def test_help_from_a_shell():
-    done = subprocess.run([sys.executable, "-m", "sface_kernels", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "bench" in done.stdout and "Traceback" not in done.stderr
