@@ -13,6 +13,8 @@ NO_TARGET = -1  # the row's class lies outside this range of classes (a shard)
 IGNORED = -2  # the label was ignore_index: the row counts nowhere
 INVALID = -3  # the label was out of range and could not be raised: the row's loss is NaN
 
+NORM_EPS = 1e-12  # rows are divided by at least this, as by torch.nn.functional.normalize
+
 
 class Defaults(NamedTuple):
     """The published hyper-parameters; a and b in radians."""

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..types import IGNORED, INVALID, Forward, HyperParameters, Request
+from ..types import IGNORED, INVALID, NORM_EPS, Forward, HyperParameters, Request
 
-NORM_EPS = 1e-12  # torch.nn.functional.normalize's
 CHUNK_ELEMENTS = 1 << 18  # chunk·N: 1 MiB of fp32 cosines stays in a CPU's cache
 DENSE_FRACTION = 0.25  # active share of a block above which products beat lists (measured at D=512 and 128)
 HUGE_BYTES = 32 << 20

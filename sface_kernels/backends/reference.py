@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import IGNORED, INVALID, Forward, HyperParameters, Request, RowStats
-
-NORM_EPS = 1e-12  # torch.nn.functional.normalize's
+from ..types import IGNORED, INVALID, NORM_EPS, Forward, HyperParameters, Request, RowStats
 
 
 def unavailable(request: Request) -> str | None:
