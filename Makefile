@@ -7,11 +7,10 @@ BIN := $(VENV)/bin
 OUTER_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 OUT ?= runs/gpu
-TRITON36 := $(VENV)/triton36
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test test-triton36 compile-matrix gpu check lint format build bench results pictures tables clean FORCE
+.PHONY: demo test test-compiled test-triton36 compile-matrix gpu check lint format build bench results pictures tables clean FORCE
 .DEFAULT_GOAL := build
 .NOTPARALLEL: # two measurements at once measure each other
 
@@ -37,16 +36,31 @@ test: build
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/triton/test_triton.py tests/loss/test_compile.py \
 		tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py
+	SFACE_PTX=sm_90 $(COMPILED) tests/triton/test_triton.py
 
-# The Triton that torch 2.11 comes with, beside the environment's own; its interpreter needs the older numpy. 200 MB.
-$(TRITON36)/installed: $(VENV)/requirements
-	rm -rf $(TRITON36)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON36) "triton==3.6.0" "numpy<2.4"
+# The Triton kernels compiled for GPUs, executed on the CPU by an emulator of PTX; skipped where there is none
+# (tests/triton/compiled.py). The last lines: without fusing products and sums, and with divisions off by an ulp.
+COMPILED := $(BIN)/python -m pytest -n 2 -p tests.triton.compiled -k triton
+CALLS := tests/triton/test_triton.py tests/triton/test_compiled_cases.py
+test-compiled: build
+	SFACE_PTX=sm_80 $(COMPILED) $(CALLS)
+	SFACE_PTX=sm_90 $(COMPILED) $(CALLS) tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py
+	SFACE_PTX=sm_120 $(COMPILED) $(CALLS)
+	SFACE_PTX=sm_90 SFACE_PTX_FUSION=0 $(COMPILED) tests/triton/test_triton.py
+	SFACE_PTX=sm_90 PTXEMU_NOISE=1 $(COMPILED) tests/triton/test_triton.py
+
+# Another Triton beside the environment's own: that of torch 2.11, or with OTHER_TRITON=3.4.0 or 3.9.0 the oldest and the
+# newest supported. Interpreters before 3.7 need the older numpy. 200 MB.
+OTHER_TRITON := 3.6.0
+OTHER := $(VENV)/triton-$(OTHER_TRITON)
+$(OTHER)/installed: $(VENV)/requirements
+	rm -rf $(OTHER)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OTHER) "triton==$(OTHER_TRITON)" "numpy<2.4"
 	touch $@
 
-test-triton36: build $(TRITON36)/installed
-	PYTHONPATH=$(CURDIR)/$(TRITON36) $(BIN)/python -m pytest tests/triton/test_triton_compile.py
-	PYTHONPATH=$(CURDIR)/$(TRITON36) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
+test-triton36: build $(OTHER)/installed
+	PYTHONPATH=$(CURDIR)/$(OTHER) $(BIN)/python -m pytest tests/triton/test_triton_compile.py tests/triton/test_launch.py
+	PYTHONPATH=$(CURDIR)/$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
 		tests/triton/test_triton.py tests/triton/test_triton_memory.py
 
 # The compile tables of docs/kernels.md. Needs no GPU; some minutes. SFACE_COMPILE_EVERY=1 make test checks more cases.

@@ -1,6 +1,7 @@
 """Operator schemas and fake (meta) implementations. A leaf: torch only, so tracing needs no compiler and no GPU.
 
-C++ and Triton only register implementations of what is declared here.
+C++ and PyTorch only register implementations of what is declared here. The Triton backend declares its operators in
+`backends/triton/buffers.py`, by `define`, `fake` and `implement`.
 """
 
 from __future__ import annotations
@@ -172,84 +173,4 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
 
 @fake("chunked_grad_weight")
 def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, chunk, pairs, coefficients, chunk_pairs):  # type: ignore[no-untyped-def]
-    return torch.empty(w.shape, dtype=w.dtype, device=w.device)
-
-
-# Sizes of the Triton backend's buffers. They follow from the shapes alone, not from the GPU, so that fakes know them
-# and results do not depend on the number of multiprocessors.
-TRITON_PROGRAMS = 264  # what a launch aims at: two on each multiprocessor of an H200
-TRITON_ROWS = 128  # samples that buffers are padded to
-TRITON_LIST_BYTES = 44 << 20  # of lists, plus what the memory bound grants for C and N·D
-TRITON_SLOT_BYTES = 16  # class, weight, cosine, and in the backward a link
-TRITON_PARTIAL_BYTES = 16 << 20  # of partial sums of ∂x
-TRITON_CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: it stays in the L2 cache
-
-define(
-    f"triton_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, bool dense)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, Tensor norm, Tensor inv_norm,"
-    " Tensor dense_row, Tensor flags, Tensor target_weight, Tensor cos_target, Tensor list_counts, Tensor list_classes,"
-    " Tensor list_weight, Tensor list_cos)"
-)
-define(
-    f"triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, bool dense, Tensor norm,"
-    " Tensor inv_norm, Tensor dense_row, Tensor flags, Tensor target_weight, Tensor cos_target, Tensor list_counts,"
-    " Tensor list_classes, Tensor list_weight, Tensor list_cos) -> Tensor"
-)
-
-
-def triton_padded(rows: int) -> int:
-    return -(-rows // TRITON_ROWS) * TRITON_ROWS
-
-
-def triton_lists(rows: int, classes: int, features: int, dense: bool) -> tuple[int, int]:
-    """(stripes, capacity): each sample's list has that many parts, of that many candidates each."""
-    if dense:
-        return 1, 0
-    tiles = -(-classes // 128)
-    in_chunk = TRITON_CHUNK_BYTES // (2 * 128 * (features + 127))  # a chunk holds a tile of every stripe
-    stripes = max(1, min(TRITON_PROGRAMS // max(1, triton_padded(rows) // TRITON_ROWS), tiles, in_chunk))
-    granted = TRITON_LIST_BYTES + 12 * classes + 4 * rows * features
-    capacity = granted // TRITON_SLOT_BYTES // (max(TRITON_ROWS, triton_padded(rows)) * stripes)
-    return stripes, max(1, min(capacity, -(-tiles // stripes) * 128))
-
-
-def _triton_outputs(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: bool) -> tuple[Tensor, ...]:
-    (n, d), c = x.shape, w.shape[0]
-    stripes, capacity = triton_lists(n, c, d, dense)
-    padded = triton_padded(n)
-    slots = padded * stripes * capacity
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
-    return (
-        empty(n),
-        empty(6, n),
-        empty(2, dtype=torch.int64),
-        empty(n if need_grad_x else 0, d),
-        empty(padded),
-        empty(c),
-        empty(padded, dtype=torch.int32),
-        empty(2, dtype=torch.int32),
-        empty(n),
-        empty(n),
-        empty(0 if dense else stripes, padded, dtype=torch.int32),
-        empty(slots, dtype=torch.int32),
-        empty(slots if need_grad_w else 0),
-        empty(slots if need_grad_w else 0),
-    )
-
-
-@fake("triton_forward")
-def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense):  # type: ignore[no-untyped-def]
-    return _triton_outputs(x, w, need_grad_x, need_grad_w, dense)
-
-
-def triton_nothing(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: bool) -> tuple[Tensor, ...]:
-    """What the forward returns for N = 0, where nothing is launched."""
-    return tuple(t.zero_() for t in _triton_outputs(x, w, need_grad_x, need_grad_w, dense))
-
-
-@fake("triton_grad_weight")
-def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved):  # type: ignore[no-untyped-def]
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "backends.chunked": BACKEND,
     "backends.native": BACKEND | {"_C"},
     "backends.triton": BACKEND | {"backends.triton"},
-    "backends.triton.kernels": {"backends.triton.kernels"},
+    "backends.triton.kernels": {"types", "backends.triton.kernels"},
     "backends.triton.tools": BACKEND | {"backends.triton"},
     "dispatch": {"types", "backends"},
     "growing": set(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +37,8 @@ class Case(NamedTuple):
         return BACKENDS[self.backend].unavailable(Request(torch.device(self.device), self.dtype, self.weight_dtype))
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on the CPU, slowly
+# Triton's kernels run on the CPU too, slowly: in its interpreter, or compiled in an emulator (tests/triton/compiled.py)
+INTERPRETED = BACKENDS["triton"].unavailable(Request(torch.device("cpu"), f32, f32)) is None
 CASES = [
     Case(name, device, *dtypes)
     for name in BACKENDS

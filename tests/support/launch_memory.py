@@ -1,7 +1,8 @@
 """What the launch code of the Triton backend allocates, run as a program by test_triton_memory: no GPU, no memory.
 
 For each problem `N,C,D,way,dtype` prints a line of JSON: the most bytes that were held at once beyond the inputs and ∂w, in the forward
-and in the backward, and the largest buffers then held. Tensors are on the meta device and launches are taken down, not made.
+and in the backward, and the largest buffers then held. Tensors are on the meta device and nothing is launched. A tensor of stride 0 counts
+as its one element.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sface_kernels.backends.triton import launch, launch_backward, launch_forward
+from sface_kernels.backends.triton import launch_backward, launch_forward
+from sface_kernels.backends.triton.buffers import Saved, allocate
+from sface_kernels.backends.triton.device import MULTIPROCESSORS, pretend
 from sface_kernels.types import HyperParameters
 
 
@@ -30,7 +33,7 @@ class Held(TorchDispatchMode):
         given = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and id(tensor) not in given and tensor._base is None:
-                size = tensor.numel() * tensor.element_size()
+                size = tensor.untyped_storage().nbytes()
                 self.now += size
                 self.sizes[id(tensor)] = (size, list(tensor.shape))
                 weakref.finalize(tensor, self._gone, id(tensor))
@@ -42,22 +45,16 @@ class Held(TorchDispatchMode):
         self.now -= self.sizes.pop(key)[0]
 
 
-class Forgets(list):
-    """A recorder's list that keeps no launch, as it would keep every buffer."""
-
-    def append(self, _):
-        pass
-
-
 def measure(n: int, c: int, d: int, dense: bool, dtype: torch.dtype) -> dict[str, object]:
     x, w = torch.empty(n, d, dtype=dtype, device="meta"), torch.empty(c, d, device="meta")
     target, grad_row = torch.empty(n, dtype=torch.int64, device="meta"), torch.empty(n, device="meta")
     hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else 2.0**-16)
-    with launch.recording(launch.Recorder("sm_90", Forgets())), Held() as held:
-        results = launch_forward.forward(x, w, target, hp, True, True, dense)
+    with pretend((9, 0), run=lambda *_: None), Held() as held:
+        result = allocate(x, w, True, True, dense, MULTIPROCESSORS)
+        launch_forward.forward(x, w, target, hp, dense, MULTIPROCESSORS, result)
         forward, in_forward = held.peak, held.at_peak
         held.peak = 0
-        grad = launch_backward.grad_weight(x, w, target, grad_row, hp, dense, results[-1])
+        grad = launch_backward.grad_weight(x, w, target, grad_row, hp, dense, Saved(*result.saved))
         backward = held.peak - grad.numel() * grad.element_size()
     return {"forward": forward, "backward": backward, "in_forward": in_forward, "in_backward": held.at_peak}
 

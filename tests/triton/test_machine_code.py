@@ -89,3 +89,10 @@ def test_a_product_minus_itself_is_seen_in_ptx():
         "neg.f32 %r4, %r3;\nfma.rn.f32 %r5, %r1, %r9, %r4;",  # less another product
     ):
         assert not m.rounding_residues(product + right)
+
+
+def test_a_stride_in_32_bits_is_seen():
+    wide = "tt.func @f(%x_stride_n: i32)\n  %x_1 = arith.extsi %x_stride_n : i32 to i64 loc(#loc1)\n"
+    assert not m.narrow_strides(wide)
+    assert m.narrow_strides(wide + "  %x_2 = tt.splat %x_stride_n : i32 -> tensor<64xi32> loc(#loc2)")
+    assert m.narrow_strides(wide + "  %x_2 = arith.muli %row, %w_stride_c : i32 loc(#loc2)")

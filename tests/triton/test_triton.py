@@ -6,17 +6,16 @@ Without a GPU these run in Triton's interpreter: TRITON_INTERPRET=1 pytest tests
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
 
-from sface_kernels import available_backends, ops, sface_loss
+from sface_kernels import ops, sface_loss
 from sface_kernels.backends import triton as backend
-from sface_kernels.backends.triton import density, tiles
-from sface_kernels.backends.triton.rules import make_rules
-from sface_kernels.types import HyperParameters, Request
-from tests.support.cases import BACKENDS, Case, bf16, f16, f32
+from sface_kernels.backends.triton import buffers, plan, tiles
+from sface_kernels.backends.triton.plan import make_rules
+from sface_kernels.types import HyperParameters
+from tests.support.cases import Case, bf16, f16, f32
 from tests.support.checks import Judge, Result, run
 from tests.support.oracle import truth
 from tests.support.problems import GEOMETRIES
@@ -37,13 +36,9 @@ def same_bits(a: Result, b: Result) -> bool:
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every buffer that a launch gets starts as NaN (or a wild integer): what is not written shows."""
-    from sface_kernels.backends.triton import launch
-
-    def empty(call, *shape, dtype=f32):
-        buffer = torch.empty(shape, dtype=dtype, device=call.device)
-        return buffer.fill_(torch.nan if dtype.is_floating_point else 0x3FFFFFFF)
-
-    monkeypatch.setattr(launch.Call, "empty", empty)
+    before = buffers.fresh
+    wild = {True: torch.nan, False: 0x3FFFFFFF}
+    monkeypatch.setattr(buffers, "fresh", lambda t: before(t.fill_(wild[t.dtype.is_floating_point])))
 
 
 @pytest.fixture
@@ -51,7 +46,7 @@ def lists(monkeypatch):
     """Sets the number and capacity of the parts of a list."""
 
     def set_to(stripes: int, capacity: int) -> None:
-        monkeypatch.setattr(ops, "triton_lists", lambda n, c, d, dense: (1, 0) if dense else (stripes, capacity))
+        monkeypatch.setattr(buffers, "lists", lambda *_: (stripes, capacity))
 
     return set_to
 
@@ -114,8 +109,8 @@ def test_chunks(poisoned, monkeypatch, filter_eps):
     """Classes in several chunks, the last of them short: sums, lists and gradients go on across them."""
     problem = GEOMETRIES["trained"](20, 400, 24)
     whole = run(CASE, problem, filter_eps=filter_eps)
-    monkeypatch.setattr(ops, "TRITON_CHUNK_BYTES", 1 << 17)
-    monkeypatch.setattr(ops, "TRITON_PROGRAMS", 2)
+    monkeypatch.setattr(buffers, "CHUNK_BYTES", 1 << 17)
+    monkeypatch.setattr(buffers, "shares", lambda blocks, most, multiprocessors: min(most, 2))
     result = run(CASE, problem, filter_eps=filter_eps)
     Judge(problem, filter_eps=filter_eps).check(result, "triton")
     assert int(result.stats.active_pairs) == int(whole.stats.active_pairs)
@@ -126,7 +121,7 @@ def test_lists_and_dense_products_agree(monkeypatch, dtype):
     """What an earlier call's count decides must not show but in the rounding of dense products."""
     problem = GEOMETRIES["trained"](24, 200, 48).to(DEVICE, dtype, f32)
     by_lists = run(CASE, problem, filter_eps=FAST)
-    monkeypatch.setattr(density, "expects_dense", lambda *_: True)
+    monkeypatch.setattr(plan, "goes_dense", lambda *_: True)
     dense = run(CASE, problem, filter_eps=FAST)
     assert float(by_lists.stats.dense_share) == 0 and float(dense.stats.dense_share) == 1
     t = truth(*problem, filter_eps=FAST, dtype=f32 if dtype == f32 else f16)
@@ -191,7 +186,7 @@ def test_links_keep_the_range_of_upstream_gradients():
 
 @pytest.mark.parametrize("k_inter, b", [(20.0, 1.23), (80.0, 1.9), (80.0, 0.3), (300.0, 1.0)])
 def test_the_full_form_of_the_screen(poisoned, k_inter, b):
-    """Where the cheap form of what is no candidate is not accurate, the screen evaluates arccos and the sigmoid."""
+    """Where the cheap form of the weight below the threshold is not accurate, the screen evaluates arccos and the sigmoid."""
     options = {"k_inter": k_inter, "b": b, "filter_eps": 2.0**-12}
     rules = make_rules(HyperParameters(64.0, 80.0, k_inter, 0.8, b, 2.0**-12), 40)
     assert rules.screens and not rules.cheap
@@ -217,135 +212,6 @@ def test_labels_out_of_range_without_a_check():
     assert not other.row_loss.isnan().any() and not grad.isnan().any()
 
 
-class TestRules:
-    """The threshold of the screen, against what rounding to fp16 can do at worst."""
-
-    @pytest.mark.parametrize("d", [2, 16, 128, 512, 4096])
-    def test_the_bound_holds_for_adversarial_rows(self, d):
-        """Rows whose every component is rounded the same way, by all but half a unit in the last place."""
-        g = torch.Generator().manual_seed(d)
-        for _ in range(20):
-            x = torch.randn(d, generator=g, dtype=torch.float64).abs().float().half().double()
-            x = x + 0.499 * (torch.nextafter(x.half(), torch.tensor(torch.inf).half()).double() - x)
-            unit = x / x.norm()
-            screened = unit.half().double() @ unit.half().double()
-            rules = make_rules(HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, FAST), d)
-            true_threshold = math.cos(1.23 + math.log(2.0**16 - 1) / 80.0)
-            assert abs(float(screened) - 1) < true_threshold - rules.threshold
-
-    def test_nothing_to_screen_for(self):
-        assert not make_rules(HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0), 512).screens
-        assert not make_rules(HyperParameters(64.0, 80.0, 2.0, 0.8, 1.23, FAST), 512).screens
-
-
-class TestTiles:
-    @pytest.mark.parametrize(
-        "text", ["{", "[]", '{"scren": {}}', '{"screen": {"block": 1}}', '{"screen": {"warps": "8"}}', '{"screen": {"warps": 0}}', '{"screen": {"block_c": 256}}']
-    )  # fmt: skip
-    def test_a_wrong_override_says_what_was_expected(self, monkeypatch, text):
-        monkeypatch.setenv("SFACE_TILES", text)
-        with pytest.raises(ValueError, match="SFACE_TILES: expected a JSON object"):
-            tiles.tile("screen", "sm_90", "half", 1024)
-
-    def test_an_override_reaches_the_tile(self, monkeypatch):
-        monkeypatch.setenv("SFACE_TILES", '{"screen": {"warps": 4}}')
-        assert tiles.tile("screen", "sm_90", "half", 1024) == tiles.SCREEN["sm_90"]._replace(warps=4)
-
-    @pytest.mark.parametrize("family", tiles.FAMILIES)
-    @pytest.mark.parametrize("kernel", tiles.TABLES)
-    def test_every_block_divides_what_buffers_are_padded_to(self, kernel, family):
-        for samples in (1, 17, 64, 128, 4096):
-            for precision in ("half", "tf32x3"):
-                t = tiles.tile(kernel, family, precision, samples)
-                assert all(ops.TRITON_ROWS % block == 0 and block >= 16 for block in t[:3]), t
-
-
-class TestDispatch:
-    def test_auto_does_not_take_the_interpreter(self):
-        assert "triton" in available_backends(DEVICE)
-        from sface_kernels.dispatch import select
-
-        if DEVICE == "cpu":
-            assert select("auto", Request(torch.device("cpu"), f32, f32)) != "triton"
-
-    def test_too_many_features(self):
-        x, w = torch.randn(2, 5000, device=DEVICE), torch.randn(3, 5000, device=DEVICE)
-        with pytest.raises(RuntimeError, match="'triton' cannot run here: it takes at most 4096 features, got 5000"):
-            sface_loss(x, w, torch.tensor([0, 1], device=DEVICE), backend="triton")
-
-    def test_a_gpu_that_cannot_takes_chunked_and_says_so_once(self, monkeypatch, recwarn):
-        from sface_kernels import dispatch
-
-        entry = BACKENDS["triton"]._replace(unavailable=lambda *_: "it is made of cheese")
-        monkeypatch.setitem(dispatch.BACKENDS, "triton", entry)
-        for _ in range(2):
-            assert dispatch.select("auto", Request(torch.device("cuda"), f32, f32)) == "chunked"
-        said = [str(w.message) for w in recwarn if "cheese" in str(w.message)]
-        assert len(said) == 1 and "'chunked' runs on cuda, as 'triton' cannot" in said[0]
-
-    @pytest.mark.parametrize(
-        "version, capability, reason",
-        [((3, 3), (9, 0), "needs Triton ≥ 3.4, found 3.3"), ((3, 6), (7, 5), "compute capability ≥ 8.0"), (None, (9, 0), "not installed")],
-    )  # fmt: skip
-    def test_too_old(self, monkeypatch, version, capability, reason):
-        monkeypatch.setattr(backend, "_installed_triton", lambda: version)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        assert reason in backend.unavailable(Request(torch.device("cuda"), f32, f32))
-
-
-class TestDensity:
-    """The choice by an earlier count, with an event that arrives when the test says so."""
-
-    @pytest.fixture(autouse=True)
-    def _without_a_gpu(self, monkeypatch):
-        class Event:
-            arrived = False
-
-            def record(self):
-                pass
-
-            def query(self):
-                return Event.arrived
-
-        self.event = Event
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(density, "_host_buffer", torch.zeros_like)
-        monkeypatch.setattr(density, "_watches", {})
-        monkeypatch.setattr(density, "_readable", lambda x: True)
-        self.kind = torch.empty(10, 4), torch.empty(1000, 4), HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, FAST)
-
-    def test_it_does_not_wait(self):
-        x, w, hp = self.kind
-        many, few = torch.tensor([5000, 0]), torch.tensor([5, 0])
-        assert not density.expects_dense(x, w, hp)
-        density.learn(many, x, w, hp)
-        assert not density.expects_dense(x, w, hp)  # the count has not arrived
-        density.learn(few, x, w, hp)  # not sent: the buffer is in use
-        self.event.arrived = True
-        assert density.expects_dense(x, w, hp)
-        density.learn(few, x, w, hp)
-        assert not density.expects_dense(x, w, hp)
-
-    def test_kinds_of_calls_do_not_mix(self):
-        x, w, hp = self.kind
-        self.event.arrived = True
-        density.learn(torch.tensor([5000, 0]), x, w, hp)
-        assert not density.expects_dense(x, w, hp._replace(filter_eps=2.0**-8))
-        assert not density.expects_dense(x, w[:500], hp)
-        assert density.expects_dense(x[:7], w, hp)  # the last batch of an epoch is of the same kind
-        assert density.expects_dense(x, w, hp._replace(s=32.0, b=1.2))  # and so is the next step of a schedule
-
-
-@pytest.mark.parametrize("reason", ["deterministic", "cpu"])
-def test_a_count_is_not_read_where_the_way_must_not_vary(reason):
-    torch.use_deterministic_algorithms(reason == "deterministic")
-    try:
-        assert not density._readable(torch.empty(1))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def test_no_samples():
     x, w = (torch.randn(size, 8, device=DEVICE).requires_grad_() for size in (0, 5))
     loss = sface_loss(x, w, torch.zeros(0, dtype=torch.int64, device=DEVICE), backend="triton")
@@ -354,13 +220,100 @@ def test_no_samples():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has no pages that cost nothing until they are touched")
-def test_offsets_beyond_32_bits():
-    """A weight whose rows lie so far apart that their offsets do not fit 32 bits."""
+@pytest.mark.parametrize("filter_eps", [FAST, 0.0])
+@pytest.mark.parametrize("which", ["rows of w", "columns of w", "columns of x"])
+def test_offsets_beyond_32_bits(lists, which, filter_eps):
+    """Rows or columns so far apart that their offsets do not fit 32 bits: a transposed weight of many classes has them."""
     problem = GEOMETRIES["trained"](3, 9, 8)
-    stride = (1 << 31) // 8 + 1000
-    far = torch.empty(9 * stride).as_strided((9, 8), (stride, 1)).copy_(problem.w)
-    assert far.stride(0) * 8 > 2**31
+    stride = (1 << 31) // 7 + 1000
+    near = problem.w if "w" in which else problem.x
+    strides = (stride, 1) if "rows" in which else (1, stride)
+    far = torch.empty(9 * stride).as_strided(near.shape, strides).copy_(near)
+    assert stride * 7 > 2**31
+    w, x = (far, problem.x) if "w" in which else (problem.w, far)
+    for capacity in (128, 1):  # of lists that hold everything, and of lists that overflow
+        lists(1, capacity)
+        ours, theirs = results_of(x, w, problem, filter_eps), results_of(problem.x, problem.w, problem, filter_eps)
+        for a, b in zip(ours, theirs, strict=True):  # other strides, another compiled kernel, another order of sums
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
+def results_of(x: torch.Tensor, w: torch.Tensor, problem, filter_eps: float) -> tuple[torch.Tensor, ...]:
+    """Row losses and both gradients, without the public backward, which would make a dense copy of a far gradient."""
+    hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, filter_eps)
+    result = backend.forward(x, w, problem.labels, hp, True, True)
+    return (
+        result.row_loss,
+        result.row_grad_x,
+        backend.grad_weight(x, w, problem.labels, hp, problem.upstream, result.saved),
+    )
+
+
+@pytest.mark.parametrize("first, second", [(False, True), (True, False)], ids=["lists first", "dense first"])
+def test_checkpointing_may_recompute_the_other_way(monkeypatch, first, second):
+    """The count that decides may arrive between the forward and its recomputation."""
+    from torch.utils.checkpoint import checkpoint
+
+    problem = GEOMETRIES["trained"](24, 200, 48)
+    ways = [first, second]
+    monkeypatch.setattr(plan, "goes_dense", lambda *_: ways.pop(0))
+    x, w = (t.to(DEVICE, copy=True).requires_grad_() for t in (problem.x, problem.w))
+
+    def rows_of(x, w):
+        return sface_loss(x, w, problem.labels.to(DEVICE), reduction="none", backend="triton", filter_eps=FAST)
+
+    rows = checkpoint(rows_of, x, w, use_reentrant=False)
+    rows.backward(problem.upstream.to(DEVICE, rows.dtype))
+    assert not ways
+    expected = run("reference", problem, filter_eps=FAST)
+    for ours, theirs in ((x.grad, expected.grad_x), (w.grad, expected.grad_w)):
+        assert (ours.cpu() - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_a_dense_call_whose_lists_were_copied():
+    """What takes saved tensors to host memory and back drops their strides, which mark a dense call."""
+    problem = GEOMETRIES["trained"](24, 200, 48).to(DEVICE, f32, f32)
+    hp = (64.0, 80.0, 80.0, 0.8, 1.23, FAST)
+    operands = problem.x, problem.w, problem.labels
+    outputs = torch.ops.sface.triton_forward(*operands, *hp, True, True, True, 132)
+    saved = [t.clone(memory_format=torch.contiguous_format) for t in outputs[4:]]
+    assert buffers.went_dense(buffers.Saved(*outputs[4:])) and not buffers.went_dense(buffers.Saved(*saved))
+    grad = backend.grad_weight(*operands, HyperParameters(*hp), problem.upstream.float(), tuple(saved))
+    expected = run("reference", problem.to("cpu", f32, f32), filter_eps=FAST).grad_w
+    assert (grad.cpu() - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+def test_the_tag_of_a_column_stays_inside_its_margin(columns):
+    """A column number replaces the low bits of a cosine; the screen looks that much below its threshold."""
+    from tests.triton.small_kernels import tag
+
+    values = torch.rand(16, columns, device=DEVICE) * 2 - 1
+    values[0], values[1], values[2] = 0.999999, 1.000001, -1.000001
+    nearest, margin = torch.empty(16, device=DEVICE), torch.empty(1, device=DEVICE)
+    tag[(1,)](values, nearest, margin, ROWS=16, COLUMNS=columns)
+    largest = values.amax(1)
+    taken = (largest - nearest).abs().max()
+    assert taken <= margin < 1e-4 and taken > 0
+    assert (
+        values.gather(1, (nearest.view(torch.int32) & (columns - 1)).long()[:, None])[:, 0] >= largest - margin
+    ).all()
+
+
+def test_rows_below_the_least_norm():
+    """normalize divides them by a constant, so their gradient has no part projected away: also where 1/1e-12 is off.
+
+    What would be projected away is half of it: cosines of 0.5, norms of nine tenths of 1e-12.
+    """
+    problem = GEOMETRIES["random"](8, 20, 24)
+    own = torch.nn.functional.normalize(problem.w[problem.labels])
+    other = torch.nn.functional.normalize(problem.x)
+    problem.x.copy_(other - (other * own).sum(1, keepdim=True) * own)
+    problem.x.copy_(torch.nn.functional.normalize(problem.x) * 0.83 + own * 0.56)
+    problem.w[problem.labels[1:]] = own[1:] * 0.9e-12
+    problem.x[0] *= 0.9e-12 / problem.x[0].norm()
     for filter_eps in (FAST, 0.0):
-        options = {"reduction": "none", "backend": "triton", "filter_eps": filter_eps}
-        rows = sface_loss(problem.x, far, problem.labels, **options)
-        assert torch.equal(rows, sface_loss(problem.x, problem.w, problem.labels, **options))
+        ours, theirs = (run(b, problem, filter_eps=filter_eps) for b in (CASE, "reference"))
+        for name in ("grad_x", "grad_w"):
+            a, b = (getattr(r, name).double().cpu() for r in (ours, theirs))
+            assert ((a - b).norm(dim=1) <= 1e-3 * b.norm(dim=1) + 1e-6 * b.norm()).all(), name

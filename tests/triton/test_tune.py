@@ -59,7 +59,7 @@ def test_neighbours_fit_the_buffers():
 
 def test_overrides_are_what_the_table_takes(monkeypatch):
     monkeypatch.setenv("SFACE_TILES", '{"screen": {"block_c": 32}}')
-    assert tiles.tile("screen", "sm_90", "half", 1024).block_c == 32
+    assert tiles.tile("screen", "sm_90", "half").block_c == 32
     assert all(kernel in tiles.TABLES for kernels in tune.WAYS.values() for kernel in kernels)
 
 

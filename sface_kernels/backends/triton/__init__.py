@@ -1,4 +1,4 @@
-"""The Triton backend: where it runs, and which way a call goes. Triton itself is imported by the first call."""
+"""The Triton backend: where it runs, and its two operators. Triton itself is imported by the first call."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ... import ops
 from ...types import Forward, HyperParameters, Request
-from . import density
-from .rules import make_rules
+from . import plan
+from .buffers import Saved, allocate, went_dense
+from .device import gpu_of, pretence
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_TRITON = (3, 4)
@@ -30,10 +31,14 @@ def _installed_triton() -> tuple[int, ...] | None:
     return None
 
 
+# once: looking it up takes a third of a millisecond, and torch.compile would trace through it
+TRITON_VERSION = _installed_triton()
+
+
 def unavailable(request: Request) -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    device = request.device
-    if device.type == "cpu" and not interpreted:
+    """Why this backend cannot run a request, or None where it can."""
+    device, pretended = request.device, pretence() is not None
+    if device.type == "cpu" and not pretended and os.environ.get("TRITON_INTERPRET") != "1":
         return "it runs on a GPU, and on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
     if device.type not in ("cpu", "cuda"):
         return f"it runs on CUDA and ROCm GPUs, not on {device.type}"
@@ -42,12 +47,11 @@ def unavailable(request: Request) -> str | None:
             return f"it computes in float32 and takes no {dtype}"
     if request.features > MAX_FEATURES:
         return f"it takes at most {MAX_FEATURES} features, got {request.features}"
-    version = _installed_triton()
-    if version is None:
+    if TRITON_VERSION is None:
         return "Triton is not installed"
-    if version < OLDEST_TRITON:
-        return f"it needs Triton ≥ {'.'.join(map(str, OLDEST_TRITON))}, found {'.'.join(map(str, version))}"
-    if device.type == "cuda":
+    if TRITON_VERSION < OLDEST_TRITON:
+        return f"it needs Triton ≥ {'.'.join(map(str, OLDEST_TRITON))}, found {'.'.join(map(str, TRITON_VERSION))}"
+    if device.type == "cuda" and not pretended:
         if not torch.cuda.is_available():
             return "PyTorch finds no GPU"
         capability = torch.cuda.get_device_capability(device)
@@ -57,34 +61,42 @@ def unavailable(request: Request) -> str | None:
 
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
-    dense = not make_rules(hp, x.shape[1]).screens or density.expects_dense(x, w, hp)
-    result = Forward.of(torch.ops.sface.triton_forward(x, w, target, *hp, need_x, need_w, dense))
-    density.learn(result.counts, x, w, hp)
+    dense = plan.goes_dense(x, w, hp)
+    multiprocessors = gpu_of(x.device).multiprocessors
+    outputs = torch.ops.sface.triton_forward(x, w, target, *hp, need_x, need_w, dense, multiprocessors)
+    result = Forward.of(outputs)
+    plan.learn(result.counts, x, w, hp, dense)
     return result
 
 
 def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:
-    dense = saved[-4].shape[0] == 0  # no parts of lists were made
+    # nothing but dense products serves where there is no filter: its lists need not be looked at
+    dense = not plan.make_rules(hp, x.shape[1]).screens or went_dense(Saved(*saved))
     return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float().contiguous(), *hp, dense, *saved)
 
 
-def _forward(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+def _forward(  # type: ignore[no-untyped-def]
+    x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense, multiprocessors
+) -> tuple[Any, ...]:
     from . import launch_forward as launches
     from .launch import on_device
 
     hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)
     with on_device(x):
+        result = allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors)
         if x.shape[0] == 0:
-            return ops.triton_nothing(x, w, need_grad_x, need_grad_w, dense)
-        *results, saved = launches.forward(x, w, target, hp, need_grad_x, need_grad_w, dense)
-    return (*results, *saved)
+            for output in (*result[:4], *result.saved):
+                output.zero_()
+        else:
+            launches.forward(x, w, target, hp, dense, multiprocessors, result)
+    return (*result[:4], *result.saved)
 
 
 def _grad_weight(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved) -> Tensor:  # type: ignore[no-untyped-def]
     from . import launch_backward as launches
-    from .launch import Saved, on_device
+    from .launch import on_device
 
     hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)
     with on_device(x):

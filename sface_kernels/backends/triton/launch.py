@@ -7,61 +7,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ... import ops
 from ...types import HyperParameters
 from . import tiles
+from .buffers import cdiv, empty, padded
+from .device import gpu_of, pretence, pretend
+from .tiles import GRANULE
 
-FLAGS = 2  # [0]: a row of w is not finite, [1]: a list overflowed
-SUM_PLANES = 4  # per sample: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
-GRANULE = 128  # every block of classes or samples divides it; buffers are padded to it
+__all__ = ["Call", "launch", "on_device", "precision", "pretend"]
 
-
-class Saved(NamedTuple):
-    """What the forward leaves for the backward. Without lists, in a dense call, the last four hold nothing."""
-
-    norm: Tensor  # [padded N]
-    inv_norm: Tensor  # [C]
-    dense_row: Tensor  # [padded N] int32, 1 where the sample's list overflowed
-    flags: Tensor  # [FLAGS] int32
-    target_weight: Tensor  # [N], −p_i / s
-    cos_target: Tensor  # [N]
-    counts: Tensor  # [stripes, padded N] int32
-    list_classes: Tensor  # [padded N, stripes, capacity] int32
-    list_weight: Tensor  # the same shape
-    list_cos: Tensor  # the same shape
-
-
-class Recorder(NamedTuple):
-    """Records launches instead of running them, for a GPU of `family`; `tools.compile_report` reads the record."""
-
-    family: str
-    taken: list[tuple[Any, dict[str, Any]]]  # kernels and their arguments
-
-
-_recorder: Recorder | None = None
-
-
-@contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    global _recorder
-    _recorder = recorder
-    try:
-        yield
-    finally:
-        _recorder = None
+# Products and sums fuse, as the kernels are written and counted for; Triton 3.10 means to switch it off by default.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    if _recorder is not None:
-        _recorder.taken.append((kernel, arguments))
+    pretended = pretence()
+    if pretended is not None and pretended.run is not None:
+        pretended.run(kernel, grid, {**COMPILE_OPTIONS, **arguments})
     else:
-        kernel[grid](**arguments)
+        kernel[grid](**COMPILE_OPTIONS, **arguments)
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager:
@@ -69,21 +37,34 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
-def family(device: torch.device) -> str:
-    if _recorder is not None:
-        return _recorder.family
-    if device.type != "cuda":
-        return tiles.family(None, None)
-    return tiles.family(torch.cuda.get_device_capability(device), torch.version.hip)
+def rounds_to_tf32() -> bool:
+    """Whether PyTorch is allowed to multiply fp32 matrices in TF32, by either of its switches."""
+    # 2.9 and later; "none" where neither it nor a switch above it was set
+    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if chosen != "none":
+        return chosen == "tf32"
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the newer switch was set for something else than matrix products
+        return False
 
 
 def precision(dtype: torch.dtype, gpu: str) -> str:
-    """How dense products of these embeddings are computed: fp32 as `torch.get_float32_matmul_precision()` says."""
+    """How dense products of these embeddings are computed: fp32 as PyTorch's matrix products are."""
     if dtype != torch.float32:
         return "half"
     if gpu in ("gfx942", "interpreter"):
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if rounds_to_tf32() else "tf32x3"
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def block_parts(*counts: int) -> int:
+    """A block for so many parts, of few sizes: each is another kernel to compile."""
+    return next(size for size in (64, 256, next_power_of_2(max(counts))) if size >= max(counts))
 
 
 class Call:
@@ -92,16 +73,14 @@ class Call:
     def __init__(self, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, dense: bool):
         (self.n, self.d), self.c = x.shape, w.shape[0]
         self.device, self.hp, self.dense = x.device, hp, dense
-        self.family = family(x.device)
+        self.family = gpu_of(x.device).family
         self.precision = precision(x.dtype, self.family)
         # the screen multiplies fp16 whatever the dtype; dense products multiply in theirs
         self.unit_dtype = torch.float32 if dense and self.precision != "half" else torch.float16
-        self.padded_n = ops.triton_padded(self.n)
-        self.padded_d = triton.cdiv(self.d, self.feature_step) * self.feature_step  # of unit rows
-        self.block_d = max(16, triton.next_power_of_2(self.padded_d))  # a whole row
+        self.padded_n = padded(self.n)
+        self.padded_d = cdiv(self.d, self.feature_step) * self.feature_step  # of unit rows
+        self.block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
         self.row_block = max(1, tiles.ROW_ELEMENTS // self.block_d)  # rows that a row-wise program takes at once
-        self.stripes, self.capacity = ops.triton_lists(self.n, self.c, self.d, dense)
-        self.slots = self.padded_n * self.stripes * self.capacity
         self.x = {"x_ptr": x, "x_stride_n": x.stride(0), "x_stride_d": x.stride(1)}
         self.w = {"w_ptr": w, "w_stride_c": w.stride(0), "w_stride_d": w.stride(1)}
         self.target = {"target_ptr": target, "n": self.n}
@@ -116,7 +95,7 @@ class Call:
         return max(self.tile(kernel).block_k for kernel in kernels)
 
     def tile(self, kernel: str) -> tiles.Tile:
-        return tiles.tile(kernel, self.family, self.precision, self.n)
+        return tiles.tile(kernel, self.family, self.precision)
 
     def product(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel that multiplies."""
@@ -125,16 +104,16 @@ class Call:
         return {**blocks, "UPCAST": self.family == "interpreter", "num_warps": t.warps, "num_stages": t.stages}
 
     def row_blocks(self, kernel: str) -> int:
-        return triton.cdiv(self.n, self.tile(kernel).block_n)
+        return cdiv(self.n, self.tile(kernel).block_n)
 
     def chunks(self, chunk: int) -> Iterator[tuple[int, int]]:
         """(first class, classes padded to GRANULE) of each chunk."""
         for first in range(0, self.c, chunk):
-            yield first, triton.cdiv(min(chunk, self.c - first), GRANULE) * GRANULE
+            yield first, cdiv(min(chunk, self.c - first), GRANULE) * GRANULE
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return empty(shape, dtype, self.device)
 
     def unit_rows(self, rows: int) -> Tensor:
         """Room for unit rows `[rows, padded D]`, in whole blocks of the kernels that write them."""
-        return self.empty(triton.cdiv(rows, self.row_block) * self.row_block, self.padded_d, dtype=self.unit_dtype)
+        return self.empty(cdiv(rows, self.row_block) * self.row_block, self.padded_d, dtype=self.unit_dtype)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ...types import HyperParameters
 from . import tiles
+from .buffers import FLAGS, Saved, cdiv
 from .kernels.dense import class_coefficients, class_gradient
 from .kernels.scatter import link_pairs, prepare_upstream, scatter_classes
-from .launch import Call, Saved, launch
-from .launch_forward import Samples, dense_chunk, prepare_chunk
+from .launch import Call, block_parts, launch
+from .launch_forward import dense_chunk, prepare_chunk, prepare_rows, preparing
 
 
 def _prepare_upstream(call: Call, grad_row: Tensor, norm: Tensor) -> Tensor:
@@ -32,30 +32,32 @@ def _prepare_upstream(call: Call, grad_row: Tensor, norm: Tensor) -> Tensor:
 
 
 def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
+    stripes, capacity = saved.list_classes.shape[1:]
+    slots = saved.list_classes.numel()
     head = torch.full((call.c,), -1, dtype=torch.int32, device=call.device)
-    links = call.empty(call.slots + call.n, dtype=torch.int32)
+    links = call.empty(slots + call.n, dtype=torch.int32)
     launch(
         link_pairs,
         (call.n,),
         target_ptr=call.target["target_ptr"],
-        dense_row_ptr=saved.dense_row,
-        count_ptr=saved.counts,
+        overflowed_ptr=saved.overflowed,
+        count_ptr=saved.list_counts,
         list_ptr=saved.list_classes,
         list_weight_ptr=saved.list_weight,
         head_ptr=head,
         next_ptr=links,
         padded_n=call.padded_n,
-        stripes=call.stripes,
-        capacity=call.capacity,
-        slots=call.slots,
+        stripes=stripes,
+        capacity=capacity,
+        slots=slots,
         BLOCK_E=tiles.entries(tiles.LINK_ENTRIES, call.family),
-        BLOCK_STRIPES=triton.next_power_of_2(call.stripes),
+        BLOCK_PARTS=block_parts(stripes),
         num_warps=tiles.ROW_WARPS,
     )
     block_d = min(call.block_d, tiles.GRADIENT_FEATURES)
     launch(
         scatter_classes,
-        (triton.cdiv(call.c, call.tile("scatter_classes").block_c), triton.cdiv(call.d, block_d)),
+        (cdiv(call.c, call.tile("scatter_classes").block_c), cdiv(call.d, block_d)),
         **call.rows,
         **call.intra,
         **call.inter,
@@ -65,15 +67,15 @@ def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
         norm_ptr=saved.norm,
         inv_norm_ptr=saved.inv_norm,
         flags_ptr=saved.flags,
-        dense_row_ptr=saved.dense_row,
+        overflowed_ptr=saved.overflowed,
         list_weight_ptr=saved.list_weight,
         list_cos_ptr=saved.list_cos,
         target_weight_ptr=saved.target_weight,
         cos_target_ptr=saved.cos_target,
         head_ptr=head,
         next_ptr=links,
-        per_sample=call.stripes * call.capacity,
-        slots=call.slots,
+        per_sample=stripes * capacity,
+        slots=slots,
         BLOCK_D=block_d,
         PRECISION=call.precision,
         **call.product("scatter_classes"),
@@ -81,14 +83,16 @@ def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
 
 
 def _dense(call: Call, common: dict[str, Any]) -> None:
-    samples = Samples(call, threshold=-2.0)
+    norm, overflowed = call.empty(call.padded_n), call.empty(call.padded_n, dtype=torch.int32)
+    flags = call.empty(FLAGS, dtype=torch.int32)
+    unit_x = prepare_rows(call, norm, overflowed, flags)
     chunk = dense_chunk(call, 1)
-    unit_w = call.unit_rows(chunk)
-    along, inv_norm = call.empty(chunk), call.empty(call.c)
+    unit_w, inv_norm = call.unit_rows(chunk), call.empty(call.c)
+    prepared = preparing(call, unit_w, inv_norm, flags)
     shared = {
-        "unit_x_ptr": samples.unit,
+        "unit_x_ptr": unit_x,
         "coefficient_ptr": call.empty(call.padded_n, chunk, dtype=call.unit_dtype),
-        "along_ptr": along,
+        "along_ptr": call.empty(chunk),
         "upstream_ptr": common["upstream_ptr"],
         "padded_chunk": chunk,
         "n": call.n,
@@ -96,33 +100,30 @@ def _dense(call: Call, common: dict[str, Any]) -> None:
         "PADDED_D": call.padded_d,
         "PRECISION": call.precision,
     }
-    t = call.tile("class_gradient")
+    weighed = {
+        **shared,
+        **call.intra,
+        **call.inter,
+        "target_ptr": call.target["target_ptr"],
+        "unit_w_ptr": unit_w,
+        "grad_row_ptr": common["grad_row_ptr"],
+        **call.product("class_coefficients"),
+    }
+    multiplied = {
+        **shared,
+        **call.w,
+        "inv_norm_ptr": inv_norm,
+        "grad_w_ptr": common["grad_w_ptr"],
+        "d": call.d,
+        "s": call.hp.s,
+        **call.product("class_gradient"),
+    }
+    coefficients_of, gradient_of = call.tile("class_coefficients"), call.tile("class_gradient")
+    d_blocks = cdiv(call.d, gradient_of.block_n)
     for first, rows in call.chunks(chunk):
-        prepare_chunk(call, unit_w, inv_norm, samples.flags, first, rows)
-        launch(
-            class_coefficients,
-            (triton.cdiv(rows, call.tile("class_coefficients").block_c),),
-            **shared,
-            **call.intra,
-            **call.inter,
-            target_ptr=call.target["target_ptr"],
-            unit_w_ptr=unit_w,
-            grad_row_ptr=common["grad_row_ptr"],
-            first_class=first,
-            **call.product("class_coefficients"),
-        )
-        launch(
-            class_gradient,
-            (triton.cdiv(rows, t.block_c), triton.cdiv(call.d, t.block_n)),
-            **shared,
-            **call.w,
-            inv_norm_ptr=inv_norm,
-            grad_w_ptr=common["grad_w_ptr"],
-            d=call.d,
-            first_class=first,
-            s=call.hp.s,
-            **call.product("class_gradient"),
-        )
+        prepare_chunk(call, prepared, first, rows)
+        launch(class_coefficients, (cdiv(rows, coefficients_of.block_c),), **weighed, first_class=first)
+        launch(class_gradient, (cdiv(rows, gradient_of.block_c), d_blocks), **multiplied, first_class=first)
 
 
 def grad_weight(

@@ -2,8 +2,9 @@
 
 `SFACE_TILES` overrides it for tuning: a JSON object of kernel names and the fields to change, for example
 `SFACE_TILES='{"screen": {"block_n": 64, "warps": 4}}'`; blocks are 16, 32, 64 or 128. Nothing tunes itself at import or
-in a training step; `python -m sface_kernels.backends.triton.tune` times the alternatives on a GPU and prints the object
-to set.
+in a training step; `python -m sface_kernels.backends.triton.tools.tune` times the alternatives on a GPU and prints the
+object to set. No tile depends on the number of samples: each would be another kernel to compile, in the last batch of
+an epoch for example, and few samples cost a pass over w whatever the tile.
 Imports neither torch nor Triton.
 """
 
@@ -15,6 +16,8 @@ import os
 from typing import NamedTuple
 
 FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter")
+GRANULE = 128  # the largest block of samples, classes or features; buffers are padded to whole ones
+BLOCKS = (16, 32, 64, GRANULE)
 
 
 class Tile(NamedTuple):
@@ -111,12 +114,12 @@ def _fits(field: str, value: object) -> bool:
     """Blocks are powers of two that divide what buffers are padded to."""
     if not isinstance(value, int) or isinstance(value, bool):
         return False
-    return value in (16, 32, 64, 128) if field.startswith("block") else value > 0
+    return value in BLOCKS if field.startswith("block") else value > 0
 
 
 @functools.cache
 def _overrides(text: str) -> dict[str, dict[str, int]]:
-    allowed = f"{list(Tile._fields)}, blocks of 16, 32, 64 or 128"
+    allowed = f"{list(Tile._fields)}, blocks of {BLOCKS}"
     expected = f"SFACE_TILES: expected a JSON object of {sorted(TABLES)} with {allowed}"
     try:
         found = json.loads(text)
@@ -133,19 +136,15 @@ def _overrides(text: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def tile(kernel: str, family: str, precision: str, samples: int) -> Tile:
-    """The tile of `kernel` for a GPU of `family`, dense products of `precision` and a call of `samples`.
+def tile(kernel: str, family: str, precision: str) -> Tile:
+    """The tile of `kernel` for a GPU of `family` and dense products of `precision`.
 
-    fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide; fewer samples
-    than a block shrink it.
+    fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide.
     """
     chosen = TABLES[kernel][family]
     if precision != "half" and not kernel.startswith("screen") and family != "interpreter":
         chosen = chosen._replace(block_k=chosen.block_k // 2)
-    chosen = chosen._replace(**_overrides(os.environ.get("SFACE_TILES", "{}")).get(kernel, {}))
-    while kernel != "class_gradient" and chosen.block_n > 16 and chosen.block_n // 2 >= samples:
-        chosen = chosen._replace(block_n=chosen.block_n // 2)
-    return chosen
+    return chosen._replace(**_overrides(os.environ.get("SFACE_TILES", "{}")).get(kernel, {}))
 
 
 def entries(wanted: int, family: str) -> int:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NO_COSINE, arccos, inter_weight, sigmoid_of_angle
-from .products import operand, product, store_class_gradient
+from .math import IGNORED, NO_COSINE, arccos, inter_weight, operand, product, sigmoid_of_angle, store_class_gradient
 
 
 @triton.jit
@@ -29,7 +28,7 @@ def cosine_tile(
     return tl.minimum(tl.maximum(cos, -1.0), 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "begun"])
 def row_coefficients(
     # pointers
     unit_x_ptr,  # [padded N, PADDED_D]
@@ -47,7 +46,7 @@ def row_coefficients(
     first_class,
     tiles,
     stripes,
-    first_chunk,
+    begun,  # samples whose sums an earlier chunk began: 0, or padded N
     k_inter,
     b,
     filter_eps,
@@ -68,7 +67,7 @@ def row_coefficients(
     target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
     at = stripe * padded_n + i
     plane = padded_n.to(tl.int64) * stripes
-    later = (i >= 0) & (first_chunk == 0)
+    later = i < begun
     inter = tl.load(sums_ptr + at, mask=later, other=0.0)
     dropped = tl.load(sums_ptr + plane + at, mask=later, other=0.0)
     cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
@@ -97,7 +96,7 @@ def row_coefficients(
     tl.store(active_ptr + at, active)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks", "steps", "splits", "begun"])
 def row_gradient(
     # pointers
     coefficient_ptr,  # [padded N, padded chunk]
@@ -110,7 +109,7 @@ def row_gradient(
     row_blocks,
     steps,  # of BLOCK_K classes
     splits,
-    first_chunk,
+    begun,
     # compile time
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,  # features of the output
@@ -127,7 +126,7 @@ def row_gradient(
     inside = (out < d)[None, :]
     row = tl.arange(0, BLOCK_K)
     at = grad_ptr + (split * padded_n + i)[:, None] * d + out[None, :]
-    grad = tl.load(at, mask=inside & (first_chunk == 0), other=0.0)
+    grad = tl.load(at, mask=inside & (i < begun)[:, None], other=0.0)
     for step in range(split, steps, splits):
         j = step * BLOCK_K + row
         g = tl.load(coefficient_ptr + i[:, None] * padded_chunk + j[None, :])
@@ -136,7 +135,7 @@ def row_gradient(
     tl.store(at, grad, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def class_coefficients(
     # pointers
     unit_x_ptr,
@@ -185,7 +184,7 @@ def class_coefficients(
     tl.store(along_ptr + row, along)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def class_gradient(
     # pointers
     coefficient_ptr,  # [padded N, padded chunk]

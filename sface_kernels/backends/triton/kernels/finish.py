@@ -1,8 +1,8 @@
 """One program per sample: its candidates in fp32 from the original rows, its own class, and all its results.
 
 Reads the rows of w that the sample's list names, and its target's; writes l_i, the statistics, ∂l_i/∂x_i complete, and
-for the backward the weight and cosine of each list entry. Dense samples take the sums of `row_coefficients` or
-`overflow_samples` instead.
+for the backward the weight and cosine of each list entry. Samples without a list take the sums of `overflow_samples`
+instead, in a dense call of `row_coefficients`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cosines(w, x_unit, inv_norm):
     return tl.minimum(tl.maximum(tl.sum(w * x_unit[None, :], 1) * inv_norm, -1.0), 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "stripes", "parts", "grad_parts", "capacity"])
 def finish_samples(
     # pointers
     x_ptr,
@@ -46,16 +46,16 @@ def finish_samples(
     norm_ptr,  # [padded N]
     inv_norm_ptr,  # [C]
     flags_ptr,  # [0]: a row of w is not finite
-    dense_row_ptr,  # [padded N] int32
+    overflowed_ptr,  # [padded N] int32
     sums_ptr,  # of the screen, [4, stripes, padded N]
     best_class_ptr,  # [stripes, padded N]
     count_ptr,  # [stripes, padded N]
     list_ptr,  # [padded N, stripes, capacity] classes
     list_weight_ptr,  # the same shape: out, 0 where the entry is not active
     list_cos_ptr,  # the same shape: out
-    dense_sums_ptr,  # of row_coefficients or overflow_samples, [4, parts, padded N]
-    dense_active_ptr,  # [parts, padded N]
-    dense_grad_ptr,  # [grad parts, padded N, D]
+    exact_sums_ptr,  # of row_coefficients or overflow_samples, [4, parts, padded N]
+    exact_active_ptr,  # [parts, padded N]
+    exact_grad_ptr,  # [grad parts, padded N, D]
     row_loss_ptr,  # [N] out
     stats_ptr,  # [6, N] out, as types.RowStats
     active_ptr,  # [N] int32 out
@@ -83,44 +83,39 @@ def finish_samples(
     # compile time
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,  # entries at a time
-    BLOCK_STRIPES: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    ALL_ROWS: tl.constexpr,  # every sample is dense, there are no lists
+    BLOCK_PARTS: tl.constexpr,  # at least stripes and parts
+    ALL_EXACT: tl.constexpr,  # a dense call: there are no lists
     NEED_GRAD: tl.constexpr,
     NEED_LISTS: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_D)
-    in_row = k < d
+    k = tl.arange(0, BLOCK_D).to(tl.int64)
+    in_row = k < d  # where a row may be missing, its length is 0: Triton 3.9's interpreter has no tensor & scalar
     code = tl.load(target_ptr + i)
     counted = code != IGNORED
     norm = tl.load(norm_ptr + i)
-    x = tl.load(x_ptr + i * x_stride_n + k * x_stride_d, mask=in_row & counted, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + i * x_stride_n + k * x_stride_d, mask=k < tl.where(counted, d, 0), other=0.0).to(tl.float32)
     x_unit = tl.where(is_finite(norm), x / tl.maximum(norm, NORM_EPS), 0.0)  # [BLOCK_D]
     part = tl.arange(0, BLOCK_PARTS)
-    dense = 1
-    if not ALL_ROWS:
-        dense = tl.load(dense_row_ptr + i)
+    exact = tl.load(overflowed_ptr + i) > 0
 
-    # dense samples: add up the parts; for the others every load below is masked off
-    is_part = (part < parts) & (dense > 0)
+    # samples without a list: add up the parts; for the others every load below is masked off
+    is_part = part < tl.where(exact, parts, 0)
     at = part.to(tl.int64) * padded_n + i
     plane = padded_n.to(tl.int64) * parts
-    inter = tl.sum(tl.load(dense_sums_ptr + at, mask=is_part, other=0.0), 0)
-    dropped = tl.sum(tl.load(dense_sums_ptr + plane + at, mask=is_part, other=0.0), 0)
-    cos_sum = tl.sum(tl.load(dense_sums_ptr + 2 * plane + at, mask=is_part, other=0.0), 0)
-    hardest = tl.max(tl.load(dense_sums_ptr + 3 * plane + at, mask=is_part, other=NO_COSINE), 0)
-    active = tl.sum(tl.load(dense_active_ptr + at, mask=is_part, other=0), 0)
+    inter = tl.sum(tl.load(exact_sums_ptr + at, mask=is_part, other=0.0), 0)
+    dropped = tl.sum(tl.load(exact_sums_ptr + plane + at, mask=is_part, other=0.0), 0)
+    cos_sum = tl.sum(tl.load(exact_sums_ptr + 2 * plane + at, mask=is_part, other=0.0), 0)
+    hardest = tl.max(tl.load(exact_sums_ptr + 3 * plane + at, mask=is_part, other=NO_COSINE), 0)
+    active = tl.sum(tl.load(exact_active_ptr + at, mask=is_part, other=0), 0)
     grad = tl.zeros([BLOCK_D], tl.float32)
     if NEED_GRAD:
-        for grad_part in range(0, grad_parts):
+        for grad_part in range(0, tl.where(exact, grad_parts, 0)):
             row = grad_part * padded_n.to(tl.int64) + i
-            grad += tl.load(dense_grad_ptr + row * d + k, mask=in_row & (dense > 0), other=0.0)
+            grad += tl.load(exact_grad_ptr + row * d + k, mask=in_row, other=0.0)
 
-    if not ALL_ROWS:
-        stripe = tl.arange(0, BLOCK_STRIPES)
-        is_stripe = (stripe < stripes) & (dense == 0)
-        at = stripe.to(tl.int64) * padded_n + i
+    if not ALL_EXACT:
+        is_stripe = part < tl.where(exact, 0, stripes)
         plane = padded_n.to(tl.int64) * stripes
         inter += tl.sum(tl.load(sums_ptr + at, mask=is_stripe, other=0.0), 0)
         dropped += tl.sum(tl.load(sums_ptr + plane + at, mask=is_stripe, other=0.0), 0)
@@ -129,7 +124,7 @@ def finish_samples(
         best = tl.load(sums_ptr + 3 * plane + at, mask=is_stripe, other=NO_COSINE)
         best_class = tl.load(best_class_ptr + at, mask=is_stripe, other=-1)
         nearest = tl.max(tl.where(best == tl.max(best, 0), best_class, -1), 0).to(tl.int64)
-        w = tl.load(w_ptr + nearest * w_stride_c + k * w_stride_d, mask=in_row & (nearest >= 0), other=0.0)
+        w = tl.load(w_ptr + nearest * w_stride_c + k * w_stride_d, mask=k < tl.where(nearest >= 0, d, 0), other=0.0)
         inv = tl.load(inv_norm_ptr + nearest, mask=nearest >= 0, other=0.0)
         cos = tl.minimum(tl.maximum(tl.sum(w.to(tl.float32) * x_unit, 0) * inv, -1.0), 1.0)
         hardest = tl.maximum(hardest, tl.where(nearest >= 0, cos, NO_COSINE))
@@ -140,7 +135,7 @@ def finish_samples(
         for first in range(0, total, BLOCK_E):
             rank = first + entry
             listed = rank < total
-            slot = i * stripes * capacity + locate(rank, counts, stripe, capacity)  # [BLOCK_E]
+            slot = i * stripes * capacity + locate(rank, counts, part, capacity)  # [BLOCK_E]
             j = tl.load(list_ptr + slot, mask=listed, other=0).to(tl.int64)
             rows = tl.load(
                 w_ptr + j[:, None] * w_stride_c + k[None, :] * w_stride_d,
@@ -163,7 +158,8 @@ def finish_samples(
 
     has_target = code >= 0
     own = tl.maximum(code, 0)
-    w = tl.load(w_ptr + own * w_stride_c + k * w_stride_d, mask=in_row & has_target, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + own * w_stride_c + k * w_stride_d, mask=k < tl.where(has_target, d, 0), other=0.0)
+    w = w.to(tl.float32)
     inv = tl.load(inv_norm_ptr + own, mask=has_target, other=0.0)
     cos_target = tl.minimum(tl.maximum(tl.sum(w * x_unit, 0) * inv, -1.0), 1.0)
     p = tl.where(has_target, sigmoid_of_angle(arccos(cos_target), -k_intra, a), 0.0)  # (3) without s

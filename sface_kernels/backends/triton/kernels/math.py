@@ -1,6 +1,11 @@
-"""Equations (2)–(4) as Triton functions, all in fp32. The same polynomials as `csrc/cpu/simd/generic/device_math.inl`.
+"""Equations (2)–(4) as Triton functions, all in fp32, and what the kernels that multiply share.
 
-No libdevice call: the interpreter has none, and these cost fewer instructions.
+The same polynomials as `csrc/cpu/simd/generic/device_math.inl`. No libdevice call: the interpreter has none, and these
+cost fewer instructions. PRECISION is that of products: "half" rounds unit rows and coefficients to fp16; the others are
+`tl.dot`'s, of unrounded fp32. Sums, arccos and sigmoid are fp32 always.
+
+A compiler may fuse any product and sum into one rounding, and a GPU's division is off by an ulp or two: nothing may
+depend on v − v being 0, or on (1/v)·v being 1.
 """
 
 from __future__ import annotations
@@ -8,12 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .... import types
+
 PI: tl.constexpr = tl.constexpr(3.14159265358979323846)
 LOG2E: tl.constexpr = tl.constexpr(1.44269504088896340736)
-NORM_EPS: tl.constexpr = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
+NORM_EPS: tl.constexpr = tl.constexpr(types.NORM_EPS)
 NO_COSINE: tl.constexpr = tl.constexpr(-2.0)  # marks own classes and classes past the last; below every cosine
-IGNORED: tl.constexpr = tl.constexpr(-2)  # codes of the target, as in sface_kernels/types.py
-INVALID: tl.constexpr = tl.constexpr(-3)
+IGNORED: tl.constexpr = tl.constexpr(types.IGNORED)
+INVALID: tl.constexpr = tl.constexpr(types.INVALID)
 
 
 @triton.jit
@@ -49,7 +56,7 @@ def inter_weight_below(c, k_inter, b):
     """(4) without s where it is at most 2⁻¹⁰ and c at most 0.26; 0 at NO_COSINE.
 
     The exponent k(asin c + b − π/2) by four terms of the series, off by less than k·2e-7 there, and 1/(1 + 1/e) by
-    e − e². Where c is more negative than the series is good for, the weight is below 2⁻⁶⁰ (`rules.make_rules` sees to
+    e − e². Where c is more negative than the series is good for, the weight is below 2⁻⁶⁰ (`plan.make_rules` sees to
     it). Above its range the value is finite.
     """
     slope = k_inter * LOG2E
@@ -90,3 +97,43 @@ def sums_with_one_trip(row_max):
     for _ in range(0, tl.num_programs(1)):
         result = tl.maximum(result, row_max)
     return result
+
+
+@triton.jit
+def operand(values, PRECISION: tl.constexpr):
+    return values.to(tl.float16) if PRECISION == "half" else values
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a·b. UPCAST multiplies in fp32 what is stored in fp16: the interpreter."""
+    if PRECISION != "half":
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    elif UPCAST:
+        acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def inverse_norm(norm):
+    """1/max(‖x‖, 1e-12), 0 where the row is not finite: what it touches becomes NaN elsewhere."""
+    return tl.where(is_finite(norm), 1.0 / tl.maximum(norm, NORM_EPS), 0.0)
+
+
+@triton.jit
+def store_class_gradient(
+    grad_w_ptr, raw, along, j, out, w_ptr, inv_w, poison, s, upstream_scale, c, d, w_stride_c, w_stride_d
+):
+    """(8) from its two sums: the tangent part of `raw`, divided by the norm, in the dtype of the weight."""
+    mask = (j < c)[:, None] & (out < d)[None, :]
+    # below NORM_EPS normalize divides by a constant, so nothing is projected away; 1/NORM_EPS may be off by some ulps
+    along = tl.where(inv_w * NORM_EPS > 0.999999, 0.0, along)
+    # most classes have no pair, and nothing to project: their rows of w are not read
+    w = tl.load(
+        w_ptr + j[:, None] * w_stride_c + out[None, :] * w_stride_d, mask=mask & (along != 0)[:, None], other=0.0
+    ).to(tl.float32)
+    grad = (raw - along[:, None] * (w * inv_w[:, None])) * (inv_w * (s / upstream_scale))[:, None]
+    grad = tl.where(poison > 0, float("nan"), grad)
+    tl.store(grad_w_ptr + j[:, None] * d + out[None, :], grad.to(grad_w_ptr.dtype.element_ty), mask=mask)

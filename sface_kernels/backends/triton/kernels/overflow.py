@@ -10,22 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NO_COSINE, arccos, inter_weight, sigmoid_of_angle
-from .products import inverse_norm, operand, product
+from .math import IGNORED, NO_COSINE, arccos, inter_weight, inverse_norm, operand, product, sigmoid_of_angle
 
 
 @triton.jit
 def load_rows(ptr, row, column, scale, row_mask, d, stride_row, stride_column, PRECISION: tl.constexpr):
     """Rows of x or w times `scale` (1/norm) as an operand `[rows, columns]`; zeros where masked."""
     values = tl.load(
-        ptr + row[:, None] * stride_row + column[None, :] * stride_column,
+        ptr + row[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_column,
         mask=row_mask[:, None] & (column < d)[None, :],
         other=0.0,
     ).to(tl.float32)
     return operand(values * scale[:, None], PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "row_blocks", "splits"])
 def overflow_samples(
     # pointers
     x_ptr,
@@ -33,7 +32,7 @@ def overflow_samples(
     target_ptr,
     norm_ptr,  # [padded N]
     inv_norm_ptr,  # [C]
-    dense_row_ptr,  # [padded N] int32
+    overflowed_ptr,  # [padded N] int32
     sums_ptr,  # [4, splits, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
     active_ptr,  # [splits, padded N] int32
     grad_ptr,  # [splits, padded N, D]: Σ weight·ŵ over kept pairs
@@ -63,11 +62,11 @@ def overflow_samples(
     pid = tl.program_id(0)
     split = (pid // row_blocks).to(tl.int64)
     i = (pid % row_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    if tl.max(tl.load(dense_row_ptr + i), 0) > 0:
+    if tl.max(tl.load(overflowed_ptr + i), 0) > 0:
         target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
         counted = target != IGNORED
         inv_x = inverse_norm(tl.load(norm_ptr + i))
-        column = tl.arange(0, BLOCK_C)
+        column = tl.arange(0, BLOCK_C).to(tl.int64)
         feature = tl.arange(0, BLOCK_K)
         out = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D] of ∂x
         inter = tl.zeros([BLOCK_N], tl.float32)
@@ -101,12 +100,12 @@ def overflow_samples(
 
         at = split * padded_n + i
         plane = padded_n.to(tl.int64) * splits
-        once = (i >= 0) & (tl.program_id(1) == 0)
-        tl.store(sums_ptr + at, inter, mask=once)
-        tl.store(sums_ptr + plane + at, dropped, mask=once)
-        tl.store(sums_ptr + 2 * plane + at, cos_sum, mask=once)
-        tl.store(sums_ptr + 3 * plane + at, best, mask=once)
-        tl.store(active_ptr + at, active, mask=once)
+        if tl.program_id(1) == 0:
+            tl.store(sums_ptr + at, inter)
+            tl.store(sums_ptr + plane + at, dropped)
+            tl.store(sums_ptr + 2 * plane + at, cos_sum)
+            tl.store(sums_ptr + 3 * plane + at, best)
+            tl.store(active_ptr + at, active)
         if NEED_GRAD:
             tl.store(grad_ptr + at[:, None] * d + out[None, :], grad, mask=(out < d)[None, :])
 
@@ -122,7 +121,7 @@ def add_overflow_rows(
     target_ptr,
     norm_ptr,
     inv_w,  # [BLOCK_C]
-    dense_row_ptr,
+    overflowed_ptr,
     grad_row_ptr,
     upstream_scale,
     n,
@@ -151,7 +150,7 @@ def add_overflow_rows(
         i = first + tl.arange(0, BLOCK_N).to(tl.int64)  # [BLOCK_N]
         target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
         taken = target != IGNORED
-        taken = taken & (tl.load(dense_row_ptr + i) > 0)
+        taken = taken & (tl.load(overflowed_ptr + i) > 0)
         if tl.max(taken.to(tl.int32), 0) > 0:
             inv_x = inverse_norm(tl.load(norm_ptr + i))
             u = tl.load(grad_row_ptr + i, mask=taken, other=0.0) * upstream_scale

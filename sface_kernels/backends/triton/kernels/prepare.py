@@ -12,22 +12,21 @@ import triton.language as tl
 from .math import IGNORED, NORM_EPS, is_finite, row_norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "all_exact"])
 def prepare_samples(
     # pointers
     x_ptr,
     target_ptr,
     unit_ptr,  # [padded N, PADDED_D], fp16 or for dense products fp32
     norm_ptr,  # [padded N], NaN where a counted row is not finite
-    threshold_ptr,  # [1]
-    dense_row_ptr,  # [padded N] int32, set to 0: no list has overflowed yet
-    flags_ptr,  # [FLAGS] int32, set to 0
-    # sizes, strides, floats
+    overflowed_ptr,  # [padded N] int32, set to all_exact
+    flags_ptr,  # [FLAGS] int32, set to 0 and all_exact
+    # sizes, strides
     n,
     d,
     x_stride_n,
     x_stride_d,
-    threshold,
+    all_exact,  # 0: no list has overflowed yet; 1: there are no lists
     # compile time
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -36,7 +35,7 @@ def prepare_samples(
 ):
     pid = tl.program_id(0).to(tl.int64)
     i = pid * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    k = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    k = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
     counted = (i < n) & (tl.load(target_ptr + i, mask=i < n, other=IGNORED) != IGNORED)
     # an ignored row as zeros: whatever it holds, NaN included, must change nothing
     x = tl.load(
@@ -48,10 +47,9 @@ def prepare_samples(
         unit_ptr + i[:, None] * PADDED_D + k[None, :], unit.to(unit_ptr.dtype.element_ty), mask=(k < PADDED_D)[None, :]
     )
     tl.store(norm_ptr + i, norm)
-    tl.store(dense_row_ptr + i, tl.zeros([BLOCK_N], tl.int32))
+    tl.store(overflowed_ptr + i, tl.zeros([BLOCK_N], tl.int32) + all_exact)
     if pid == 0:
-        tl.store(threshold_ptr, threshold)
-        tl.store(flags_ptr + tl.arange(0, FLAGS), tl.zeros([FLAGS], tl.int32))
+        tl.store(flags_ptr + tl.arange(0, FLAGS), tl.arange(0, FLAGS) * all_exact)
 
 
 @triton.jit
@@ -74,7 +72,7 @@ def prepare_classes(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C] in the chunk
     j = first_class + row
-    k = tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_D).to(tl.int64)
     exists = j < c
     w = tl.load(
         w_ptr + j[:, None] * w_stride_c + k[None, :] * w_stride_d, mask=exists[:, None] & (k < d)[None, :], other=0.0

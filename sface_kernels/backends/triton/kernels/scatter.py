@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from .finish import locate
-from .math import is_finite
+from .math import inverse_norm, is_finite, store_class_gradient
 from .overflow import add_overflow_rows
-from .products import inverse_norm, store_class_gradient
 
 FIXED: tl.constexpr = tl.constexpr(2.0**39)  # one unit of the largest coefficient: room for 2²³ summands in 63 bits
 
@@ -29,7 +28,7 @@ def exponent_of(value):
     return tl.minimum(tl.maximum((value.to(tl.int32, bitcast=True) >> 23) - 127, -126), 126)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def prepare_upstream(
     # pointers
     grad_row_ptr,  # [N]
@@ -52,11 +51,11 @@ def prepare_upstream(
     tl.store(upstream_ptr + 1, tl.max(bad, 0).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stripes", "capacity"])
 def link_pairs(
     # pointers
     target_ptr,
-    dense_row_ptr,
+    overflowed_ptr,
     count_ptr,  # [stripes, padded N]
     list_ptr,  # [padded N, stripes, capacity] classes
     list_weight_ptr,  # the same shape, 0 where the entry is not active
@@ -69,11 +68,11 @@ def link_pairs(
     slots,
     # compile time
     BLOCK_E: tl.constexpr,
-    BLOCK_STRIPES: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
-    if tl.load(dense_row_ptr + i) == 0:
-        stripe = tl.arange(0, BLOCK_STRIPES)
+    if tl.load(overflowed_ptr + i) == 0:
+        stripe = tl.arange(0, BLOCK_PARTS)
         counts = tl.load(count_ptr + stripe.to(tl.int64) * padded_n + i, mask=stripe < stripes, other=0)
         total = tl.sum(counts, 0)
         for first in range(0, total, BLOCK_E):
@@ -103,7 +102,7 @@ def load_link(link, list_weight_ptr, list_cos_ptr, target_weight_ptr, cos_target
     return i, weight * tl.load(grad_row_ptr + i, mask=live, other=0.0), cos
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "per_sample"])
 def scatter_classes(
     # pointers
     x_ptr,
@@ -113,8 +112,8 @@ def scatter_classes(
     inv_norm_ptr,  # [C]
     grad_row_ptr,  # [N], u
     upstream_ptr,  # [2], of prepare_upstream
-    flags_ptr,  # [1]: some samples are dense
-    dense_row_ptr,
+    flags_ptr,  # [1]: some samples overflowed
+    overflowed_ptr,
     list_weight_ptr,  # [padded N, stripes, capacity]
     list_cos_ptr,
     target_weight_ptr,  # [N]
@@ -197,7 +196,7 @@ def scatter_classes(
             target_ptr,
             norm_ptr,
             inv_w,
-            dense_row_ptr,
+            overflowed_ptr,
             grad_row_ptr,
             upstream_scale,
             n,

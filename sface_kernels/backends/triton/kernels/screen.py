@@ -1,8 +1,8 @@
 """The screened pass over a chunk of classes: the loss of every pair, and the list of those that may be active.
 
-Per tile one fp16 tensor-core product of unit rows; its epilogue adds up, per row, what no candidate contributes to the
-loss (5) and to the dropped mass, the cosines, and the nearest class, and appends candidates to the row's list. Reads
-the chunk's unit rows once per block of samples (from the L2 cache); cosines exist in registers only.
+Per tile one fp16 tensor-core product of unit rows. Its epilogue sums, per row, the loss (5) and the dropped mass of
+every pair below the threshold, and the cosines, keeps the nearest class, and lists the rest: the row's candidates.
+Reads the chunk's unit rows once per block of samples (from the L2 cache); cosines exist in registers only.
 
 A program owns a block of samples and every `stripes`-th tile of classes, chunk after chunk: its sums and its part of
 each list have one writer, so there are no atomics and the result does not depend on scheduling.
@@ -50,18 +50,30 @@ def append_candidates(found, list_ptr, count, first_class, capacity, BLOCK_N: tl
 
 
 @triton.jit
+def tag_margin(BLOCK_C: tl.constexpr):
+    """The most that a tag of a column takes from a cosine: its low bits are worth at most 2⁻²³ each."""
+    return BLOCK_C * 1.1920928955078125e-07
+
+
+@triton.jit
+def nearest_column(cos, column, BLOCK_C: tl.constexpr):
+    """The largest of each row of `cos` `[N, BLOCK_C]`, its column in place of its low bits."""
+    tagged = (cos.to(tl.int32, bitcast=True) & ~(BLOCK_C - 1)) | column[None, :]
+    return sums_with_one_trip(tl.max(tagged.to(tl.float32, bitcast=True), 1))
+
+
+@triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "capacity", "begun"])
 def screen(
     # pointers
     unit_x_ptr,  # [padded N, PADDED_D] fp16
     unit_w_ptr,  # [padded chunk, PADDED_D] fp16
     target_ptr,  # [N] int64
     norm_ptr,  # [padded N]
-    threshold_ptr,  # [1], of the screened cosine
-    sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ weight, Σ cosine, the largest cosine (and its column)
+    sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ weight, Σ cosine, the largest cosine with its column
     best_class_ptr,  # [stripes, padded N] int32
     count_ptr,  # [stripes, padded N] int32
     list_ptr,  # [padded N, stripes, capacity] int32 classes
-    dense_row_ptr,  # [padded N] int32, 1 where a part of the list is too small
+    overflowed_ptr,  # [padded N] int32, 1 where a part of the list is too small
     flags_ptr,  # [1] set to 1 where that happened
     # sizes, floats
     n,
@@ -72,7 +84,8 @@ def screen(
     tiles,
     stripes,
     capacity,
-    first_chunk,
+    begun,  # samples whose sums an earlier chunk began: 0, or padded N
+    threshold,  # of the screened cosine
     k_inter,
     b,
     # compile time
@@ -80,7 +93,7 @@ def screen(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PADDED_D: tl.constexpr,
-    CHEAP: tl.constexpr,  # inter_weight_below is accurate for everything that is no candidate
+    CHEAP: tl.constexpr,  # inter_weight_below is accurate for every pair below the threshold
     UPCAST: tl.constexpr,  # multiply in fp32 what is stored in fp16: the interpreter
 ):
     pid = tl.program_id(0)
@@ -90,11 +103,10 @@ def screen(
     feature = tl.arange(0, BLOCK_K)
     target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
     takes_part = (target != IGNORED) & is_finite(tl.load(norm_ptr + i))
-    threshold = tl.load(threshold_ptr)
 
     at = stripe * padded_n + i  # [BLOCK_N], the program's slot in the sums
     plane = padded_n.to(tl.int64) * stripes
-    later = (i >= 0) & (first_chunk == 0)
+    later = i < begun
     inter = tl.load(sums_ptr + at, mask=later, other=0.0)
     dropped = tl.load(sums_ptr + plane + at, mask=later, other=0.0)
     cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
@@ -124,9 +136,7 @@ def screen(
             other = (column[None, :] != own[:, None]) & (first + column < c)[None, :]
             cos = tl.where(other, cos, NO_COSINE)
 
-        # the nearest class rides in the low bits of its cosine, which costs 2⁻¹⁶ of its size
-        tagged = (cos.to(tl.int32, bitcast=True) & ~(BLOCK_C - 1)) | column[None, :]
-        nearest = sums_with_one_trip(tl.max(tagged.to(tl.float32, bitcast=True), 1))  # [BLOCK_N]
+        nearest = nearest_column(cos, column, BLOCK_C)  # [BLOCK_N]
         tag = nearest.to(tl.int32, bitcast=True) & (BLOCK_C - 1)
         best_class = tl.where(nearest > best, first.to(tl.int32) + tag, best_class)
         best = tl.maximum(nearest, best)
@@ -139,7 +149,7 @@ def screen(
         inter += tl.sum(weight * cos, 1)
         dropped += tl.sum(weight, 1)
 
-        if tl.max(nearest, 0) >= threshold - 2e-5:  # less than the tag can take from a cosine
+        if tl.max(nearest, 0) >= threshold - tag_margin(BLOCK_C):
             found = (cos >= threshold) & takes_part[:, None]
             count = append_candidates(found, list_part, count, first.to(tl.int32), capacity, BLOCK_N, BLOCK_C)
 
@@ -151,5 +161,5 @@ def screen(
     tl.store(count_ptr + at, count)
     full = count > capacity
     ones = tl.full([BLOCK_N], 1, tl.int32)
-    tl.store(dense_row_ptr + i, ones, mask=full)
+    tl.store(overflowed_ptr + i, ones, mask=full)
     tl.store(flags_ptr + 1 + tl.zeros_like(target), ones, mask=full)

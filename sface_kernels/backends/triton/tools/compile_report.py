@@ -2,8 +2,8 @@
 
     python -m sface_kernels.backends.triton.tools.compile_report --targets sm_90 --every --jobs 2
 
-Runs the launch code on tensors without memory and compiles every launch that it would make (`launch.recording`), with
-the specialisations that Triton would choose. Not to be used with TRITON_INTERPRET=1.
+Runs the launch code on tensors without memory and compiles every launch that it would make (`launch.pretend` records
+them instead), with the specialisations that Triton would choose. Not to be used with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,17 +27,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ....types import HyperParameters
-from .. import launch, launch_backward, launch_forward
+from .. import launch_backward, launch_forward
+from ..buffers import Saved, allocate
+from ..device import MULTIPROCESSORS, pretend
 from . import machine_code
 
-# name: (what Triton calls it, threads in a warp, bytes of shared memory that a program may have)
+
+class Target(NamedTuple):
+    gpu: GPUTarget
+    capability: tuple[int, int] | None  # of CUDA
+    shared_bytes: int  # of shared memory that a program may have
+
+
 TARGETS = {
-    "sm_80": (("cuda", 80), 32, 163 << 10),
-    "sm_90": (("cuda", 90), 32, 227 << 10),
-    "sm_100": (("cuda", 100), 32, 227 << 10),
-    "sm_120": (("cuda", 120), 32, 99 << 10),
-    "gfx942": (("hip", "gfx942"), 64, 64 << 10),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), (8, 0), 163 << 10),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), (9, 0), 227 << 10),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), (10, 0), 227 << 10),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), (12, 0), 99 << 10),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), None, 64 << 10),
 }
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of the compiler, among a launch's arguments
 TENSOR_MEMORY = 512  # columns that a program may have on sm_100; where it asks for more, Triton's code is one trap
 TYPES = {
     torch.float32: "fp32",
@@ -72,33 +81,56 @@ def names() -> list[str]:
     return list(TARGETS)
 
 
-def _launches(family: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], str]]:
+def recorded(
+    target: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    hp: HyperParameters,
+    dense: bool,
+    need_x: bool = True,
+) -> list[tuple[Any, dict[str, Any]]]:
+    """(kernel, arguments) of each launch of a forward and backward on a GPU of a name in TARGETS."""
+    n, c, d = shape
+    x = torch.empty(n, d, dtype=dtype, device="meta")
+    w = torch.empty(c, d, dtype=weight_dtype, device="meta")
+    y = torch.empty(n, dtype=torch.int64, device="meta")
+    taken: list[tuple[Any, dict[str, Any]]] = []
+    capability = TARGETS[target].capability
+    hip = None if capability else str(TARGETS[target].gpu.arch)
+    with pretend(capability, hip, run=lambda kernel, grid, arguments: taken.append((kernel, arguments))):
+        result = allocate(x, w, need_x, True, dense, MULTIPROCESSORS)
+        launch_forward.forward(x, w, y, hp, dense, MULTIPROCESSORS, result)
+        launch_backward.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, Saved(*result.saved))
+    return taken
+
+
+def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """(kernel, arguments, which call it came from) of forwards and backwards in every mode."""
     before = torch.get_float32_matmul_precision()
-    for (n, c, d), dtype, weight_dtype, precision in CASES if every else FEW_CASES:
-        x = torch.empty(n, d, dtype=dtype, device="meta")
-        w = torch.empty(c, d, dtype=weight_dtype, device="meta")
-        target = torch.empty(n, dtype=torch.int64, device="meta")
-        recorder = launch.Recorder(family, [])
+    for shape, dtype, weight_dtype, precision in CASES if every else FEW_CASES:
         torch.set_float32_matmul_precision(precision)
-        with launch.recording(recorder):
-            for k_inter, dense, need_x in MODES:
-                hp = HyperParameters(64.0, 80.0, k_inter, 0.8, 1.23, 0.0 if dense else 2.0**-16)
-                saved = launch_forward.forward(x, w, target, hp, need_x, True, dense)[-1]
-                launch_backward.grad_weight(x, w, target, x.new_empty(n, dtype=f32), hp, dense, saved)
+        taken = []
+        for k_inter, dense, need_x in MODES:
+            hp = HyperParameters(64.0, 80.0, k_inter, 0.8, 1.23, 0.0 if dense else 2.0**-16)
+            taken += recorded(target, shape, dtype, weight_dtype, hp, dense, need_x)
         torch.set_float32_matmul_precision(before)
         short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
-        for kernel, arguments in recorder.taken:
-            yield kernel, arguments, f"{short} D={d}"
+        for kernel, arguments in taken:
+            yield kernel, arguments, f"{short} D={shape[2]}"
 
 
-def _source(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The kernel specialised as Triton does at a launch: 1 is a constant, multiples of 16 are marked."""
+def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The kernel specialised as Triton does at a launch, and the compiler's options.
+
+    1 is a constant and multiples of 16 are marked, but where the kernel says not to.
+    """
     signature, constants, attributes = {}, {}, {}
-    options: dict[str, Any] = {key: arguments[key] for key in ("num_warps", "num_stages") if key in arguments}
-    for index, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name.isupper() or (type(value) is int and value == 1):
+    options = {key: arguments[key] for key in OPTIONS if key in arguments}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        looks = not parameter.do_not_specialize
+        if name.isupper() or (looks and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -106,18 +138,18 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]
         elif isinstance(value, float):
             signature[name], divisible = "fp32", False
         else:
-            signature[name], divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
+            signature[name], divisible = "i32" if value < 2**31 else "i64", looks and value % 16 == 0
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def _distinct(target: str, every: bool) -> list[tuple[Any, dict[str, Any], str]]:
-    """The launches that are compiled differently, each once."""
-    found: dict[Any, tuple[Any, dict[str, Any], str]] = {}
-    for kernel, arguments, call in _launches(target, every):
-        source, options = _source(kernel, arguments)
-        found.setdefault((source.hash(), *sorted(options.items())), (kernel, arguments, call))
+def distinct(launches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The launches, tuples of kernel, arguments and anything, that are compiled differently, each once."""
+    found: dict[Any, tuple[Any, ...]] = {}
+    for entry in launches:
+        source, options = specialised(*entry[:2])
+        found.setdefault((source.hash(), *sorted(options.items())), entry)
     return list(found.values())
 
 
@@ -148,11 +180,11 @@ def _machine_code(compiled: Any) -> tuple[str, int]:
 
 
 def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, Any]:
-    (backend, architecture), warp, shared_limit = TARGETS[target]
+    gpu, _, shared_limit = TARGETS[target]
     name = kernel.fn.__name__
-    source, options = _source(kernel, arguments)
+    source, options = specialised(kernel, arguments)
     try:
-        compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
+        compiled = triton.compile(source, target=gpu, options=options)
     except Exception as error:  # a compiler crash is a finding, not a failure of this program
         text = str(error).strip().splitlines()
         return {
@@ -173,7 +205,7 @@ def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, A
     }
     epilogue = machine_code.epilogue(code)
     if epilogue is not None:
-        threads = compiled.metadata.num_warps * warp
+        threads = compiled.metadata.num_warps * gpu.warp_size
         row["epilogue_per_element"] = round(epilogue * threads / (arguments["BLOCK_N"] * arguments["BLOCK_C"]), 1)
     problems = []
     if row["shared_bytes"] > shared_limit:
@@ -185,10 +217,12 @@ def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, A
         problems.append(f"{fp64} fp64 instructions")
     if residues := machine_code.rounding_residues(compiled.asm.get("ptx", "")):
         problems.append(f"{len(residues)} differences of a product and itself are fused: {residues[0]}")
+    if narrow := machine_code.narrow_strides(compiled.asm.get("ttir", "")):
+        problems.append(f"{len(narrow)} strides are multiplied in 32 bits: {narrow[0]}")
     if row["spills_in_products"]:
         problems.append(f"{row['spills_in_products']} spills in the loop of a product")
     # AMD's matrix cores have fp32 products, NVIDIA's have none of that precision
-    exact = arguments.get("PRECISION") == "ieee" and backend == "cuda"
+    exact = arguments.get("PRECISION") == "ieee" and gpu.backend == "cuda"
     if "BLOCK_K" in arguments and not exact and not row["tensor_core_instructions"]:
         problems.append("no tensor-core instruction")
     row["problem"] = "; ".join(problems) or None
@@ -202,7 +236,7 @@ def variant(arguments: dict[str, Any], call: str) -> str:
 
 def _part(task: tuple[str, bool, int, int]) -> list[tuple[int, dict[str, Any]]]:
     target, every, first, step = task
-    found = list(enumerate(_distinct(target, every)))[first::step]
+    found = list(enumerate(distinct(_launches(target, every))))[first::step]
     return [
         (at, {**_compile(kernel, given, target), "variant": variant(given, call)})
         for at, (kernel, given, call) in found

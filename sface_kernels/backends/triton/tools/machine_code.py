@@ -1,7 +1,7 @@
 """Disassembled kernels as a graph of instructions: their loops, what stands in them, how long the epilogue is.
 
-Reads cuobjdump's listing of NVIDIA machine code and the AMD compiler's assembly, and PTX for one fault that is easier
-to see there. Imports neither torch nor Triton.
+Reads cuobjdump's listing of NVIDIA machine code and the AMD compiler's assembly, and for two faults that are easier to
+see there PTX and Triton's own IR. Imports neither torch nor Triton.
 """
 
 from __future__ import annotations
@@ -199,3 +199,13 @@ def rounding_residues(ptx: str) -> list[str]:
             if signs == 1 and products.get(addend) == tuple(sorted((first, second))):
                 found.append(text)
     return found
+
+
+def narrow_strides(ttir: str) -> list[str]:
+    """The lines of Triton's IR that compute with a stride argument in 32 bits.
+
+    Every offset must be 64 bits wide before it meets a stride: column 3 of a transposed weight of 2³⁰ classes lies past
+    2³¹. Triton before 3.6 does not name arguments there, and nothing is found.
+    """
+    uses = [line for line in ttir.splitlines() if re.search(r"%\w+_stride_\w+", line) and "tt.func" not in line]
+    return [line.strip() for line in uses if not re.search(r"= arith\.extsi %\w+_stride_\w+ : i32 to i64", line)]

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .... import ops
 from ....types import HyperParameters
 from .. import tiles
+from ..device import gpu_of
 
 # The kernels whose tiles matter to each way of a call. overflow_samples runs only where lists overflow.
 WAYS = {
@@ -40,7 +40,7 @@ Measure = Callable[[Overrides], float | None]
 
 def neighbours(tile: tiles.Tile) -> Iterator[tiles.Tile]:
     """Tiles with one field changed that every kernel can take: no block is larger than what buffers are padded to."""
-    largest = ops.TRITON_ROWS
+    largest = tiles.GRANULE
     for name, least, most in (("block_n", 16, largest), ("block_c", 32, largest), ("block_k", 16, largest)):
         for value in (getattr(tile, name) // 2, getattr(tile, name) * 2):
             if least <= value <= most:
@@ -99,13 +99,13 @@ class Step:
 
     def run(self) -> list[Tensor]:
         """Row losses, ∂x and ∂w."""
-        from .. import launch_backward, launch_forward
-
-        row_loss, _, _, grad_x, saved = launch_forward.forward(
-            self.x, self.w, self.target, self.hp, True, True, self.dense
+        multiprocessors = gpu_of(self.x.device).multiprocessors
+        operands = (self.x, self.w, self.target)
+        row_loss, _, _, row_grad_x, *saved = torch.ops.sface.triton_forward(
+            *operands, *self.hp, True, True, self.dense, multiprocessors
         )
-        grad_w = launch_backward.grad_weight(self.x, self.w, self.target, self.upstream, self.hp, self.dense, saved)
-        return [row_loss, grad_x, grad_w]
+        grad_w = torch.ops.sface.triton_grad_weight(*operands, self.upstream, *self.hp, self.dense, *saved)
+        return [row_loss, row_grad_x, grad_w]
 
     def measure(self, overrides: Overrides) -> float | None:
         before = os.environ.get("SFACE_TILES")

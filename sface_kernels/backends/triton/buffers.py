@@ -1,0 +1,142 @@
+"""The Triton backend's operators, and every buffer that they return: schemas, fakes, sizes, one `allocate`.
+
+Torch only: the operators can be traced where there is no Triton and no GPU. What implements them is registered by the
+package itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...types import Forward, HyperParameters
+from .device import fresh
+from .tiles import GRANULE
+
+# Sizes follow from the shapes and the GPU's number of multiprocessors, an argument, so that fakes know them.
+LIST_BYTES = 42 << 20  # of lists, plus what the memory bound grants for C and N·D
+SLOT_BYTES = 16  # class, weight, cosine, and in the backward a link
+PARTIAL_BYTES = 16 << 20  # of partial sums of ∂x
+CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: it stays in the L2 cache
+FLAGS = 2  # [0]: a row of w is not finite, [1]: a list overflowed
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward.
+
+    In a call by dense products the lists are empty, but of the same shapes, in one element of memory (stride 0):
+    activation checkpointing compares shapes, and its recomputation may go the other way than the first forward.
+    """
+
+    norm: Tensor  # [padded N]
+    inv_norm: Tensor  # [C]
+    overflowed: Tensor  # [padded N] int32, 1 where the sample's list was too small; everywhere in a dense call
+    flags: Tensor  # [FLAGS] int32
+    target_weight: Tensor  # [N], −p_i / s
+    cos_target: Tensor  # [N]
+    list_counts: Tensor  # [stripes, padded N] int32
+    list_classes: Tensor  # [padded N, stripes, capacity] int32
+    list_weight: Tensor  # the same shape, 0 where the entry is not active
+    list_cos: Tensor  # the same shape
+
+
+_HYPER = ", ".join(f"float {name}" for name in HyperParameters._fields)
+_SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
+ops.define(
+    f"triton_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, bool dense,"
+    f" int multiprocessors) -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, {_SAVED})"
+)
+ops.define(
+    f"triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, bool dense, {_SAVED}) -> Tensor"
+)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Triton's takes microseconds."""
+    return -(-a // b)
+
+
+def padded(rows: int) -> int:
+    return cdiv(rows, GRANULE) * GRANULE
+
+
+def shares(blocks: int, most: int, multiprocessors: int) -> int:
+    """Into how many shares, at most `most`, to cut the work of each of `blocks` so that a GPU is busy to the end.
+
+    The kernels concerned leave room for one program a multiprocessor: as many programs as fit at once, or, where that
+    could leave more than a tenth of a GPU idle, four times as many.
+    """
+    waves = 1 if 10 * blocks <= multiprocessors else 4
+    return max(1, min(waves * multiprocessors // max(1, blocks), most))
+
+
+def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple[int, int]:
+    """(stripes, capacity): each sample's list has that many parts, of that many candidates each."""
+    tiles = cdiv(classes, GRANULE)
+    # a chunk holds a tile of every stripe
+    in_chunk = max(1, CHUNK_BYTES // (2 * GRANULE * (features + GRANULE - 1)))
+    stripes = shares(padded(rows) // GRANULE, min(tiles, in_chunk), multiprocessors)
+    granted = LIST_BYTES + 12 * classes + 4 * rows * features
+    capacity = granted // SLOT_BYTES // (max(GRANULE, padded(rows)) * stripes)
+    return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE))
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return fresh(torch.empty(shape, dtype=dtype, device=device))
+
+
+def allocate(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: bool, multiprocessors: int) -> Forward:
+    """Everything that the forward returns, without contents; `saved` is a `Saved`."""
+    (n, d), c = x.shape, w.shape[0]
+    stripes, capacity = lists(n, c, d, multiprocessors)
+    rows = padded(n)
+    slots = (rows, stripes, capacity)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return empty(shape, dtype, x.device)
+
+    def listed(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if dense and n > 0:
+            return torch.empty_strided(shape, [0] * len(shape), dtype=dtype, device=x.device)
+        return new(*shape, dtype=dtype)
+
+    saved = Saved(
+        norm=new(rows),
+        inv_norm=new(c),
+        overflowed=new(rows, dtype=torch.int32),
+        flags=new(FLAGS, dtype=torch.int32),
+        target_weight=new(n),
+        cos_target=new(n),
+        list_counts=listed(stripes, rows, dtype=torch.int32),
+        list_classes=listed(*slots, dtype=torch.int32),
+        list_weight=listed(*slots) if need_grad_w else new(0, stripes, capacity),
+        list_cos=listed(*slots) if need_grad_w else new(0, stripes, capacity),
+    )
+    return Forward(
+        row_loss=new(n),
+        row_stats=new(6, n),
+        counts=new(2, dtype=torch.int64),
+        row_grad_x=new(n if need_grad_x else 0, d),
+        saved=saved,
+    )
+
+
+def went_dense(saved: Saved) -> bool:
+    """Whether a forward went by dense products. False where its lists have been copied, which is right too but slow."""
+    return saved.list_counts.stride() == (0, 0)
+
+
+@ops.fake("triton_forward")
+def _(  # type: ignore[no-untyped-def]
+    x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense, multiprocessors
+) -> tuple[Tensor, ...]:
+    made = allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors)
+    return (*made[:4], *made.saved)
+
+
+@ops.fake("triton_grad_weight")
+def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved) -> Tensor:  # type: ignore[no-untyped-def]
+    return torch.empty(w.shape, dtype=w.dtype, device=w.device)

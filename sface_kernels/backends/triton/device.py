@@ -1,0 +1,82 @@
+"""Which GPU a tensor is on, or passes for: the seam that the interpreter, the recorder and an emulator share.
+
+Torch only, so that it can be asked before Triton is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import tiles
+
+# An H100's or H200's; for tensors that are on no GPU.
+MULTIPROCESSORS = 132
+
+
+class Gpu(NamedTuple):
+    """What the launches depend on."""
+
+    family: str  # a row of the tables in `tiles`
+    multiprocessors: int
+
+
+class Pretence(NamedTuple):
+    """What `pretend` was given."""
+
+    gpu: Gpu
+    run: Callable[[Any, tuple[int, ...], dict[str, Any]], None] | None
+    allocated: Callable[[Tensor], Tensor] | None
+
+
+_pretence: Pretence | None = None
+
+
+def pretence() -> Pretence | None:
+    """That of the `pretend` block around this, if any."""
+    return _pretence
+
+
+@contextlib.contextmanager
+def pretend(
+    capability: tuple[int, int] | None,
+    hip: str | None = None,
+    *,
+    multiprocessors: int = MULTIPROCESSORS,
+    run: Callable[[Any, tuple[int, ...], dict[str, Any]], None] | None = None,
+    allocated: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[None]:
+    """Tensors on a CPU (or on the meta device) pass for those of a GPU of this capability inside the block.
+
+    Args:
+        capability: of CUDA, such as (9, 0); None for what the interpreter takes.
+        hip: the version of HIP for an AMD GPU, whose `capability` is not looked at.
+        multiprocessors: how many that GPU has.
+        run: called with kernel, grid and arguments instead of launching.
+        allocated: called with every buffer that is made for a launch, returns the buffer to use.
+    """
+    global _pretence
+    before = _pretence
+    _pretence = Pretence(Gpu(tiles.family(capability, hip), multiprocessors), run, allocated)
+    try:
+        yield
+    finally:
+        _pretence = before
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    if _pretence is not None:
+        return _pretence.gpu
+    if device.type != "cuda":
+        return Gpu(tiles.family(None, None), MULTIPROCESSORS)
+    family = tiles.family(torch.cuda.get_device_capability(device), torch.version.hip)
+    return Gpu(family, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def fresh(buffer: Tensor) -> Tensor:
+    """A new buffer as a launch gets it."""
+    return buffer if _pretence is None or _pretence.allocated is None else _pretence.allocated(buffer)

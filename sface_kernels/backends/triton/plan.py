@@ -1,0 +1,148 @@
+"""Which way a call goes: by lists of candidates or by dense products, and what the screen takes for a candidate.
+
+Two things decide. `make_rules` says from the hyper-parameters whether there is anything to screen for. Where there is,
+an earlier call's counts say whether lists pay: they are copied to the host without waiting and looked at when they have
+arrived, some steps later; until then a call goes as the one before. Either way gives the same results up to the
+rounding of dense products. Where that must not vary from run to run (`torch.use_deterministic_algorithms`), or nothing
+is known (a function is compiled), calls go by lists, whose overflow the device handles. A CUDA graph keeps the way that
+the call before its capture took. Imports no Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ...types import HyperParameters
+
+CANDIDATE_SHARE = 1 / 1024  # the cheap form of the weight below the threshold is accurate to here
+# Share of active pairs at which dense products are taken to beat lists. Computed for an H200 from operation and byte
+# counts, not measured (docs/kernels.md).
+DENSE_SHARE = 2.5e-3
+# Dense calls after the first call in a row whose lists overflowed; then lists are tried again. Each further one doubles
+# it: lists that never suffice are tried ever more rarely, and where they suffice again they are soon back.
+FIRST_PAUSE = 16
+KINDS = 64  # of calls whose counts are watched; there is room for so many, and further kinds go by lists
+
+
+class Rules(NamedTuple):
+    """How the screen decides; derived from the hyper-parameters and D."""
+
+    screens: bool  # False: every pair may be active, there is nothing to screen for
+    threshold: float  # candidates have at least this screened cosine
+    cheap: bool  # inter_weight_below is accurate for every pair below the threshold
+
+
+def make_rules(hp: HyperParameters, features: int) -> Rules:
+    """The threshold on the screened cosine that misses no active pair (docs/math.md §3)."""
+    share = min(hp.filter_eps, CANDIDATE_SHARE)
+    if share <= 0:
+        return Rules(False, -2.0, False)
+    angle = hp.b + math.log((1 - share) / share) / hp.k_inter
+    # rounding a unit row to fp16 moves it by at most 2⁻¹¹ of its length and half a subnormal step per feature
+    moved = 2.0**-11 + 2.0**-25 * math.sqrt(features)
+    # fp32 sums that tensor cores may truncate, and the fp32 norms on both sides
+    bound = 2 * moved + moved * moved + 4e-6 + features * 2.0**-22
+    threshold = math.cos(max(angle, 0.0)) - bound if angle < math.pi else -2.0
+    far_exponent = hp.k_inter * (math.acos(-0.5) - hp.b) / math.log(2)
+    return Rules(threshold > -1, threshold, threshold + 2 * bound <= 0.26 and far_exponent > 60)
+
+
+NOT_YET = -1  # in the host's copy of the counts: no copy has arrived
+
+
+class Watch:
+    """The counts of calls of one kind: what the last to arrive said, and the one under way."""
+
+    def __init__(self, host: Tensor):
+        self.host = host  # [2] int64: active pairs, pairs computed by dense products
+        self.dense = False  # the way of the last call
+        self.many = False  # whether the last count that arrived was past DENSE_SHARE
+        self.pause = 0  # dense calls from one try of lists to the next; 0 while lists suffice
+        self.left = 0  # of these
+        self.under_way = False
+        self.pairs = 0  # of the call whose counts are under way
+        self.by_lists = True  # that call
+
+    def next_way(self) -> bool:
+        """True for dense products. While lists do not suffice one call tries them, the next wait for what it says."""
+        if self.under_way:
+            active, exact = self.host.tolist()
+            if active != NOT_YET and exact != NOT_YET:
+                self.under_way = False
+                self.many = active > DENSE_SHARE * self.pairs
+                if self.by_lists:
+                    self.pause = max(FIRST_PAUSE, 2 * self.pause) if exact else 0
+                    self.left = self.pause
+        pausing = self.pause > 0 and (self.left > 0 or self.under_way)
+        self.left = max(0, self.left - 1)
+        self.dense = self.many or pausing
+        return self.dense
+
+    def send(self, counts: Tensor, pairs: int, dense: bool) -> None:
+        if self.under_way:  # the buffer is still being written
+            return
+        self.host.fill_(NOT_YET)
+        # nobody waits for it and no event is recorded: asking an event would break another thread's capture of a graph
+        self.host.copy_(counts, non_blocking=True)
+        self.pairs, self.by_lists, self.under_way = pairs, not dense, True
+
+
+_watches: dict[tuple[object, ...], Watch] = {}
+_host: Tensor | None = None  # [KINDS, 2]
+
+
+def _host_counts() -> Tensor:
+    """Room for one more kind's counts, pinned, as a copy to other memory would wait.
+
+    Allocated once, by the first call of a process: an allocation would break another thread's capture of a CUDA graph,
+    as would the loading of kernels that comes with a first call.
+    """
+    global _host
+    if _host is None:
+        _host = torch.empty(KINDS, 2, dtype=torch.int64, pin_memory=True)
+    return _host[len(_watches)]
+
+
+def _varies(x: Tensor) -> bool:
+    """Whether the way of a call on `x` may follow an earlier call's counts."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or not x.is_cuda:
+        return False
+    return not torch.are_deterministic_algorithms_enabled()
+
+
+def _capturing(x: Tensor) -> bool:
+    with torch.cuda.device_of(x):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _kind(x: Tensor, w: Tensor, hp: HyperParameters) -> tuple[object, ...]:
+    # s, k, a and b may follow a schedule: a kind of its own for every value would never see its count arrive
+    return x.device, x.shape[1], w.shape[0], hp.filter_eps
+
+
+def goes_dense(x: Tensor, w: Tensor, hp: HyperParameters) -> bool:
+    """Whether the next call goes by dense products. Never waits."""
+    if not make_rules(hp, x.shape[1]).screens:
+        return True
+    watch = _watches.get(_kind(x, w, hp)) if _varies(x) else None
+    if watch is None:
+        return False
+    return watch.dense if _capturing(x) else watch.next_way()
+
+
+def learn(counts: Tensor, x: Tensor, w: Tensor, hp: HyperParameters, dense: bool) -> None:
+    """Sends the counts of a call, `[2]` on its device, on their way to the host."""
+    if not _varies(x) or _capturing(x) or not make_rules(hp, x.shape[1]).screens:
+        return
+    kind = _kind(x, w, hp)
+    if kind not in _watches:
+        if len(_watches) == KINDS:
+            return
+        _watches[kind] = Watch(_host_counts())
+    with torch.cuda.device_of(x):
+        _watches[kind].send(counts, x.shape[0] * w.shape[0], dense)

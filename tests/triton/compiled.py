@@ -1,0 +1,75 @@
+"""A pytest plugin: the Triton backend's kernels as compiled PTX, executed on the CPU by the emulator ptxemu.
+
+    SFACE_PTX=sm_90 python -m pytest -p tests.triton.compiled tests/triton/test_triton.py -k triton
+
+The emulator is a folder of its own, at $PTXEMU, else ../shared/ptxemu beside this repository; without it every test is
+skipped. Triton compiles as for the GPU that SFACE_PTX names, and tensors on the CPU pass for its own. A test also fails
+where the emulator finds a fault: an access out of bounds, a race, a result that depends on bytes nobody wrote.
+SFACE_PTX_FUSION=0 compiles without the fusion of products and sums; PTXEMU_NOISE=1 lets approximate divisions, square
+roots and exponentials be off by an ulp.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(os.environ.get("PTXEMU", ROOT.parent / "shared" / "ptxemu"))
+GPU = os.environ.get("SFACE_PTX", "sm_90")
+MISSING = None if (FOLDER / "emulator.py").exists() else f"no PTX emulator at {FOLDER} (PTXEMU names its folder)"
+emulator: Any = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module is imported: the kernels' decorators must not see the interpreter."""
+    global emulator
+    if MISSING:
+        return
+    os.environ.setdefault("PTXEMU_CACHE", str(ROOT / "build" / "ptxemu"))
+    sys.path.append(str(FOLDER))
+    emulator = importlib.import_module("emulator").install(GPU)
+    emulator.options.noise_ulps = int(os.environ.get("PTXEMU_NOISE", "0"))
+    from sface_kernels.backends.triton import device, launch
+
+    launch.COMPILE_OPTIONS["enable_fp_fusion"] = os.environ.get("SFACE_PTX_FUSION") != "0"
+    capability = int(GPU[3:-1]), int(GPU[-1])
+    pretence = device.pretend(capability, allocated=_undefined)
+    pretence.__enter__()
+    config.add_cleanup(lambda: pretence.__exit__(None, None, None))
+
+
+def _undefined(buffer: torch.Tensor) -> torch.Tensor:
+    return buffer if isinstance(buffer, FakeTensor) or buffer.is_meta else emulator.undefined(buffer)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if MISSING:
+        pytest.skip(MISSING)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    emulator.findings.clear()
+    try:
+        result = yield
+        errors = [str(finding) for finding in emulator.findings if finding.is_error]
+        assert not errors, "\n".join(errors[:20])
+        return result
+    finally:
+        emulator.forget()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if emulator is not None:
+        kernels = sum(map(len, emulator.variants.values()))
+        terminalreporter.write_line(
+            f"{GPU}: {sum(emulator.launches.values())} launches of {kernels} compiled kernels, {emulator.seconds:.0f} s in the emulator"
+        )

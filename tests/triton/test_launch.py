@@ -1,0 +1,245 @@
+"""The host side of the Triton backend: which GPU, which tiles, which arguments, how many compiled variants.
+
+Launches are recorded, not made; what only a GPU has is stood in for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+
+import pytest
+import torch
+
+from sface_kernels.backends import triton as backend
+from sface_kernels.backends.triton import buffers, device, tiles
+from sface_kernels.types import HyperParameters, Request
+from tests.support.cases import BACKENDS, bf16, f32
+
+FAST = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 2.0**-16)
+CUDA = Request(torch.device("cuda"), f32, f32)
+needs_triton = pytest.mark.skipif(backend.TRITON_VERSION is None, reason="Triton is not installed")
+compiles = pytest.mark.skipif(
+    backend.TRITON_VERSION is None or os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled here"
+)
+
+
+class TestTiles:
+    @pytest.mark.parametrize(
+        "text", ["{", "[]", '{"scren": {}}', '{"screen": {"block": 1}}', '{"screen": {"warps": "8"}}', '{"screen": {"warps": 0}}', '{"screen": {"block_c": 256}}']
+    )  # fmt: skip
+    def test_a_wrong_override_says_what_was_expected(self, monkeypatch, text):
+        monkeypatch.setenv("SFACE_TILES", text)
+        with pytest.raises(ValueError, match="SFACE_TILES: expected a JSON object"):
+            tiles.tile("screen", "sm_90", "half")
+
+    def test_an_override_reaches_the_tile(self, monkeypatch):
+        monkeypatch.setenv("SFACE_TILES", '{"screen": {"warps": 4}}')
+        assert tiles.tile("screen", "sm_90", "half") == tiles.SCREEN["sm_90"]._replace(warps=4)
+
+    @pytest.mark.parametrize("family", tiles.FAMILIES)
+    @pytest.mark.parametrize("kernel", tiles.TABLES)
+    @pytest.mark.parametrize("precision", ["half", "tf32x3"])
+    def test_every_block_divides_what_buffers_are_padded_to(self, kernel, family, precision):
+        t = tiles.tile(kernel, family, precision)
+        assert all(tiles.GRANULE % block == 0 and block >= 16 for block in t[:3]), t
+
+
+class TestAvailability:
+    def test_a_gpu_that_cannot_takes_chunked_and_says_so_once(self, monkeypatch, recwarn):
+        from sface_kernels import dispatch
+
+        entry = BACKENDS["triton"]._replace(unavailable=lambda *_: "it is made of cheese")
+        monkeypatch.setitem(dispatch.BACKENDS, "triton", entry)
+        for _ in range(2):
+            assert dispatch.select("auto", CUDA) == "chunked"
+        said = [str(w.message) for w in recwarn if "cheese" in str(w.message)]
+        assert len(said) == 1 and "'chunked' runs on cuda, as 'triton' cannot" in said[0]
+
+    @pytest.mark.parametrize(
+        "version, capability, reason",
+        [((3, 3), (9, 0), "needs Triton ≥ 3.4, found 3.3"), ((3, 6), (7, 5), "compute capability ≥ 8.0"), (None, (9, 0), "not installed")],
+    )  # fmt: skip
+    def test_too_old(self, monkeypatch, version, capability, reason):
+        monkeypatch.setattr(device, "_pretence", None)
+        monkeypatch.setattr(backend, "TRITON_VERSION", version)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        assert reason in backend.unavailable(CUDA)
+
+    @needs_triton
+    def test_a_call_does_not_look_the_version_up(self, monkeypatch):
+        """It takes a third of a millisecond."""
+        looked: list[str] = []
+        monkeypatch.setattr(importlib.metadata, "version", looked.append)
+        backend.unavailable(Request(torch.device("cpu"), f32, f32))
+        with device.pretend((9, 0)):
+            assert backend.unavailable(CUDA) is None
+        assert not looked
+
+    @needs_triton
+    def test_pretending(self):
+        """On a CPU, tensors pass for those of a GPU inside the block only; blocks nest."""
+        cpu = Request(torch.device("cpu"), f32, f32)
+        outside = backend.unavailable(cpu), device.gpu_of(cpu.device)
+        with device.pretend((8, 0), multiprocessors=108):
+            assert backend.unavailable(cpu) is None and device.gpu_of(cpu.device) == ("sm_80", 108)
+            with device.pretend(None, hip="6.4"):
+                assert device.gpu_of(cpu.device).family == "gfx942"
+            assert device.gpu_of(cpu.device).family == "sm_80"
+        assert (backend.unavailable(cpu), device.gpu_of(cpu.device)) == outside
+
+    def test_a_real_gpu_is_asked(self, monkeypatch):
+        monkeypatch.setattr(device, "_pretence", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        properties = dataclasses.make_dataclass("Properties", ["multi_processor_count"])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties(108))
+        assert device.gpu_of(torch.device("cuda")) == ("sm_80", 108)
+
+
+class TestPrecision:
+    """PyTorch has two switches for TF32, and asking the older one raises where the newer was set."""
+
+    @pytest.fixture(autouse=True)
+    def _restored(self):
+        backends = torch.backends
+        holders = backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv
+        before = [holder.fp32_precision for holder in holders]
+        yield
+        for holder, value in zip(holders, before, strict=True):
+            holder.fp32_precision = value
+
+    @pytest.mark.parametrize(
+        "switch, value, expected",
+        [
+            (None, None, "tf32x3"),
+            ("cuda.matmul", "tf32", "tf32"),
+            ("cuda.matmul", "ieee", "tf32x3"),
+            ("", "tf32", "tf32"),
+            ("cudnn", "tf32", "tf32"),  # which is the switch of all of CUDA
+            ("cudnn.conv", "tf32", "tf32x3"),
+        ],
+    )
+    @needs_triton
+    def test_newer_switch(self, switch, value, expected):
+        from sface_kernels.backends.triton.launch import precision
+
+        if switch is not None:
+            holder = torch.backends
+            for name in filter(None, switch.split(".")):
+                holder = getattr(holder, name)
+            holder.fp32_precision = value
+        assert precision(f32, "sm_90") == expected
+        assert precision(f32, "gfx942") == "ieee" and precision(bf16, "sm_90") == "half"
+
+    @pytest.mark.parametrize("value, expected", [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")])
+    @needs_triton
+    def test_older_switch(self, value, expected):
+        from sface_kernels.backends.triton.launch import precision
+
+        torch.set_float32_matmul_precision(value)
+        try:
+            assert precision(f32, "sm_90") == expected
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("multiprocessors", [108, 132, 148, 188])
+@pytest.mark.parametrize("samples", [1, 128, 512, 1024, 2048, 20_480, 100_000])
+def test_a_gpu_is_busy_to_the_end(samples, multiprocessors):
+    """Programs that run at the same time, one a multiprocessor, in whole rounds: at most a fifth of them is idle."""
+    blocks = -(-samples // tiles.GRANULE)
+    stripes, _ = buffers.lists(samples, 1_000_000, 512, multiprocessors)
+    programs = blocks * stripes
+    rounds = -(-programs // multiprocessors)
+    assert programs / (rounds * multiprocessors) > 0.8, (blocks, stripes)
+
+
+@needs_triton
+class TestLaunches:
+    def launches(self, shape, dense, target="sm_90", dtype=bf16):
+        from sface_kernels.backends.triton.tools import compile_report
+
+        hp = FAST._replace(filter_eps=0.0) if dense else FAST
+        return compile_report.recorded(target, shape, dtype, f32, hp, dense)
+
+    @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
+    def test_every_launch_says_that_sums_and_products_fuse(self, dense):
+        """Triton means to change its default."""
+        found = self.launches((100, 1009, 100), dense)
+        assert len(found) > 7 and all(arguments["enable_fp_fusion"] is True for _, arguments in found)
+
+    @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
+    def test_nothing_is_worked_out_again_for_every_chunk(self, monkeypatch, dense):
+        """At a million classes a call has hundreds of launches, which the host must make faster than the GPU runs them."""
+        asked = []
+        tile = tiles.tile
+
+        def counted(*key):
+            asked.append(key)
+            return tile(*key)
+
+        monkeypatch.setattr(tiles, "tile", counted)
+        counts = []
+        for classes in (20_000, 1_000_000):
+            asked.clear()
+            launches = len(self.launches((1024, classes, 512), dense))
+            counts.append((launches, len(asked)))
+        (few, asked_few), (many, asked_many) = counts
+        assert many > 3 * few and asked_many == asked_few < 30
+
+    @compiles
+    @pytest.mark.parametrize("dtype", [bf16, f32], ids=["bf16", "fp32"])
+    @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
+    def test_batch_sizes_share_their_kernels(self, dense, dtype):
+        """The last batch of an epoch, a validation batch, gradient accumulation: no stall to compile."""
+        from sface_kernels.backends.triton.tools import compile_report
+
+        sizes = [
+            1,
+            2,
+            15,
+            16,
+            17,
+            31,
+            32,
+            33,
+            64,
+            65,
+            100,
+            127,
+            128,
+            129,
+            200,
+            256,
+            257,
+            300,
+            384,
+            385,
+            448,
+            500,
+            511,
+            512,
+        ]
+        variants = [entry for n in sizes for entry in self.launches((n, 85_742, 512), dense, dtype=dtype)]
+        assert len(compile_report.distinct(variants)) <= 10
+
+    @compiles
+    def test_no_stride_is_multiplied_in_32_bits(self):
+        """Strides of a transposed weight, which are constants of a contiguous one."""
+        import triton
+
+        from sface_kernels.backends.triton.tools import compile_report, machine_code
+
+        seen = 0
+        for dense in (False, True):
+            for kernel, arguments in compile_report.distinct(self.launches((100, 1009, 100), dense)):
+                odd = {name: 3 + 2 * at for at, name in enumerate(arguments) if "_stride_" in name}
+                if not odd:
+                    continue
+                source, options = compile_report.specialised(kernel, {**arguments, **odd})
+                compiled = triton.compile(source, target=compile_report.TARGETS["sm_90"].gpu, options=options)
+                seen += compiled.asm["ttir"].count("_stride_")
+                assert not machine_code.narrow_strides(compiled.asm["ttir"]), kernel
+        assert seen > 20 or backend.TRITON_VERSION < (3, 6)

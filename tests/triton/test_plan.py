@@ -1,0 +1,203 @@
+"""Which way a call goes: the threshold of the screen, and what an earlier call's counts decide. No kernel runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sface_kernels.backends import triton as backend
+from sface_kernels.backends.triton import device, plan
+from sface_kernels.backends.triton.plan import FIRST_PAUSE, NOT_YET, make_rules
+from sface_kernels.types import HyperParameters
+
+FAST = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 2.0**-16)
+EXACT = FAST._replace(filter_eps=0.0)
+
+
+class TestRules:
+    """The threshold of the screen, against what rounding to fp16 can do at worst."""
+
+    @pytest.mark.parametrize("d", [2, 16, 128, 512, 4096])
+    def test_the_bound_holds_for_adversarial_rows(self, d):
+        """Rows whose every component is rounded the same way, by all but half a unit in the last place."""
+        g = torch.Generator().manual_seed(d)
+        for _ in range(20):
+            x = torch.randn(d, generator=g, dtype=torch.float64).abs().float().half().double()
+            x = x + 0.499 * (torch.nextafter(x.half(), torch.tensor(torch.inf).half()).double() - x)
+            unit = x / x.norm()
+            screened = unit.half().double() @ unit.half().double()
+            true_threshold = math.cos(1.23 + math.log(2.0**16 - 1) / 80.0)
+            assert abs(float(screened) - 1) < true_threshold - make_rules(FAST, d).threshold
+
+    def test_nothing_to_screen_for(self):
+        assert not make_rules(EXACT, 512).screens
+        assert not make_rules(FAST._replace(k_inter=2.0), 512).screens
+
+
+class Host:
+    """Host memory that a copy reaches when the test says so."""
+
+    def __init__(self):
+        self.values, self.coming = [0, 0], None
+
+    def fill_(self, value):
+        self.values = [value, value]
+
+    def copy_(self, counts, non_blocking):
+        assert non_blocking, "a copy that waits"
+        self.coming = counts.tolist()
+
+    def tolist(self):
+        return self.values
+
+
+class TestWatch:
+    """The choice by an earlier count."""
+
+    @pytest.fixture(autouse=True)
+    def _without_a_gpu(self, monkeypatch):
+        self.hosts, self.captured = [], False
+        monkeypatch.setattr(plan, "_watches", {})
+        monkeypatch.setattr(plan, "_varies", lambda x: True)
+        monkeypatch.setattr(plan, "_capturing", lambda x: self.captured)
+        monkeypatch.setattr(plan, "_host_counts", self._host)
+        self.x, self.w = torch.empty(10, 4), torch.empty(1000, 4)  # 10,000 pairs, 25 of them are DENSE_SHARE
+
+    def _host(self):
+        self.hosts.append(Host())
+        return self.hosts[-1]
+
+    def _arrive(self):
+        for host in self.hosts:
+            if host.coming is not None:
+                host.values, host.coming = host.coming, None
+
+    def _step(self, active: int, overflowed: int = 0, arrive: bool = True) -> bool:
+        """A call, and that it ends before the next. Returns its way; `overflowed` samples if that is by lists."""
+        dense = plan.goes_dense(self.x, self.w, FAST)
+        exact = 10_000 if dense else overflowed * 1000
+        plan.learn(torch.tensor([active, exact]), self.x, self.w, FAST, dense)
+        if arrive:
+            self._arrive()
+        return dense
+
+    def test_it_does_not_wait(self):
+        assert not self._step(5000, arrive=False)
+        assert not self._step(5, arrive=False)  # not sent: the buffer is in use
+        self._arrive()
+        assert self._step(5)
+        assert not self._step(5)
+
+    def test_half_a_copy_has_not_arrived(self):
+        self._step(5000, arrive=False)
+        self.hosts[0].values = [5000, NOT_YET]
+        assert not plan.goes_dense(self.x, self.w, FAST)
+        self.hosts[0].values = [5000, 0]
+        assert plan.goes_dense(self.x, self.w, FAST)
+
+    def test_lists_that_always_overflow_are_given_up(self):
+        """Few pairs are active, and yet no list holds them: the slowest way there is, were it taken again and again."""
+        ways = [self._step(10, overflowed=10) for _ in range(2000)]
+        assert not ways[0] and ways[1]
+        tries = [at for at, dense in enumerate(ways) if not dense]
+        assert len(tries) <= 2 + math.log2(2000 / FIRST_PAUSE)
+        # a try is one call, even if its counts take a while
+        assert all(later - earlier > FIRST_PAUSE for earlier, later in itertools.pairwise(tries))
+
+    def test_one_try_at_a_time(self):
+        assert not self._step(10, overflowed=10)
+        while self._step(10, overflowed=10):
+            pass
+        # that was a try; its counts have arrived, so it pauses again, and the next try's do not come
+        while self._step(10, overflowed=10):
+            pass
+        self.hosts[0].values = [NOT_YET, NOT_YET]
+        plan._watches[next(iter(plan._watches))].under_way = True
+        assert all(self._step(10, overflowed=10, arrive=False) for _ in range(300))
+
+    def test_lists_come_back_where_they_suffice_again(self):
+        ways = [self._step(10, overflowed=10 if at < 100 else 0) for at in range(400)]
+        assert sum(ways[:100]) > 80
+        assert not any(ways[-100:])
+
+    def test_pairs_are_those_of_the_call_that_was_counted(self):
+        self._step(20)
+        assert not plan.goes_dense(self.x[:1], self.w, FAST)  # a last batch of one sample, 1000 pairs
+
+    def test_kinds_of_calls_do_not_mix(self):
+        self._step(5000)
+        assert not plan.goes_dense(self.x, self.w, FAST._replace(filter_eps=2.0**-8))
+        assert not plan.goes_dense(self.x, self.w[:500], FAST)
+        assert plan.goes_dense(self.x[:7], self.w, FAST)  # the last batch of an epoch is of the same kind
+        assert plan.goes_dense(self.x, self.w, FAST._replace(s=32.0, b=1.2))  # and so is the next step of a schedule
+
+    def test_a_capture_keeps_the_way_and_touches_nothing(self):
+        """What a graph fixes is the way of the step before; no memory is allocated and no copy is sent."""
+        self._step(5000)
+        assert self._step(5000)
+        before = self.hosts[0].values
+        self.captured = True
+        assert self._step(5, arrive=False)
+        assert self.hosts[0].values == before and self.hosts[0].coming is None
+        plan.learn(torch.tensor([5, 0]), self.x, self.w[:500], FAST, False)
+        assert len(self.hosts) == 1
+
+    def test_without_a_filter_nothing_is_watched(self):
+        assert plan.goes_dense(self.x, self.w, EXACT)
+        plan.learn(torch.tensor([10_000, 10_000]), self.x, self.w, EXACT, True)
+        assert not plan._watches
+
+    def test_no_event_and_one_allocation(self, monkeypatch):
+        """In another thread a graph may be captured, which neither survives."""
+
+        def forbidden(*_, **__):
+            raise AssertionError("an event")
+
+        made = []
+        monkeypatch.undo()
+        monkeypatch.setattr(plan, "_watches", {})
+        monkeypatch.setattr(plan, "_host", None)
+        monkeypatch.setattr(plan, "_varies", lambda x: True)
+        monkeypatch.setattr(plan, "_capturing", lambda x: False)
+        monkeypatch.setattr(torch.cuda, "Event", forbidden)
+        empty = torch.empty
+
+        def counted(*size, pin_memory, **kw):
+            made.append(size)
+            return empty(*size, **kw)
+
+        monkeypatch.setattr(plan.torch, "empty", counted)
+        weights = [empty(1000 + kind, 4) for kind in range(plan.KINDS + 3)]
+        for w in weights:
+            plan.learn(torch.tensor([5000, 0]), self.x, w, FAST, False)
+        assert len(made) == 1 and len(plan._watches) == plan.KINDS
+        assert [plan.goes_dense(self.x, w, FAST) for w in weights] == [True] * plan.KINDS + [False] * 3
+
+
+def test_the_way_follows_nothing_where_it_must_not_vary():
+    on_gpu = SimpleNamespace(is_cuda=True)
+    assert plan._varies(on_gpu) and not plan._varies(torch.empty(1))
+    with FakeTensorMode():
+        fake = torch.empty(3, 4, device="cuda")
+    assert fake.is_cuda and not plan._varies(fake)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert not plan._varies(on_gpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_call_on_fake_tensors_leaves_nothing_behind(monkeypatch):
+    """FakeTensorMode without a compiler: the next real call of that kind must not meet a fake count."""
+    monkeypatch.setattr(plan, "_watches", {})
+    with FakeTensorMode():
+        x, w = torch.empty(10, 4, device="cuda"), torch.empty(100, 4, device="cuda")
+        target = torch.empty(10, dtype=torch.int64, device="cuda")
+        with device.pretend((9, 0)):
+            result = backend.forward(x, w, target, FAST, True, True)
+        assert result.row_loss.shape == (10,) and not plan._watches
