@@ -30,6 +30,7 @@ _library.define(
     f"native_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, Tensor inv_norm,"
     " Tensor target_weight, Tensor arena, Tensor segments) -> Tensor"
 )
+_library.define("native_empty_gradient(Tensor w) -> Tensor")
 _library.define("native_instruction_sets() -> str[]")
 _library.define(
     "native_constants() -> (int classes_per_segment, int samples_per_group, int ignored, int invalid, float norm_eps,"
@@ -121,6 +122,11 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
 
 @torch.library.register_fake(f"{NAMESPACE}::native_grad_weight", lib=_library)
 def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_weight, arena, segments):
+    return torch.empty(w.shape, dtype=w.dtype, device=w.device)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::native_empty_gradient", lib=_library)
+def _(w):
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
