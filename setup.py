@@ -1,19 +1,21 @@
-"""Builds csrc/ into sface_kernels._C where there is a C++ compiler; without one the package installs without it."""
+"""Builds csrc/ into sface_kernels/_C.so where there is a C++ compiler; without one the package installs without it."""
 
 import os
 import platform
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:  # metadata is asked for before torch is installed, or torch is broken: the portable backend remains
     BuildExtension = CppExtension = None
 
-# GCC and Clang: the kernels use their vector types. at::parallel_for runs on one thread without -fopenmp.
-OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]
-FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", *OPENMP]
+# GCC and Clang: the kernels use their vector types.
+FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+# Of PyTorch's stable ABI, what 2.11 has: the library then loads under every version from there on.
+FLAGS.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
 
 
 def extensions() -> list:
@@ -27,13 +29,18 @@ def extensions() -> list:
             sources,
             depends=headers,
             extra_compile_args=FLAGS,
-            extra_link_args=OPENMP,
+            py_limited_api=True,  # links nothing of Python
             optional=True,
         )
     ]
 
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)} if BuildExtension else {},
-)
+class Wheel(bdist_wheel):
+    """One for every Python: the extension is a plain library."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+build_ext = {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)} if BuildExtension else {}
+setup(ext_modules=extensions(), cmdclass={"bdist_wheel": Wheel, **build_ext})

@@ -1,6 +1,6 @@
-// Registers the CPU implementations of the operators that sface_kernels/ops.py declares.
-#include <Python.h>
-#include <torch/library.h>
+// Registers the CPU implementations of the operators that sface_kernels/ops.py declares. This library is no Python
+// module: sface_kernels/backends/native.py loads it.
+#include <torch/csrc/stable/library.h>
 
 #include "cpu/ops.h"
 
@@ -18,20 +18,12 @@ std::tuple<int64_t, int64_t, int64_t, int64_t, double, double> native_constants(
 
 }  // namespace sface
 
-TORCH_LIBRARY_IMPL(sface, CPU, m) {
-  m.impl("native_forward", sface::native_forward);
-  m.impl("native_grad_weight", sface::native_grad_weight);
+STABLE_TORCH_LIBRARY_IMPL(sface, CPU, m) {
+  m.impl("native_forward", TORCH_BOX(&sface::native_forward));
+  m.impl("native_grad_weight", TORCH_BOX(&sface::native_grad_weight));
 }
 
-TORCH_LIBRARY_IMPL(sface, CompositeExplicitAutograd, m) {
-  m.impl("native_constants", sface::native_constants);
-  m.impl("native_instruction_sets", sface::native_instruction_sets);
-  m.impl("native_release_memory", sface::release_memory);
-}
-
-// Importing the module is what loads the library; it holds nothing else.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
+STABLE_TORCH_LIBRARY_IMPL(sface, CompositeExplicitAutograd, m) {
+  m.impl("native_constants", TORCH_BOX(&sface::native_constants));
+  m.impl("native_instruction_sets", TORCH_BOX(&sface::native_instruction_sets));
 }

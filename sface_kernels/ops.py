@@ -58,6 +58,7 @@ define(
     f"native_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, Tensor inv_norm,"
     " Tensor target_weight, Tensor arena, Tensor segments) -> Tensor"
 )
+define("native_empty_gradient(Tensor w) -> Tensor")
 define("native_instruction_sets() -> str[]")
 define(
     "native_constants() -> (int classes_per_segment, int samples_per_group, int ignored, int invalid, float norm_eps,"
@@ -144,6 +145,11 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
 
 @fake("native_grad_weight")
 def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_weight, arena, segments):  # type: ignore[no-untyped-def]
+    return torch.empty(w.shape, dtype=w.dtype, device=w.device)
+
+
+@fake("native_empty_gradient")
+def _(w):  # type: ignore[no-untyped-def]
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 

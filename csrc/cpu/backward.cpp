@@ -15,7 +15,7 @@ struct Upstream {
   bool poisoned = false;   // a NaN row is active with every class
 };
 
-Upstream read_upstream(const Problem& problem, const at::Tensor& grad_row, const at::Tensor& target_weight) {
+Upstream read_upstream(const Problem& problem, const Tensor& grad_row, const Tensor& target_weight) {
   Upstream up;
   up.u.resize(problem.n);
   up.own.resize(problem.n);
@@ -34,9 +34,9 @@ void check_segment(const Problem& problem, int64_t g, int64_t b, const Segment& 
   const int64_t begin = segment.begin, count = segment.count;
   const int64_t pairs = problem.group_count(g) * problem.block_rows(b);
   const int64_t size = count == kRecompute ? 0 : count == kDenseStored ? pairs : 2 * count;
-  TORCH_CHECK(count >= kRecompute && count <= pairs && begin >= 0 && begin <= words && size <= words - begin,
-              "segments: expected a part of an arena of ", words, " words, got ", begin, " and ", count,
-              " for samples ", g, " and classes ", b);
+  check(count >= kRecompute && count <= pairs && begin >= 0 && begin <= words && size <= words - begin,
+        "segments: expected a part of an arena of ", words, " words, got ", begin, " and ", count, " for samples ", g,
+        " and classes ", b);
 }
 
 // The sums Σ_i u_i g_ij x̂_i / s of one block, in work.raw; which rows have one, in `touched`.
@@ -73,8 +73,8 @@ class BlockSums {
   void add_pairs(const Group& group, int rows, const int32_t* words, int64_t count) {
     for (int64_t e = 0; e < count; ++e) {
       const int row = words[2 * e] >> 16, in_group = words[2 * e] & 0xffff;
-      TORCH_CHECK(row >= 0 && row < rows && in_group < group.count, "arena: expected a pair of ", rows, " classes and ",
-                  group.count, " samples, got ", row, " and ", in_group);
+      check(row >= 0 && row < rows && in_group < group.count, "arena: expected a pair of ", rows, " classes and ",
+            group.count, " samples, got ", row, " and ", in_group);
       const int64_t sample = group.first + in_group;
       float weight;
       std::memcpy(&weight, words + 2 * e + 1, sizeof(weight));
@@ -167,21 +167,20 @@ void write_block(const Call& call, int64_t b, const BlockSums& sums, const float
 
 }  // namespace
 
-at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
-                              const at::Tensor& grad_row, double s, double k_intra, double k_inter, double a, double b,
-                              double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_weight,
-                              const at::Tensor& arena, const at::Tensor& segments) {
+Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, double s,
+                          double k_intra, double k_inter, double a, double b, double filter_eps, const Tensor& inv_norm,
+                          const Tensor& target_weight, const Tensor& arena, const Tensor& segments) {
   const Problem problem(x, w, target);
-  check_tensor("grad_row", grad_row, at::kFloat, {problem.n});
-  check_tensor("inv_norm", inv_norm, at::kFloat, {problem.c});
-  check_tensor("target_weight", target_weight, at::kFloat, {problem.n});
-  check_tensor("arena", arena, at::kInt, {arena.numel()});
-  check_tensor("segments", segments, at::kLong, {2 * problem.groups * problem.blocks});
+  check_tensor("grad_row", grad_row, ScalarType::Float, {problem.n});
+  check_tensor("inv_norm", inv_norm, ScalarType::Float, {problem.c});
+  check_tensor("target_weight", target_weight, ScalarType::Float, {problem.n});
+  check_tensor("arena", arena, ScalarType::Int, {arena.numel()});
+  check_tensor("segments", segments, ScalarType::Long, {2 * problem.groups * problem.blocks});
   const Kernels& kernels = sface::kernels();
   const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
   const Upstream up = read_upstream(problem, grad_row, target_weight);
-  at::Tensor grad = empty_gradient(problem.c, problem.d, w.scalar_type());
-  if (up.poisoned) return grad.fill_(std::numeric_limits<double>::quiet_NaN());
+  Tensor grad = empty_gradient(w);
+  if (up.poisoned) return torch::stable::fill_(grad, std::numeric_limits<double>::quiet_NaN());
 
   const Segment* records = reinterpret_cast<const Segment*>(segments.const_data_ptr<int64_t>());
   const int32_t* words = arena.const_data_ptr<int32_t>();
@@ -203,6 +202,7 @@ at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at
 
   constexpr int64_t kBlocksPerTask = 16;
   const int64_t tasks = ceil_div(problem.blocks, kBlocksPerTask);
+  void* const out = grad.mutable_data_ptr();
   for_each_worker(tasks, [&](auto next_task) {
     Workspace work = make_workspace(problem, kernels);
     BlockSums sums(call, up, columns, work);
@@ -214,11 +214,11 @@ at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at
         for (int64_t g = 0; g < problem.groups; ++g)
           sums.add_segment(g, b, records[g * problem.blocks + b], words, inv);
         if (problem.float_weight()) {
-          write_block(call, b, sums, inv, work, row, grad.mutable_data_ptr<float>());
-        } else if (w.scalar_type() == at::kHalf) {
-          write_block(call, b, sums, inv, work, row, grad.mutable_data_ptr<at::Half>());
+          write_block(call, b, sums, inv, work, row, static_cast<float*>(out));
+        } else if (problem.weight_type == ScalarType::Half) {
+          write_block(call, b, sums, inv, work, row, static_cast<Half*>(out));
         } else {
-          write_block(call, b, sums, inv, work, row, grad.mutable_data_ptr<at::BFloat16>());
+          write_block(call, b, sums, inv, work, row, static_cast<BFloat16*>(out));
         }
       }
     }

@@ -1,9 +1,7 @@
 // Which instruction set runs, decided once. Each file in simd/ says what it needs.
-#include <c10/util/Exception.h>
-
 #include <cstdlib>
 
-#include "kernels.h"
+#include "ops.h"
 
 namespace sface {
 
@@ -42,7 +40,7 @@ const Kernels& choose() {
     if (kernels->name == std::string(wanted)) return *kernels;
     names += std::string(names.empty() ? "" : ", ") + kernels->name;
   }
-  TORCH_CHECK(false, "SFACE_CPU_ISA: expected one of ", names, " on this CPU, got ", wanted);
+  fail("SFACE_CPU_ISA: expected one of ", names, " on this CPU, got ", wanted);
 }
 
 }  // namespace

@@ -2,8 +2,6 @@
 //
 // Never materialises N×C; reads w from memory once, and again only the rows of the targets. A task is a range of
 // classes and a group of samples; it owns its partial sums, which are added in a fixed order afterwards.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include "ops.h"
 #include "problem.h"
@@ -209,25 +207,28 @@ class RowFinisher {
   std::vector<float> converted_;  // a row of w that is not taken in place
 };
 
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
+  return torch::stable::empty(sizes, dtype);
+}
+
 }  // namespace
 
-ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target, double s,
-                              double k_intra, double k_inter, double a, double b, double filter_eps, bool need_grad_x,
-                              bool need_grad_w, int64_t arena_words) {
+ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& target, double s, double k_intra,
+                              double k_inter, double a, double b, double filter_eps, bool need_grad_x, bool need_grad_w,
+                              int64_t arena_words) {
   const Problem problem(x, w, target);
-  TORCH_CHECK(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
+  check(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
   const Kernels& kernels = sface::kernels();
   const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
   const Samples samples(problem, kernels, {.columns = true, .fixed_point = rules.screen});
   const Call call{problem, kernels, rules, samples};
 
-  const auto options = x.options();
-  at::Tensor row_loss = at::empty({problem.n}, options), row_stats = at::empty({6, problem.n}, options);
-  at::Tensor row_grad_x = at::empty({need_grad_x ? problem.n : 0, problem.d}, options);
-  at::Tensor inv_norm = at::empty({problem.c}, options), target_weight = at::empty({problem.n}, options);
   const int64_t words = need_grad_w ? std::min(arena_words, problem.n * problem.c) : 0;
-  at::Tensor arena = at::empty({words}, options.dtype(at::kInt));
-  at::Tensor segments = at::empty({need_grad_w ? 2 * problem.groups * problem.blocks : 0}, options.dtype(at::kLong));
+  const int64_t records = need_grad_w ? problem.groups * problem.blocks : 0;
+  Tensor row_loss = empty({problem.n}), row_stats = empty({6, problem.n});
+  Tensor row_grad_x = empty({need_grad_x ? problem.n : 0, problem.d});
+  Tensor inv_norm = empty({problem.c}), target_weight = empty({problem.n});
+  Tensor arena = empty({words}, ScalarType::Int), segments = empty({2 * records}, ScalarType::Long);
   const Results out{
       .loss = row_loss.mutable_data_ptr<float>(),
       .stats = row_stats.mutable_data_ptr<float>(),
@@ -240,7 +241,7 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
 
   Partials partials(problem, need_grad_x);
   const int64_t tasks = problem.ranges * problem.groups;
-  if (problem.n == 0) inv_norm.zero_();
+  if (problem.n == 0) std::fill_n(out.inv_norm, problem.c, 0.0f);
   for_each_worker(tasks, [&](auto next_task) {
     Workspace work = make_workspace(problem, kernels);
     for (int64_t task; (task = next_task()) < tasks;)
@@ -248,14 +249,15 @@ ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at
   });
 
   const ClassTotals classes(call, partials, out.inv_norm);
-  at::parallel_for(0, problem.n, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(problem.n, 8, [&](int64_t begin, int64_t end) {
     RowFinisher rows(call, partials, classes, out);
     for (int64_t i = begin; i < end; ++i) rows.finish(i);
     kernels.finish_stores();
   });
 
-  at::Tensor counts = at::zeros({2}, options.dtype(at::kLong));
+  Tensor counts = empty({2}, ScalarType::Long);
   int64_t* totals = counts.mutable_data_ptr<int64_t>();
+  totals[0] = totals[1] = 0;
   for (const Tally& tally : partials.tallies) {
     totals[0] += tally.active;
     totals[1] += tally.dense_pairs;

@@ -1,8 +1,12 @@
 // The operators of this folder, as module.cpp registers them. Schemas: sface_kernels/ops.py.
+//
+// Of PyTorch only its stable ABI is used, so that one build serves every later version of it and every Python.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <torch/csrc/stable/tensor.h>
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -11,22 +15,37 @@
 
 namespace sface {
 
-using ForwardTensors =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
-ForwardTensors native_forward(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target, double s,
-                              double k_intra, double k_inter, double a, double b, double filter_eps, bool need_grad_x,
-                              bool need_grad_w, int64_t arena_words);
+// RuntimeError with these parts as its text.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
 
-at::Tensor native_grad_weight(const at::Tensor& x, const at::Tensor& w, const at::Tensor& target,
-                              const at::Tensor& grad_row, double s, double k_intra, double k_inter, double a, double b,
-                              double filter_eps, const at::Tensor& inv_norm, const at::Tensor& target_weight,
-                              const at::Tensor& arena, const at::Tensor& segments);
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (__builtin_expect(!condition, 0)) fail(parts...);
+}
 
-// Uninitialised [C, D] for a gradient. Its memory is kept for the next one when it is freed.
-at::Tensor empty_gradient(int64_t rows, int64_t columns, at::ScalarType dtype);
-// Gives the kept memory back to the system.
-void release_memory();
+using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& target, double s, double k_intra,
+                              double k_inter, double a, double b, double filter_eps, bool need_grad_x, bool need_grad_w,
+                              int64_t arena_words);
+
+Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, double s,
+                          double k_intra, double k_inter, double a, double b, double filter_eps, const Tensor& inv_norm,
+                          const Tensor& target_weight, const Tensor& arena, const Tensor& segments);
+
+// Uninitialised, of the shape and dtype of `w`, contiguous; in memory that an earlier gradient had, where there is
+// some.
+Tensor empty_gradient(const Tensor& w);
 
 inline Hyper make_hyper(double s, double k_intra, double k_inter, double a, double b, double filter_eps) {
   return {static_cast<float>(s), static_cast<float>(k_intra), static_cast<float>(k_inter),

@@ -14,20 +14,35 @@ constexpr int64_t kMaxFeatures = 1 << 24;  // its products with a panel or a blo
 // fp32 rounding in a rescored cosine: of norms and products, and of a sum in at least 8 partial sums over D
 double rounding_slack(int64_t d) { return 2e-6 + d / 8.0 * 0x1p-24; }
 
-const at::Tensor& matrix(const char* name, const at::Tensor& t) {
-  TORCH_CHECK(t.dim() == 2, name, ": expected two dimensions, got shape ", t.sizes());
+std::string list(const int64_t* values, size_t count) {
+  std::string text = "[";
+  for (size_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + "]";
+}
+
+std::string describe(const Tensor& t) {
+  std::ostringstream text;
+  text << t.scalar_type() << " " << list(t.sizes().data(), t.dim()) << " with strides "
+       << list(t.strides().data(), t.dim()) << (t.is_cpu() ? "" : " on another device");
+  return text.str();
+}
+
+const Tensor& matrix(const char* name, const Tensor& t) {
+  if (t.dim() != 2) fail(name, ": expected two dimensions, got ", describe(t));
   return t;
 }
 
 }  // namespace
 
-void check_tensor(const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == dtype && t.sizes() == sizes && t.is_contiguous(), name,
-              ": expected contiguous ", dtype, " ", sizes, " on the CPU, got ", t.scalar_type(), " ", t.sizes(),
-              " with strides ", t.strides(), " on ", t.device());
+void check_tensor(const char* name, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& sizes) {
+  const bool fits = t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous() &&
+                    std::equal(sizes.begin(), sizes.end(), t.sizes().begin(), t.sizes().end());
+  if (!fits)
+    fail(name, ": expected contiguous ", dtype, " ", list(sizes.data(), sizes.size()), " on the CPU, got ",
+         describe(t));
 }
 
-Problem::Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& target_)
+Problem::Problem(const Tensor& x_, const Tensor& w_, const Tensor& target_)
     : x(matrix("x", x_)),
       w(matrix("w", w_)),
       target(target_),
@@ -36,23 +51,26 @@ Problem::Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& t
       d(x.size(1)),
       padded_d(ceil_div(d, kFeaturePad) * kFeaturePad),
       groups(ceil_div(n, kGroupSamples)),
-      blocks(ceil_div(c, kBlockClasses)) {
-  check_tensor("x", x, at::kFloat, {n, d});
-  check_tensor("target", target, at::kLong, {n});
-  const at::ScalarType dtype = w.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16,
-              "w: expected float32, float16 or bfloat16, got ", dtype);
-  TORCH_CHECK(w.device().is_cpu() && w.size(1) == d && (d == 1 || w.stride(1) == 1), "w: expected [C, ", d,
-              "] with contiguous rows on the CPU, got ", w.sizes(), " with strides ", w.strides(), " on ", w.device());
-  TORCH_CHECK(c > 0 && d > 0, "w: expected at least one class and one feature, got shape ", w.sizes());
-  TORCH_CHECK(c < INT32_MAX && n < INT32_MAX && d <= kMaxFeatures,
-              "sizes: expected fewer than 2^31 classes and samples and at most 2^24 features, got ", c, ", ", n, ", ",
-              d);
+      blocks(ceil_div(c, kBlockClasses)),
+      weight_type(w.scalar_type()),
+      weight_(w.const_data_ptr()),
+      weight_stride_(w.stride(0)),
+      codes_(nullptr) {
+  check_tensor("x", x, ScalarType::Float, {n, d});
+  check_tensor("target", target, ScalarType::Long, {n});
+  codes_ = target.const_data_ptr<int64_t>();
+  check(weight_type == ScalarType::Float || weight_type == ScalarType::Half || weight_type == ScalarType::BFloat16,
+        "w: expected float32, float16 or bfloat16, got ", weight_type);
+  if (!(w.is_cpu() && w.size(1) == d && (d == 1 || w.stride(1) == 1)))
+    fail("w: expected [C, ", d, "] with contiguous rows on the CPU, got ", describe(w));
+  if (c == 0 || d == 0) fail("w: expected at least one class and one feature, got ", describe(w));
+  check(c < INT32_MAX && n < INT32_MAX && d <= kMaxFeatures,
+        "sizes: expected fewer than 2^31 classes and samples and at most 2^24 features, got ", c, ", ", n, ", ", d);
   const int64_t partial = std::max<int64_t>(1, n * padded_d * static_cast<int64_t>(sizeof(float)));
   ranges = std::min(blocks, std::clamp(kPartialBytes / partial, kMinRanges, kMaxRanges));
   for (int64_t i = 0; i < n; ++i) {
     const int64_t code = codes()[i];
-    TORCH_CHECK(code < c, "target: expected classes below ", c, ", got ", code);
+    check(code < c, "target: expected classes below ", c, ", got ", code);
     if (code >= 0) labelled.push_back({code, i});
   }
   std::sort(labelled.begin(), labelled.end(),
@@ -60,20 +78,20 @@ Problem::Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& t
 }
 
 const float* Problem::weight_rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const {
-  const int64_t from = w.stride(0);
+  const int64_t from = weight_stride_;
   if (float_weight()) {
     *stride = from;
-    return w.const_data_ptr<float>() + first * from;
+    return static_cast<const float*>(weight_) + first * from;
   }
   converted.resize(kBlockClasses * d);
   const auto convert = [&](const auto* data) {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t k = 0; k < d; ++k) converted[r * d + k] = static_cast<float>(data[(first + r) * from + k]);
   };
-  if (w.scalar_type() == at::kHalf) {
-    convert(w.const_data_ptr<at::Half>());
+  if (weight_type == ScalarType::Half) {
+    convert(static_cast<const Half*>(weight_));
   } else {
-    convert(w.const_data_ptr<at::BFloat16>());
+    convert(static_cast<const BFloat16*>(weight_));
   }
   *stride = d;
   return converted.data();
@@ -130,7 +148,7 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
         .participates = participates.data() + first_panel};
   }
   const float* x = problem.x.const_data_ptr<float>();
-  at::parallel_for(0, ceil_div(problem.n, panel), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(ceil_div(problem.n, panel), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p * panel, count = std::min(panel, problem.n - first);
       for (int64_t i = first; i < first + count; ++i) std::memcpy(row(i), x + i * d, sizeof(float) * d);

@@ -1,16 +1,17 @@
 // How a call is cut into work, the same in the forward and the backward and for any number of threads.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
+#include <mutex>
 
-#include "kernels.h"
+#include "ops.h"
 
 namespace sface {
 
@@ -30,17 +31,18 @@ struct WeightRow {
 };
 
 // Raises unless `t` is what a kernel may read through a pointer.
-void check_tensor(const char* name, const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes);
+void check_tensor(const char* name, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& sizes);
 
 struct Problem {
-  at::Tensor x, w, target;
+  Tensor x, w, target;
   int64_t n, c, d, padded_d;
   int64_t groups, blocks;
-  int64_t ranges;                  // the classes are cut into this many ranges of blocks; a task is a range and a group
+  int64_t ranges;  // the classes are cut into this many ranges of blocks; a task is a range and a group
+  ScalarType weight_type;
   std::vector<Labelled> labelled;  // samples with a class, sorted by class
 
   // Raises unless the three fit each other and hold a class and a feature at least.
-  Problem(const at::Tensor& x_, const at::Tensor& w_, const at::Tensor& target_);
+  Problem(const Tensor& x_, const Tensor& w_, const Tensor& target_);
 
   int64_t range_begin(int64_t range) const { return blocks * range / ranges; }  // first block
   int64_t group_first(int64_t group) const { return group * kGroupSamples; }
@@ -48,8 +50,8 @@ struct Problem {
   int block_rows(int64_t block) const {
     return static_cast<int>(std::min<int64_t>(kBlockClasses, c - block * kBlockClasses));
   }
-  bool float_weight() const { return w.scalar_type() == at::kFloat; }
-  const int64_t* codes() const { return target.const_data_ptr<int64_t>(); }
+  bool float_weight() const { return weight_type == ScalarType::Float; }
+  const int64_t* codes() const { return codes_; }
 
   // Rows of w as fp32: in place for a float weight, else converted into `converted`.
   const float* weight_rows(int64_t first, int64_t count, std::vector<float>& converted, int64_t* stride) const;
@@ -60,6 +62,12 @@ struct Problem {
   // A block against a group: its place and own classes, held in `own`; the rows of w are the caller's to set.
   Block block_of(int64_t group, int64_t block, std::vector<OwnClass>& own) const;
   bool ignored(int64_t sample) const { return codes()[sample] == kIgnored; }
+
+ private:
+  // asked for once: each question to a tensor is a call into PyTorch
+  const void* weight_;
+  int64_t weight_stride_;
+  const int64_t* codes_;
 };
 
 // Unit rows of every sample in the layouts that the kernels read.
@@ -92,6 +100,23 @@ struct Call {
 Rules make_rules(const Hyper& hyper, int64_t d);
 Workspace make_workspace(const Problem& problem, const Kernels& kernels);
 
+// body(begin, end) on PyTorch's threads, over parts of [0, count). An exception would lose its text on its way through
+// the C interface of PyTorch, so it goes around.
+template <typename Body>
+void parallel_for(int64_t count, int64_t grain, const Body& body) {
+  std::exception_ptr error;
+  std::mutex mutex;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
 // Runs body(next_task) on each of PyTorch's threads; next_task() hands out 0 … count − 1, to whoever is free. Tasks own
 // their results, so what comes out does not depend on which thread ran what.
 //
@@ -103,8 +128,8 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels);
 template <typename Body>
 void for_each_worker(int64_t count, const Body& body) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1,
-                   [&](int64_t, int64_t) { body([&] { return next.fetch_add(1, std::memory_order_relaxed); }); });
+  parallel_for(std::min<int64_t>(count, torch::stable::get_num_threads()), 1,
+               [&](int64_t, int64_t) { body([&] { return next.fetch_add(1, std::memory_order_relaxed); }); });
 }
 
 }  // namespace sface

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib.util
 import mmap
 import os
 import shutil
@@ -28,8 +27,33 @@ def test_it_is_built_where_a_compiler_is():
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")
-    assert importlib.util.find_spec("sface_kernels._C"), f"{compiler} is here, yet sface_kernels._C is not built"
-    assert backend.unavailable(Request(torch.device("cpu"), f32, f32)) is None
+    reason = backend.unavailable(Request(torch.device("cpu"), f32, f32))
+    assert reason is None, f"{compiler} is here, yet {reason}"
+
+
+@pytest.mark.parametrize("content, reason", [(None, "is not built"), (b"no library", "does not load")])
+def test_what_is_wrong_with_the_extension(tmp_path, content, reason):
+    """A package without its library, or with one that is none: it imports, runs chunked and says why."""
+    shutil.copytree(ROOT / "sface_kernels", tmp_path / "sface_kernels", ignore=shutil.ignore_patterns("*.so"))
+    if content is not None:
+        (tmp_path / "sface_kernels" / "_C.so").write_bytes(content)
+    code = "import sface_kernels; print(sface_kernels.__file__); print(sface_kernels.explain())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stdout + done.stderr
+    assert "-> chunked" in done.stdout and reason in done.stdout and "_C.so" in done.stdout
+
+
+def test_the_extension_uses_the_stable_abi_alone(native):
+    """One build for every PyTorch from 2.11 on and every Python: no C++ symbol of PyTorch, none of Python."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    listed = subprocess.run(
+        ["nm", "-DC", "--undefined-only", backend.LIBRARY], capture_output=True, text=True, check=True
+    )
+    names = [line.split(" U ", 1)[1] for line in listed.stdout.splitlines() if " U " in line]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    foreign = [name for name in names if name.startswith(("c10::", "at::", "torch::", "caffe2::", "Py", "_Py", "GOMP"))]
+    assert not foreign, foreign
 
 
 def defined(name: str) -> dict[str, float]:

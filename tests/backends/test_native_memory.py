@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sface_kernels import SFaceLoss, sface_loss
+from sface_kernels.backends.native import GradientMemory
 from tests.support.cases import ROOT
 from tests.support.checks import run
 from tests.support.problems import trained_problem
@@ -25,15 +26,6 @@ def resident() -> int:
     if not status.exists():
         pytest.skip("no /proc on this system")
     return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1])
-
-
-def in_huge_pages() -> int:
-    """Bytes of address space for which somebody asked for huge pages, as the memory of ∂w does."""
-    smaps = Path("/proc/self/smaps")
-    if not smaps.exists():
-        pytest.skip("no /proc on this system")
-    found = re.findall(r"^Size: +(\d+) kB$(?:(?!^Size:).)*?^VmFlags:(.*?)$", smaps.read_text(), re.M | re.S)
-    return sum(1024 * int(size) for size, flags in found if " hg" in flags)
 
 
 class TestRecycledMemory:
@@ -111,27 +103,50 @@ class TestRecycledMemory:
             places.append([run(native, problem).grad_w.data_ptr() for problem in problems])
         assert len(set(places[0])) == 4 and places[1] == places[0] and places[2] == places[0]
 
-    def test_few_blocks_are_kept(self, native):
+    def test_few_blocks_are_kept(self, native, monkeypatch):
         """Sizes that never come again leave four blocks at most, and none once 16 other gradients were made."""
-        torch.ops.sface.native_release_memory()
-        before = in_huge_pages()
-        x, labels = torch.randn(4, 256), torch.arange(4)
-
-        def step(c: int) -> None:
-            w = torch.zeros(c, 256).requires_grad_()
-            sface_loss(x, w, labels, backend="native", filter_eps=2.0**-12).backward()
-
-        sizes = [int(10_000 * 1.3**i) for i in range(8)]  # 10 to 64 MB
+        memory = GradientMemory()
+        sizes = [int(10_000 * 1.3**i) for i in range(8)]
         for c in sizes:
-            step(c)
-        kept = in_huge_pages() - before
-        assert sum(1024 * c for c in sizes[-4:]) <= kept <= sum(1024 * c for c in sizes[-4:]) + 4 * 2 * MB
+            memory.empty_like(torch.empty(c, 256))
+        assert memory.held() == sum(1024 * c for c in sizes[-4:])
         for _ in range(20):
-            step(9_000)
-        step(11_500)  # none fits, so all that have waited go
-        assert in_huge_pages() - before <= 1024 * (9_000 + 11_500) + 2 * 2 * MB
-        torch.ops.sface.native_release_memory()
-        assert in_huge_pages() == before
+            memory.empty_like(torch.empty(9_000, 256))
+        memory.empty_like(torch.empty(11_500, 256))  # none fits, so all that have waited go
+        assert memory.held() == 1024 * (9_000 + 11_500)
+        memory.release()
+        assert memory.held() == 0
+
+    @pytest.mark.parametrize("hold", [
+        lambda t: t, lambda t: t[5:], lambda t: t.detach(), lambda t: t.untyped_storage(), lambda t: t.storage(),
+        lambda t: t.numpy(), torch.utils.dlpack.to_dlpack, lambda t: t.requires_grad_().square(),
+    ], ids=["itself", "a view", "detached", "storage", "typed storage", "numpy", "dlpack", "a graph"])  # fmt: skip
+    def test_nothing_that_is_held_is_given_out(self, native, hold):
+        """Whatever way somebody holds the memory: another block. Once let go: the same."""
+        memory, w = GradientMemory(), torch.empty(9_000, 256)
+        first = memory.empty_like(w)
+        place, held = first.data_ptr(), hold(first)
+        del first
+        other = memory.empty_like(w)
+        assert other.data_ptr() != place
+        del held
+        assert memory.empty_like(w).data_ptr() == place
+
+    def test_shared_memory_is_not_given_out(self, native):
+        """Another process may still have it."""
+        memory, w = GradientMemory(), torch.empty(9_000, 256)
+        shared = memory.empty_like(w).share_memory_()
+        place = shared.data_ptr()
+        del shared
+        assert memory.empty_like(w).data_ptr() != place
+
+    def test_without_a_count_of_holders_nothing_is_kept(self, native, monkeypatch):
+        """It is no public function: another PyTorch may lack it, or count in another way."""
+        for count in (None, lambda storage: 1):
+            monkeypatch.setattr(torch._C, "_storage_Use_Count", count)
+            memory = GradientMemory()
+            memory.empty_like(torch.empty(9_000, 256))
+            assert memory.held() == 0
 
 
 def test_what_is_saved_follows_the_problem(native):

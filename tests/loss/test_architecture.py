@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "backends": set(),
     "backends.reference": BACKEND,
     "backends.chunked": BACKEND,
-    "backends.native": BACKEND | {"_C"},
+    "backends.native": BACKEND,
     "backends.triton": BACKEND | {"backends.triton"},
     "backends.triton.kernels": {"types", "backends.triton.kernels"},
     "backends.triton.tools": BACKEND | {"backends.triton"},
@@ -142,16 +142,22 @@ import importlib.abc, sys
 
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name in ("sface_kernels._C", "triton"):
-            raise ImportError(f"{name} is blocked")
+        if name == "triton":
+            raise ImportError("triton is blocked")
 
 sys.meta_path.insert(0, Blocked())
-import torch, sface_kernels
+import torch
+
+def refuse(path):
+    raise OSError("blocked")
+
+torch.ops.load_library = refuse
+import sface_kernels
 from torch._subclasses import FakeTensorMode
 
 assert sface_kernels.available_backends()[0] == "chunked", sface_kernels.available_backends()
 text = sface_kernels.explain()
-assert "-> chunked" in text and "not built" in text, text
+assert "-> chunked" in text and "the C++ extension" in text, text
 x, w, y = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8), torch.tensor([0, 1, 4])
 import warnings
 with warnings.catch_warnings(record=True) as said:
@@ -164,7 +170,7 @@ assert "'chunked' runs on cpu" in str(warning.message) and "--no-build-isolation
 try:
     sface_kernels.sface_loss(x, w, y, backend="native")
 except RuntimeError as error:
-    assert "'native' cannot run here" in str(error) and "_C is blocked" in str(error), error
+    assert "'native' cannot run here" in str(error) and "the C++ extension" in str(error), error
 else:
     raise AssertionError("an explicit backend fell back")
 # schemas and fakes are there without the implementation

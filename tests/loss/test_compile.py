@@ -161,6 +161,7 @@ def test_opcheck_native(shape, weight_dtype, filter_eps, native):
         opcheck("native_forward", (x, w, target, *hyper, need_x, need_w, words))
     saved = torch.ops.sface.native_forward(x, w, target, *hyper, True, True, words)[4:]
     opcheck("native_grad_weight", (x, w, target, upstream, *hyper, *saved))
+    opcheck("native_empty_gradient", (w,))
 
 
 @pytest.mark.parametrize("shape", OP_SHAPES)
@@ -187,6 +188,7 @@ def test_every_operator_is_checked():
         "chunked_grad_weight",
         "native_forward",
         "native_grad_weight",
+        "native_empty_gradient",
         "triton_forward",
         "triton_grad_weight",
     }
