@@ -6,12 +6,15 @@ python examples/train_faces.py --head both --out runs/demo                # gene
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import shlex
+import sys
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other where cores are shared
 
@@ -20,134 +23,162 @@ import typer
 from faces.angles import angle_histograms
 from faces.backbone import FaceNet
 from faces.cartoon import generate_faces
-from faces.comparison import BACKENDS, HeadRun, compare
+from faces.checkpoint import (
+    CHECKPOINT,
+    CheckpointError,
+    DivergedError,
+    Training,
+    check_same_training,
+    promise,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from faces.comparison import HeadRun, compare
 from faces.data import DataError, FaceSet, Split, augment, batches, split_identities, steps_per_epoch
-from faces.folder import load_folder
+from faces.files import OutputError, output_folders, printable
+from faces.folder import load_folder, shortened
+from faces.heads import BACKENDS, build_head
 from faces.options import OptionError, TrainOptions
-from faces.plots import Curves, draw_all
-from faces.record import CHECKPOINT, CheckpointError, Recorder, load_checkpoint, save_checkpoint
-from faces.verification import Verification, embed, verify
+from faces.plots import PLOTS, Curves, draw_all
+from faces.record import BACKBONE, EVENTS, HEAD, METRICS, STATISTICS, Recorder
+from faces.verification import embed, verify
+from faces.watch import epoch_line, training_progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
-from torch import Tensor
+from rich.progress import track
+from torch import Tensor, nn
 
-from sface_kernels import SFaceLoss, explain
+from sface_kernels import explain
 
 WARMUP = 0.05  # share of the steps over which the learning rate rises
-STATISTICS = ("intra", "inter", "cos_target", "cos_other", "accuracy", "active_pairs")
 
 
 class Interrupted(Exception):
-    """Ctrl-C, after what was recorded has been saved. The text says where."""
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """Ctrl-C in the training. The text says what is saved."""
 
 
 def train(options: TrainOptions, console: Console) -> dict[str, HeadRun]:
     """The whole run: faces, one training per head, plots, and the comparison where there are two."""
     options.check()
+    saved = {}
+    if options.resume:
+        saved = {name: read_checkpoint(at) for name, at in options.folders.items() if os.path.exists(at / CHECKPOINT)}
+        if not saved:
+            where = printable(options.out)
+            raise CheckpointError(f"--resume: expected {CHECKPOINT} of a former run in {where}, found none")
+    heads = options.folders.values()
+    folders = dict.fromkeys((options.out, *heads, *(folder / EVENTS for folder in heads)))
+    with output_folders(folders, (CHECKPOINT, METRICS, BACKBONE, HEAD, *(f"{plot}.png" for plot in PLOTS))):
+        return train_heads(options, saved, console)
+
+
+def train_heads(options: TrainOptions, saved: dict[str, Any], console: Console) -> dict[str, HeadRun]:
+    """`train`, once the output folders are there. `saved` has the checkpoints to go on from, by head."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    split = split_identities(load_faces(options, console), options.val_fraction, options.seed)
+    faces, left_out = load_faces(options, console)
+    split = split_identities(faces, options.val_fraction, options.seed)
     options = options.settled(len(split.train.images))
-    folders = {name: options.out / name if len(options.heads) > 1 else options.out for name in options.heads}
-    if options.resume and not any((folder / CHECKPOINT).exists() for folder in folders.values()):
-        raise CheckpointError(f"--resume: expected {CHECKPOINT} of a former run in {options.out}, found none")
     console.print(
         f"{split.classes} identities with {len(split.train.images)} images to train on, "
         f"{int(split.unseen.labels.max()) + 1} unseen ones with {len(split.unseen.images)} images to verify on; "
         f"{options.epochs} epochs, batches of {options.batch_size}"
     )
-
     runs, plots = {}, []
-    for name, folder in folders.items():
-        runs[name] = train_head(name, folder, options, split, console)
+    for name, folder in options.folders.items():
+        recorder = Recorder(folder, options, name, {**split.as_json(), "left_out": left_out})
+        runs[name] = train_head(name, recorder, options, split, saved.pop(name, None), console)
         plots += draw_all({name: runs[name].curves}, options.as_json(), folder)
     if len(runs) > 1:
         plots = compare(runs, options, console)
-    console.print("Plots: " + ", ".join(str(path) for path in plots), soft_wrap=True)
-    console.print(f"Curves: tensorboard --logdir {options.out}", soft_wrap=True)
+    console.print("Plots: " + ", ".join(map(printable, plots)), soft_wrap=True)
+    console.print(f"Curves: tensorboard --logdir {shlex.quote(printable(options.out))}", soft_wrap=True)
     return runs
 
 
-def load_faces(options: TrainOptions, console: Console) -> FaceSet:
-    """The faces of --data, with a word on each broken file, or generated ones."""
+def load_faces(options: TrainOptions, console: Console) -> tuple[FaceSet, list[str]]:
+    """The faces of --data, or generated ones, and what was left out of the folder: the first of it is printed too."""
     if options.data is None:
         identities, each = options.identities or 400, options.images_per_identity or 20
         console.print(f"Drawing {identities} identities with {each} images each (seed {options.seed})")
-        return FaceSet(*generate_faces(identities, each, options.seed), f"{identities} generated identities")
-    faces, broken = load_folder(options.data, lambda files: track(files, "Reading faces", console=console))
-    if broken:
+        return FaceSet(*generate_faces(identities, each, options.seed), f"{identities} generated identities"), []
+    faces, left_out = load_folder(options.data, lambda files: track(files, "Reading faces", console=console))
+    if left_out:
         console.print(
-            f"Skipped {len(broken)} broken image{'s' * (len(broken) > 1)}: " + "; ".join(broken), soft_wrap=True
+            f"Files and folders left out: {len(left_out)}, listed in {METRICS}: {shortened(left_out)}", soft_wrap=True
         )
-    return faces
+    return faces, left_out
 
 
-def train_head(name: str, folder: Path, options: TrainOptions, split: Split, console: Console) -> HeadRun:
-    """Trains backbone and head from `options.seed`: the same initial weights and images whatever the head."""
+def train_head(
+    name: str, recorder: Recorder, options: TrainOptions, split: Split, state: dict[str, Any] | None, console: Console
+) -> HeadRun:
+    """Trains backbone and head from `options.seed`: the same initial weights and images whatever the head.
+
+    Args:
+        state: of a checkpoint to go on from, if any.
+    """
     device = options.torch_device
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)  # order of the images and their augmentation
     backbone = FaceNet(options.embedding_size).to(device, memory_format=torch.channels_last)
-    head = SFaceLoss(
-        options.embedding_size, split.classes, s=options.s, k=options.k, a=options.a, b=options.b,
-        backend=BACKENDS[name],
-    ).to(device)  # fmt: skip
+    head = build_head(name, options, split.classes).to(device)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=options.lr, momentum=0.9, weight_decay=5e-4)
-
-    recorder = Recorder(folder, options, {"head": name, "data": split.as_json()})
-    done = 0
-    if options.resume and (folder / CHECKPOINT).exists():
-        done = load_checkpoint(recorder, backbone, head, optimizer, generator)
-        console.print(f"{name}: going on after epoch {done}")
-    recorder.open_events()
+    training = Training(backbone, head, optimizer, generator)
+    folder, metrics = recorder.folder, recorder.metrics
+    if state is not None:
+        check_same_training(state, metrics, folder)
+        restore(state, training, folder)
+        metrics.update(steps=state["metrics"]["steps"], epochs=state["metrics"]["epochs"])
+        recorder.save(backbone, head)  # an interrupt may have left what they were before the checkpoint
+        console.print(f"{name}: going on after epoch {len(metrics['epochs'])}")
     console.print(explain(device, backend=BACKENDS[name]).splitlines()[0])
-    images, epochs = len(split.train.images), options.epochs or 1
+    images, epochs, done = len(split.train.images), options.epochs or 1, len(metrics["epochs"])
     total_steps = epochs * steps_per_epoch(images, options.batch_size or 1)
     result = None
-    save_checkpoint(recorder, backbone, head, optimizer, generator, done)
     try:
+        recorder.open_events()
         with training_progress(console) as progress:
             bar = progress.add_task(name, total=epochs * images, completed=done * images, loss=math.nan, rate=0.0)
             for epoch in range(done + 1, epochs + 1):
                 start = time.perf_counter()
                 for rows in batches(images, options.batch_size or 1, generator):
-                    began, step = time.perf_counter(), len(recorder.metrics["steps"]) + 1
+                    began, step = time.perf_counter(), len(metrics["steps"]) + 1
                     set_learning_rate(optimizer, options.lr, step, total_steps)
                     faces, labels = augment(split.train.images[rows], device, generator), split.train.labels[rows]
                     values = training_step(backbone, head, optimizer, faces, labels.to(device))
                     seconds = time.perf_counter() - began
-                    values = {"step": step, "epoch": epoch, **values, "step_ms": seconds * 1e3}
-                    recorder.step(values)
+                    recorder.step({"step": step, "epoch": epoch, **values, "step_ms": seconds * 1e3})
                     if not math.isfinite(values["loss"]):
                         raise DivergedError(f"the loss is {values['loss']} at step {step}: try a lower --lr")
-                    rate = len(rows) / seconds
-                    progress.update(bar, advance=len(rows), loss=values["loss"], rate=rate)
+                    progress.update(bar, advance=len(rows), loss=values["loss"], rate=len(rows) / seconds)
                 seconds = time.perf_counter() - start
                 result = verify(backbone, split.unseen, device)
                 recorder.epoch(epoch, seconds, result)
-                save_checkpoint(recorder, backbone, head, optimizer, generator, epoch)
-                progress.console.print(epoch_line(name, epoch, epochs, recorder.metrics, images / seconds, result))
-    except KeyboardInterrupt:
-        epochs_done = len(recorder.metrics["epochs"])
-        raise Interrupted(
-            f"interrupted in epoch {epochs_done + 1} of {epochs} of the {name} head: metrics.json with "
-            f"{len(recorder.metrics['steps'])} steps, backbone.pt and head.pt are in {folder}; "
-            f"--resume goes on after epoch {epochs_done}"
-        ) from None
+                save_checkpoint(folder, training, metrics)
+                recorder.save(backbone, head)
+                progress.console.print(epoch_line(name, epoch, epochs, metrics, images / seconds, result))
+    except OutputError as error:
+        raise OutputError(f"{error}; {promise(folder, metrics)}", error.full) from None
+    except BaseException as stop:  # Ctrl-C, a loss of NaN, too little memory: the steps so far are worth keeping
+        recorder.save_metrics()
+        if isinstance(stop, KeyboardInterrupt):
+            where = f"interrupted after step {len(metrics['steps'])} of {total_steps} of the {name} head"
+            raise Interrupted(f"{where}; {promise(folder, metrics)}") from None
+        raise
     finally:
-        recorder.save(backbone, head)
         recorder.close()
     result = result or verify(backbone, split.unseen, device)
-    return finished(recorder, backbone, head, split, device, options, result)
+    own, others = angle_histograms(backbone, head.weight, split.train, device)
+    batch = slice(0, options.batch_size)
+    embeddings = embed(backbone, split.train.images[batch], device).to(device)
+    curves = Curves(metrics["steps"], result, own, others)
+    return HeadRun(curves, metrics, head.weight.detach(), embeddings, split.train.labels[batch].to(device))
 
 
 def training_step(
-    backbone: FaceNet, head: SFaceLoss, optimizer: torch.optim.Optimizer, faces: Tensor, labels: Tensor
+    backbone: FaceNet, head: nn.Module, optimizer: torch.optim.Optimizer, faces: Tensor, labels: Tensor
 ) -> dict[str, float]:
     """One step of SGD. Returns the head's statistics and the time of its forward and backward alone, `head_ms`."""
     optimizer.zero_grad()
@@ -177,45 +208,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
         group["lr"] = rate
 
 
-def training_progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %  loss {task.fields[loss]:7.2f}  {task.fields[rate]:6.0f} samples/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def epoch_line(name: str, epoch: int, epochs: int, metrics: dict[str, Any], rate: float, result: Verification) -> str:
-    """One line on an epoch: means over its steps, then verification on the unseen identities."""
-    steps = [step for step in metrics["steps"] if step["epoch"] == epoch]
-    mean = {key: sum(step[key] for step in steps) / len(steps) for key in ("loss", *STATISTICS)}
-    return (
-        f"{name} epoch {epoch}/{epochs}  loss {mean['loss']:6.2f} (intra {mean['intra']:.2f}, inter "
-        f"{mean['inter']:.2f})  cos {mean['cos_target']:.3f}/{mean['cos_other']:.3f}  acc {mean['accuracy']:.3f}  "
-        f"unseen: AUC {result.auc:.4f}, acc {result.accuracy:.4f}  {rate:.0f} samples/s"
-    )
-
-
-def finished(
-    recorder: Recorder,
-    backbone: FaceNet,
-    head: SFaceLoss,
-    split: Split,
-    device: torch.device,
-    options: TrainOptions,
-    result: Verification,
-) -> HeadRun:
-    own, others = angle_histograms(backbone, head.weight, split.train, device)
-    batch = slice(0, options.batch_size)
-    embeddings = embed(backbone, split.train.images[batch], device).to(device)
-    curves = Curves(recorder.metrics["steps"], result, own, others)
-    return HeadRun(curves, recorder.metrics, head.weight.detach(), embeddings, split.train.labels[batch].to(device))
-
-
 class HeadChoice(str, Enum):
     fused = "fused"
     reference = "reference"
@@ -223,7 +215,7 @@ class HeadChoice(str, Enum):
 
 
 def command(
-    data: Annotated[Path | None, typer.Option(help="Folder with one sub-folder of jpg, png or pgm images per identity. Left out: generated cartoon faces.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with one sub-folder of images per identity. Left out: generated cartoon faces.")] = None,
     head: Annotated[HeadChoice, typer.Option(help="fused: the fastest backend here; reference: plain PyTorch; both: one after the other, compared.")] = HeadChoice.fused,
     out: Annotated[Path, typer.Option(help="Where metrics.json, plots, TensorBoard events and weights go.")] = Path("runs/faces"),
     epochs: Annotated[int | None, typer.Option(help="Left out: below 10 000 training images 30 (generated: 8), else 20.")] = None,
@@ -248,22 +240,38 @@ def command(
     monotonically: once every face is within angle a of its centre both terms fade to 0.
     """
     given = {**locals(), "head": head.value}
-    console = Console()
+    console = Console(markup=False, emoji=False)  # users' names have brackets and colons
     try:
         train(TrainOptions(**given), console)
     except (OptionError, DataError, CheckpointError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        leave(2, f"error: {error}")
+    except OutputError as error:
+        leave(1 if error.full else 2, f"error: --out: {error}")
     except DivergedError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except (Interrupted, KeyboardInterrupt) as stop:
-        typer.echo(str(stop) or "interrupted before training: nothing was recorded", err=True)
-        raise typer.Exit(130) from None
+        leave(1, f"error: {error}")
+    except (Interrupted, KeyboardInterrupt) as interrupt:
+        leave(130, str(interrupt) or "interrupted")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+            raise
+        leave(1, "error: too little memory for these options and data")
+
+
+def leave(status: int, message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(status)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 app.command()(command)
 
-if __name__ == "__main__":
+
+def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone is no reason to stop
     app()
+
+
+if __name__ == "__main__":
+    main()

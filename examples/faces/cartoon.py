@@ -108,7 +108,7 @@ def generate_faces(identities: int, images_per_identity: int, seed: int) -> tupl
 
 def _draws(seed: int, identity: int, images: int) -> tuple[Tensor, Tensor, Tensor]:
     """Unit draws of one identity: geometry `[images, |IDENTITY|]` (equal rows), views `[images, |IMAGE|]`, noise."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + identity)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + identity) % 2**64)
     who = torch.rand(len(IDENTITY), generator=generator)
     view = torch.empty(images, len(IMAGE))
     noise = torch.empty(images, HEIGHT, WIDTH)

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .files import write_json
 from .head_memory import measure
+from .heads import BACKENDS
 from .options import TrainOptions
 from .plots import Curves, draw_all
-from .record import verification_json, write_json
+from .record import METRICS, verification_json
 
-BACKENDS = {"fused": "auto", "reference": "reference"}
 FIRST_STEPS = 10  # before rounding has grown: from here on two runs of even the same head may drift
 
 
@@ -34,7 +35,7 @@ def compare(runs: dict[str, HeadRun], options: TrainOptions, console: Console) -
     summaries = {name: _summary(name, run, options) for name, run in runs.items()}
     agreement = curve_agreement(*(run.curves.steps for run in runs.values()))
     content = {"options": options.as_json(), "heads": summaries, "agreement": agreement}
-    write_json(options.out / "metrics.json", content)
+    write_json(options.out / METRICS, content)
     _print(summaries, agreement, next(iter(runs.values())), console)
     return draw_all({name: run.curves for name, run in runs.items()}, options.as_json(), options.out)
 

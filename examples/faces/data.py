@@ -34,13 +34,15 @@ class Split(NamedTuple):
         return int(self.train.labels.max()) + 1
 
     def as_json(self) -> dict[str, int | str]:
+        """Where the faces come from, and numbers that tell whether another split is the same."""
         return {
             "source": self.train.source,
             "training_identities": self.classes,
             "training_images": len(self.train.images),
             "unseen_identities": int(self.unseen.labels.max()) + 1,
             "unseen_images": len(self.unseen.images),
-            "fingerprint": zlib.crc32(self.unseen.images.numpy(), zlib.crc32(self.train.images.numpy())),
+            "checksum_of_images": zlib.crc32(self.unseen.images.numpy(), zlib.crc32(self.train.images.numpy())),
+            "checksum_of_labels": zlib.crc32(self.unseen.labels.numpy(), zlib.crc32(self.train.labels.numpy())),
         }
 
 

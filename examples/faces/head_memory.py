@@ -26,7 +26,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TOP_PAD_": "0"}
 def measure(
     backend: str, weight: Tensor, embeddings: Tensor, labels: Tensor, constants: dict[str, float]
 ) -> float | None:
-    """Peak memory of a head step in MiB, or None where the system does not tell (no /proc).
+    """Peak memory of a head step in MiB, or None where it cannot be measured (no /proc, or no room for the process).
 
     Args:
         backend: as in `SFaceLoss`.
@@ -44,14 +44,17 @@ def measure(
         "threads": torch.get_num_threads(),
         "constants": constants,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "problem.pt"
-        torch.save(problem, file)
-        environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(
-            [sys.executable, __file__, str(file)], env=environment, capture_output=True, text=True, check=True
-        )
-    return float(done.stdout) if done.stdout.strip() != "unknown" else None
+    environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "problem.pt"
+            torch.save(problem, file)
+            done = subprocess.run(
+                [sys.executable, __file__, str(file)], env=environment, capture_output=True, check=True
+            )
+        return float(done.stdout.split()[-1])  # the last word: the user's Python may greet first
+    except (OSError, RuntimeError, subprocess.CalledProcessError, ValueError):  # RuntimeError: torch.save's full disk
+        return None
 
 
 def _step(problem: dict, rows: slice, classes: slice) -> tuple[SFaceLoss, Tensor, Tensor]:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .files import printable
+
 SMALL = 10_000  # training images below which a run takes the recipe for small data
-# What a checkpoint may differ in from the run that resumes it. (A data folder may move: its images are compared.)
-FREE_ON_RESUME = {"data", "head", "epochs", "device", "threads", "out", "resume"}
+WHOLE_NUMBERS = {  # lowest and highest
+    "epochs": (1, 1_000_000),
+    "batch_size": (2, 1_000_000),
+    "embedding_size": (1, 65_536),
+    "threads": (1, 1_024),
+    "seed": (0, 2**63 - 1),
+    "identities": (4, 10_000_000),
+    "images_per_identity": (2, 1_000_000),
+}
 
 
 class OptionError(ValueError):
@@ -46,6 +56,11 @@ class TrainOptions:
         return ["fused", "reference"] if self.head == "both" else [self.head]
 
     @property
+    def folders(self) -> dict[str, Path]:
+        """Where the run of each head goes."""
+        return {name: self.out / name if len(self.heads) > 1 else self.out for name in self.heads}
+
+    @property
     def torch_device(self) -> torch.device:
         name = "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device
         return torch.device("cpu" if name == "auto" else name)
@@ -59,20 +74,21 @@ class TrainOptions:
         for name in ("a", "b"):
             if getattr(self, name) >= math.pi:
                 raise OptionError(f"--{name}: expected an angle in radians below π, got {getattr(self, name):g}")
-        least = {"epochs": 1, "batch_size": 2, "embedding_size": 1, "threads": 1, "seed": 0}
-        least |= {"identities": 4, "images_per_identity": 2}
-        for name, low in least.items():
+        for name, (low, high) in WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise OptionError(f"--{name.replace('_', '-')}: expected a whole number ≥ {low}, got {value}")
+            if value is not None and not low <= value <= high:
+                option = "--" + name.replace("_", "-")
+                raise OptionError(f"{option}: expected a whole number from {low} to {high}, got {value}")
         if not 0 < self.val_fraction < 1:
             raise OptionError(f"--val-fraction: expected a share between 0 and 1, got {self.val_fraction:g}")
         for name in ("identities", "images_per_identity"):
             if self.data is not None and getattr(self, name) is not None:
                 raise OptionError(f"--{name.replace('_', '-')}: is for generated faces, and --data was given too")
         self._check_device()
-        if self.out.exists() and not self.out.is_dir():
-            raise OptionError(f"--out: expected a folder or a new name, got the file {str(self.out)!r}")
+        if self.data is not None:
+            data, outs = Path(os.path.realpath(self.data)), map(os.path.realpath, self.folders.values())
+            if any(data in (Path(out), *Path(out).parents) for out in outs):
+                raise OptionError(f"--out: expected a folder outside --data, got {printable(self.out)}")
 
     def _check_device(self) -> None:
         there = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]

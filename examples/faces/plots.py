@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
+# Only files are drawn. A notebook's setting, inherited by what it starts, names a module that may be missing here, and
+# then matplotlib cannot even be imported.
+os.environ["MPLBACKEND"] = "agg"
 
-matplotlib.use("Agg")  # files only: no display is needed and nothing opens
-import matplotlib.pyplot as plt
+import matplotlib.style
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from .angles import BINS
+from .files import write_file
 from .verification import Verification
+
+PLOTS = ("losses", "cosines", "roc", "angles")
 
 STYLE = {
     "font.size": 10,
@@ -41,10 +48,14 @@ class Curves(NamedTuple):
 
 
 def draw_all(runs: dict[str, Curves], options: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes losses.png, cosines.png, roc.png and angles.png into `folder` and returns their paths."""
-    with plt.rc_context(STYLE):
-        figures = {
-            "losses": _over_steps(
+    """Writes losses.png, cosines.png, roc.png and angles.png into `folder` and returns their paths.
+
+    Raises:
+        OutputError: one cannot be written.
+    """
+    with matplotlib.style.context(STYLE, after_reset=True):  # reset: not the user's fonts, sizes or LaTeX
+        figures = (
+            _over_steps(
                 runs,
                 {
                     "loss": "loss = intra + inter",
@@ -53,19 +64,19 @@ def draw_all(runs: dict[str, Curves], options: dict[str, Any], folder: Path) -> 
                 },
                 "mean over the batch",
             ),
-            "cosines": _over_steps(
+            _over_steps(
                 runs,
                 {"cos_target": "cosine to the own centre", "cos_other": "mean cosine to the other centres"},
                 "mean cosine",
             ),
-            "roc": _roc(runs),
-            "angles": _angles(runs, options),
-        }
-        paths = []
-        for name, figure in figures.items():
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1])
-            plt.close(figure)
+            _roc(runs),
+            _angles(runs, options),
+        )
+        paths = [folder / f"{name}.png" for name in PLOTS]
+        for path, figure in zip(paths, figures, strict=True):
+            content = io.BytesIO()
+            figure.savefig(content, format="png")
+            write_file(path, content.getbuffer())
     return paths
 
 
@@ -77,8 +88,9 @@ def _smooth(values: Tensor, window: int) -> Tensor:
     return (total[end] - total[start]) / (end - start)
 
 
-def _over_steps(runs: dict[str, Curves], panels: dict[str, str], ylabel: str) -> plt.Figure:
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.7), layout="constrained")
+def _over_steps(runs: dict[str, Curves], panels: dict[str, str], ylabel: str) -> Figure:
+    figure = Figure(figsize=(4.6 * len(panels), 3.7), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for name, run in runs.items():
             if not run.steps:
@@ -96,8 +108,9 @@ def _over_steps(runs: dict[str, Curves], panels: dict[str, str], ylabel: str) ->
     return figure
 
 
-def _roc(runs: dict[str, Curves]) -> plt.Figure:
-    figure, axis = plt.subplots(figsize=(5.4, 4.4), layout="constrained")
+def _roc(runs: dict[str, Curves]) -> Figure:
+    figure = Figure(figsize=(5.4, 4.4), layout="constrained")
+    axis = figure.subplots()
     lowest = 1e-3
     for name, run in runs.items():
         colour, dash, width = HEADS[name]
@@ -119,8 +132,9 @@ def _roc(runs: dict[str, Curves]) -> plt.Figure:
     return figure
 
 
-def _angles(runs: dict[str, Curves], options: dict[str, Any]) -> plt.Figure:
-    figure, axis = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
+def _angles(runs: dict[str, Curves], options: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(8.2, 4.4), layout="constrained")
+    axis = figure.subplots()
     theta = (torch.arange(BINS) + 0.5) * (math.pi / BINS)
     for name, run in runs.items():
         _, dash, _ = HEADS[name]

@@ -6,10 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed and nothing opens
-import matplotlib.pyplot as plt
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -89,8 +86,9 @@ def _figure(panels: dict[str, list[Row]], panel: Panel, share: bool = False) -> 
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     size = (7.4 if across == 1 else 5.6 * across, 4.4 * down)
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=share)
+    with matplotlib.style.context(STYLE, after_reset=True):  # reset: not the user's fonts, sizes or LaTeX
+        figure = Figure(figsize=size, layout="constrained")  # not pyplot's: that would start the user's backend
+        grid = figure.subplots(down, across, squeeze=False, sharey=share)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for axes, (title, rows) in zip(grid.flat, panels.items(), strict=False):
@@ -98,7 +96,6 @@ def _figure(panels: dict[str, list[Row]], panel: Panel, share: bool = False) -> 
             others = max(row.get("other_busy_cores") or 0.0 for row in rows)
             noise = f"; others used up to {others:.1f} cores" if others > machine.BUSY_LIMIT else ""
             axes.set_title(title + noise)
-    plt.close(figure)
     return figure
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ Row = dict[str, Any]
 
 class ReportError(ValueError):
     """A file is not a result that this version reads. One line."""
+
+
+class WriteError(OSError):
+    """A file, its `filename`, cannot be written."""
 
 
 def new_report(kind: str, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -88,8 +93,22 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(report: Any, path: Path) -> None:
-    """Writes the report in one move: a reader sees the old file or the new one. What is no finite number is null."""
+    """Writes the report as `write` does. What is no finite number is null."""
     finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
-    os.replace(unfinished, path)
+    write(path, (json.dumps(finite, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file in one move: a reader sees the old file or the new one, and nothing else is left behind."""
+    name = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=path.name, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror, str(path)) from None
+    finally:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)

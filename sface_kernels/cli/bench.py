@@ -17,9 +17,10 @@ from ..bench.runner import RunSettings, run_case
 from ..bench.table import bench_table, kernel_table
 from ..bench.timing import MODES
 from ..testing.workloads import CLASSES, GEOMETRIES, Case, Shape
-from . import INTERRUPTED, options, show
+from . import options, show
 from .options import option, several
 
+INTERRUPTED = 130
 THP_VARIABLE = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it once, before its first allocation
 NAMES = ", ".join(f"{name} {classes:,}" for name, classes in CLASSES.items())
 HALF_AND_FULL = ("float32", "bfloat16", "float16")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +36,8 @@ def plot(
 
     Each picture is drawn where the files hold its data; several files of one kind are drawn together.
     """
+    # A notebook's setting, inherited by what it starts, names a module that may be missing: no import of matplotlib then
+    os.environ["MPLBACKEND"] = "agg"
     from ..bench import plots
 
     modes = [row["mode"] for result in files for row in result["rows"] if "mode" in row]
@@ -49,10 +53,11 @@ def plot(
         raise typer.BadParameter(message, param_hint="FILES")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            for ending in formats:
-                path = out / f"{prefix}{name}.{ending}"
-                figure.savefig(path)
-                typer.echo(path)
     except OSError as error:
-        raise typer.BadParameter(f"cannot write into {out}: {error.strerror}", param_hint="--out") from error
+        raise typer.BadParameter(f"cannot make the folder {out}: {error.strerror}", param_hint="--out") from error
+    for name, figure in figures.items():
+        for ending in formats:
+            path, content = out / f"{prefix}{name}.{ending}", io.BytesIO()
+            figure.savefig(content, format=ending)
+            report.write(path, content.getvalue())
+            typer.echo(path)

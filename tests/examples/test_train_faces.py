@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+from tests.examples.running import ROOT, SMALL, generate_faces, metrics, run, train_faces, write_faces
 
-typer_testing = pytest.importorskip("typer.testing")
-import train_faces  # noqa: E402
-import typer  # noqa: E402
-from faces.cartoon import generate_faces  # noqa: E402
-from faces.folder import load_folder  # noqa: E402
-from faces.verification import area, best_threshold, roc, tar_at_far  # noqa: E402
+from faces.folder import load_folder  # isort: skip  # running puts it on the path
+from faces.verification import area, best_threshold, roc, tar_at_far  # isort: skip
 
 REAL_FACES = ROOT.parent / "shared" / "data" / "orl_faces"
-SMALL = ["--identities", "16", "--images-per-identity", "6", "--embedding-size", "32", "--batch-size", "16"]
 STEP_KEYS = {"loss", "intra", "inter", "cos_target", "cos_other", "accuracy"}
-
-
-def run(*arguments: object):
-    app = typer.Typer()
-    app.command()(train_faces.command)
-    return typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def write_faces(folder: Path, identities: int, each: int = 4) -> None:
-    from PIL import Image
-
-    images, labels = generate_faces(identities, each, seed=1)
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        person = folder / f"person{int(label)}"
-        person.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.squeeze().numpy()).save(person / f"{number}.png")
 
 
 def test_both_heads_side_by_side(tmp_path):
@@ -65,6 +37,8 @@ def test_both_heads_side_by_side(tmp_path):
     for name in ("fused", "reference"):
         assert set(torch.load(tmp_path / name / "head.pt", weights_only=True)) == {"weight"}
         assert (tmp_path / name / "backbone.pt").exists() and list((tmp_path / name).rglob("events.out.tfevents*"))
+    if sys.platform == "linux":  # head_memory reads /proc
+        assert all(head["head_peak_mib"] is not None for head in metrics(tmp_path)["heads"].values())
     for plot in ("losses", "cosines", "roc", "angles"):
         assert (tmp_path / f"{plot}.png").stat().st_size > 5000
 

@@ -1,0 +1,77 @@
+"""The command in somebody's environment: a notebook's matplotlib backend, odd names, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sface_kernels import cli
+from sface_kernels.bench import report
+from sface_kernels.cli import info
+from sface_kernels.dispatch import BACKENDS
+from tests.support.cases import ROOT
+from tests.tools.test_results import BY_CLASSES
+
+
+def written(folder: Path) -> str:
+    """A result file that three pictures can be drawn from."""
+    path = folder / "classes.json"
+    path.write_text(json.dumps(BY_CLASSES))
+    return str(path)
+
+
+ODD_BYTE = "e" if sys.platform == "darwin" else os.fsdecode(b"\xe9")  # no UTF-8; Apple's file system refuses it
+
+
+def test_plot_with_a_notebooks_backend_odd_names_and_a_terminal_that_knows_ascii_alone(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    out = f"plots [x] caf{ODD_BYTE}"
+    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sface_kernels", "plot", written(tmp_path), "--out", os.fsencode(out)],
+        env={**os.environ, **notebook, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / out).iterdir())) == len(done.stdout.splitlines()) == 6
+    assert b"plots [x] caf" in done.stdout
+
+
+@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 1), (errno.EROFS, 2)])
+def test_a_picture_that_cannot_be_written_is_one_line_and_nothing_half_written(
+    tmp_path, capsys, monkeypatch, number, status
+):
+    def replace(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(report.os, "replace", replace)
+    out = tmp_path / "p"
+    assert cli.main(["plot", written(tmp_path), "--out", str(out), "--only", "ratio"]) == status
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and str(out / "ratio.png") in text and os.strerror(number) in text
+    assert not list(out.iterdir())
+
+
+def test_a_result_that_cannot_be_written_names_the_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(report.WriteError) as caught:
+        report.save({"rows": []}, tmp_path / "folder")
+    assert caught.value.filename == str(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_reasons_are_no_markup(capsys, monkeypatch):
+    def unavailable(*_):
+        return "no [library] here"
+
+    monkeypatch.setitem(BACKENDS, "native", BACKENDS["native"]._replace(unavailable=unavailable))
+    monkeypatch.setenv("COLUMNS", "300")
+    assert cli.main(["info"]) == 0
+    assert info.BACKENDS is BACKENDS and "no [library] here" in capsys.readouterr().out
