@@ -204,15 +204,15 @@ def _visit(timed: TimedLoss, clock: Clock) -> None:
     timed.rest()
 
 
-def balanced_order(contestants: list[T], turn: int) -> list[T]:
+def balanced_order(everybody: list[T], turn: int) -> list[T]:
     """Rotated by one each round and reversed every other one, so that nobody always follows the same neighbour."""
-    shift = turn % len(contestants)
-    order = contestants[shift:] + contestants[:shift]
+    shift = turn % len(everybody)
+    order = everybody[shift:] + everybody[:shift]
     return order[::-1] if turn % 2 else order
 
 
 def interleave(
-    contestants: Sequence[TimedLoss],
+    everybody: Sequence[TimedLoss],
     repeats: int,
     budget_seconds: float,
     say: Callable[[str], None] = lambda text: None,
@@ -234,7 +234,7 @@ def interleave(
             recover_memory()
 
     begin, busy = time.perf_counter(), machine.others_seconds()
-    for one in contestants:
+    for one in everybody:
         say(f"warming up {one.provider.name}")
         attempt(one)
         one.seconds.clear()
@@ -243,7 +243,7 @@ def interleave(
     gc.disable()
     try:
         for done in range(repeats):
-            alive, spent = [one for one in contestants if one.failure is None], time.perf_counter() - rounds_begin
+            alive, spent = [one for one in everybody if one.failure is None], time.perf_counter() - rounds_begin
             if not alive or (done >= MIN_ROUNDS and spent * (done + 1) / done > budget_seconds):
                 break
             say(f"round {done + 1} of {repeats}")
