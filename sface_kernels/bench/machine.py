@@ -15,7 +15,7 @@ import torch
 from .._version import __version__
 
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "bf16", "sve")
-# of environment variables that change timings
+# variables that change timings
 ENV = ("OMP_", "MKL_", "KMP_", "MALLOC_", "SFACE_", "ONEDNN_", "CUBLAS_", "TRITON_", "THP_", "LD_PRELOAD", "ATEN_")
 GPU_STATE = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")  # distributions that bring it
@@ -45,10 +45,8 @@ def facts(device: torch.device | None = None) -> dict[str, Any]:
     memory = _fields("/proc/meminfo").get("MemTotal", "").split()
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
-        "cpu_family_model": [cpu.get("cpu family"), cpu.get("model")],
         "cores": os.cpu_count(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
-        "cache": cpu.get("cache size"),
         "memory_bytes": int(memory[0]) * 1024 if memory else None,
         "thp": _read("/sys/kernel/mm/transparent_hugepage/enabled").partition("[")[2].partition("]")[0] or None,
         "system": f"{platform.system()} {platform.release()}",
@@ -88,11 +86,6 @@ def versions() -> dict[str, str | None]:
     triton = next((there[name] for name in TRITON if name in there), None)
     own = {"python": platform.python_version(), "torch": torch.__version__, "sface_kernels": __version__}
     return {**own, "triton": triton, **others}
-
-
-def environment() -> dict[str, str]:
-    """The environment variables that change timings."""
-    return {key: value for key, value in sorted(os.environ.items()) if key.startswith(ENV)}
 
 
 def commit(where: Path | None = None) -> str | None:

@@ -74,6 +74,7 @@ def _groups(rows: list[Row], *keys: str) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         sizes = {"n": f"N={row['n']:,}", "c": f"C={row['c']:,}", "d": f"D={row['d']}", "machine": f"\n{row['machine']}"}
+        sizes["backend"] = f"backend {row.get('backend')}"
         named = [str(sizes.get(key, row[key])) for key in keys if row[key] is not None]
         groups.setdefault(", ".join(named).replace(", \n", "\n"), []).append(row)
     return groups
@@ -202,5 +203,6 @@ def _error(axes: Axes, rows: list[Row]) -> None:
             if reference := next(iter(own.values()))["reference"]:
                 axes.axhline(reference[name], linewidth=0.7, alpha=0.6, **style)
     axes.set(yscale="log", xlabel="filter_eps", ylabel="relative error (thin: the reference's)")
-    axes.set_xticks(range(len(filters)), [report.filter_name(eps) for eps in filters])
+    powers = (report.filter_name(eps).partition("^") for eps in filters)
+    axes.set_xticks(range(len(filters)), [f"${base}^{{{power}}}$" if power else base for base, _, power in powers])
     axes.legend(fontsize=8)

@@ -38,7 +38,8 @@ class WriteError(OSError):
 def new_report(kind: str, settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A report without rows, measured on `device`. Call it after the number of threads is set."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    where = {"machine": machine.facts(device), "versions": machine.versions(), "environment": machine.environment()}
+    environment = {key: value for key, value in sorted(os.environ.items()) if key.startswith(machine.ENV)}
+    where = {"machine": machine.facts(device), "versions": machine.versions(), "environment": environment}
     about = {**FORMAT, "kind": kind, "date": now, "commit": machine.commit(), **where}
     return {**about, "settings": settings, "interrupted": False, "rows": []}
 

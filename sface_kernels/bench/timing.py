@@ -21,7 +21,6 @@ from .providers import BARE, PACKAGE, LossFunction, Provider, build, read, write
 MODES = ("forward", "backward", "both", "step", "graph")
 CACHE_FACTOR = 4  # rotated inputs are this many times the L2 cache, so that none is still in it
 MAX_COPIES = 16
-WARM_UP_RUNS, WARM_UP_SECONDS = 4, 5.0  # whichever ends it first, after one run at least
 VISIT_SECONDS, MAX_VISIT = 0.05, 5  # a provider runs this long or often before the next one's turn
 MIN_ROUNDS = 3  # even when the budget is spent
 
@@ -192,14 +191,6 @@ def kernel_times(timed: TimedLoss, runs: int = 5) -> dict[str, float]:
     return {name: ms for name, ms in sorted(found.items(), key=lambda pair: -pair[1]) if ms > 0}
 
 
-def _warm_up(timed: TimedLoss, clock: Clock) -> None:
-    begin = time.perf_counter()
-    for _ in range(WARM_UP_RUNS):
-        if time.perf_counter() - begin < WARM_UP_SECONDS:
-            run_once(timed, clock)
-    timed.rest()
-
-
 def _visit(timed: TimedLoss, clock: Clock) -> None:
     """One turn. An untimed run before has the data in the caches as the provider leaves them, and on a GPU makes the
     memory that `rest` gave back."""
@@ -213,29 +204,29 @@ def _visit(timed: TimedLoss, clock: Clock) -> None:
     timed.rest()
 
 
-def balanced_order(contestants: list[T], turn: int) -> list[T]:
+def balanced_order(everybody: list[T], turn: int) -> list[T]:
     """Rotated by one each round and reversed every other one, so that nobody always follows the same neighbour."""
-    shift = turn % len(contestants)
-    order = contestants[shift:] + contestants[:shift]
+    shift = turn % len(everybody)
+    order = everybody[shift:] + everybody[:shift]
     return order[::-1] if turn % 2 else order
 
 
 def interleave(
-    contestants: Sequence[TimedLoss],
+    everybody: Sequence[TimedLoss],
     repeats: int,
     budget_seconds: float,
     say: Callable[[str], None] = lambda text: None,
     clock: Clock = wall_clock,
 ) -> float | None:
-    """Times everybody in `repeats` rounds, or fewer (at least MIN_ROUNDS) to keep to the budget, in which the warm-up
-    does not count. One that raises is left out from there; the others go on. `say` gets what comes next.
+    """Times everybody in `repeats` rounds, or fewer (at least MIN_ROUNDS) to keep to the budget, after one that does
+    not count. One that raises is left out from there; the others go on. `say` gets what comes next.
 
     Returns the cores that other processes used meanwhile, or None where the system does not say.
     """
 
-    def attempt(what: Callable[[TimedLoss, Clock], None], one: TimedLoss) -> None:
+    def attempt(one: TimedLoss) -> None:
         try:
-            what(one, clock)
+            _visit(one, clock)
         except Exception as error:
             # its traceback holds the frames in which its tensors live
             one.failure = error.with_traceback(None)
@@ -243,20 +234,21 @@ def interleave(
             recover_memory()
 
     begin, busy = time.perf_counter(), machine.others_seconds()
-    for one in contestants:
+    for one in everybody:
         say(f"warming up {one.provider.name}")
-        attempt(_warm_up, one)
+        attempt(one)
+        one.seconds.clear()
     rounds_begin = time.perf_counter()
     gc.collect()
     gc.disable()
     try:
         for done in range(repeats):
-            alive, spent = [one for one in contestants if one.failure is None], time.perf_counter() - rounds_begin
+            alive, spent = [one for one in everybody if one.failure is None], time.perf_counter() - rounds_begin
             if not alive or (done >= MIN_ROUNDS and spent * (done + 1) / done > budget_seconds):
                 break
             say(f"round {done + 1} of {repeats}")
             for one in balanced_order(alive, done):
-                attempt(_visit, one)
+                attempt(one)
     finally:
         gc.enable()
     if busy is None:

@@ -20,8 +20,8 @@ from ..testing.workloads import CLASSES, GEOMETRIES, Case, Shape
 from . import options, show
 from .options import option, several
 
-THP_VARIABLE = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it once, before its first allocation
 INTERRUPTED = 130
+THP_VARIABLE = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it once, before its first allocation
 NAMES = ", ".join(f"{name} {classes:,}" for name, classes in CLASSES.items())
 HALF_AND_FULL = ("float32", "bfloat16", "float16")
 
@@ -46,7 +46,7 @@ def bench(
     c: Annotated[Any, option(several(options.positive), "Classes, in place of names; several with commas.")] = None,
     d: Annotated[Any, option(several(options.positive), "Features; several with commas.")] = "512",
     geometry: Annotated[Any, option(options.one_of(GEOMETRIES), "random: an untrained head; trained: look-alikes; dense: --density of the pairs active.", "NAME")] = "random",
-    density: Annotated[Any, option(several(options.share), "Share of active pairs at 2^-16, for dense (0.05); several with commas.")] = None,
+    density: Annotated[Any, option(several(float), "Share of active pairs at 2^-16, for dense (0.05); several with commas.")] = None,
     mode: Annotated[Any, option(_modes, "forward, backward, both, step (with SGD), all (of these), graph (both, replayed from a CUDA graph); several with commas.")] = "both",
     device: Annotated[Any, options.DEVICE] = "auto",
     dtype: Annotated[Any, option(options.one_of(HALF_AND_FULL), "Of the embeddings; the weights are float32.", "NAME")] = "float32",
@@ -65,8 +65,10 @@ def bench(
     Every SFace loss is checked against float64 first: one that is wrong is reported and not timed. What cannot run, or
     runs out of memory, is reported as such, and the rest go on. Ctrl-C keeps the finished rows.
     """
-    if density and geometry != "dense":
-        raise typer.BadParameter("only with --geometry dense", param_hint="--density")
+    if density and (geometry != "dense" or not all(0 < share <= 1 for share in density)):
+        raise typer.BadParameter(
+            f"expected numbers in (0, 1] and --geometry dense, got {density}", param_hint="--density"
+        )
     if workloads and c:
         raise typer.BadParameter(f"not together with a workload by name ({workloads[0]})", param_hint="--c")
     if "graph" in mode and device.type != "cuda":

@@ -44,13 +44,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise typer.BadParameter(f"expected a number in (0, 1], got {text!r}")
-    return value
-
-
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
     def convert(text: str) -> str:
         if text not in names:

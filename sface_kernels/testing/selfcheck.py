@@ -68,10 +68,6 @@ def _on_centre(x: Tensor, w: Tensor, y: Tensor) -> None:
     x[2] = w[(y[2] + 1) % len(w)]
 
 
-def _same_centres(x: Tensor, w: Tensor, y: Tensor) -> None:
-    w[1::2] = w[:-1:2][: len(w[1::2])]
-
-
 def _zero_rows(x: Tensor, w: Tensor, y: Tensor) -> None:
     if x.dtype not in budget.HALF:  # whose range the gradient of such a row exceeds: it is divided by 1e-12
         x[0] = 0
@@ -90,22 +86,14 @@ def _ignored(x: Tensor, w: Tensor, y: Tensor) -> None:
     y[0::2] = -1
 
 
-def _all_ignored(x: Tensor, w: Tensor, y: Tensor) -> None:
-    y[:] = -1
-
-
-def _last_class(x: Tensor, w: Tensor, y: Tensor) -> None:
-    y[:] = len(w) - 1
-
-
-HARD: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
+HARD: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
     "samples on a centre": _on_centre,
-    "every centre twice": _same_centres,
+    "every centre twice": lambda x, w, y: w[1::2].copy_(w[:-1:2]),
     "zero rows": _zero_rows,
     "all pairs active": _collapsed,
     "half the rows ignored": _ignored,
-    "all rows ignored": _all_ignored,
-    "all of the last class": _last_class,
+    "all rows ignored": lambda x, w, y: y.fill_(-1),
+    "all of the last class": lambda x, w, y: y.fill_(len(w) - 1),
 }
 
 

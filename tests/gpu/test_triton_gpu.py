@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 
@@ -33,6 +32,7 @@ f32, bf16 = torch.float32, torch.bfloat16
 TOLERANCE = {f32: 1e-4, torch.float16: 3e-2, bf16: 3e-2}
 REPEATS = 200
 Inputs = tuple[Tensor, Tensor, Tensor]  # x, w, y
+Call = tuple[Tensor, Tensor, Tensor, float]  # and the filter
 Results = tuple[Tensor, Tensor, Tensor]  # row losses, ∂x, ∂w
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
@@ -50,17 +50,15 @@ def inputs(n: int, c: int, d: int, share: float | None = None) -> Inputs:
     return work.x, work.w, work.y
 
 
-def way(name: str) -> tuple[Inputs, float]:
+@pytest.fixture(params=["lists", "some overflow", "dense"])
+def way(request: pytest.FixtureRequest) -> Call:
     """Inputs and filter that go by lists, by lists of which some overflow, and by dense products."""
-    if name != "some overflow":
-        return inputs(96, 5003, 512), 0.0 if name == "dense" else FAST_EPS
+    if request.param != "some overflow":
+        return *inputs(96, 5003, 512), 0.0 if request.param == "dense" else FAST_EPS
     # every second sample is near to most classes, more than its list holds; the lists of the others hold theirs
     x, w, y = inputs(600, 50_003, 64, 0.9)
     x[::2] = inputs(600, 50_003, 64)[0][::2]
-    return (x, w, y), FAST_EPS
-
-
-WAYS = pytest.mark.parametrize("name", ["lists", "some overflow", "dense"])
+    return x, w, y, FAST_EPS
 
 
 def step(x: Tensor, w: Tensor, y: Tensor, filter_eps: float) -> Results:
@@ -71,14 +69,12 @@ def step(x: Tensor, w: Tensor, y: Tensor, filter_eps: float) -> Results:
     return rows.detach(), x.grad, w.grad
 
 
-@contextlib.contextmanager
+@pytest.fixture
 def deterministic() -> Iterator[None]:
     """The way of a call does not depend on earlier ones, and buffers start as NaN."""
     torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def assert_same(ours: Results, theirs: Results) -> None:
@@ -101,9 +97,8 @@ def test_close_to_float64(dtype: torch.dtype, weight_dtype: torch.dtype, shape: 
         assert_close(work.x, work.w.to(weight_dtype), work.y, filter_eps)
 
 
-def test_close_to_float64_where_some_lists_overflow() -> None:
-    problem, filter_eps = way("some overflow")
-    assert_close(*problem, filter_eps)
+def test_close_to_float64_on_every_way(way: Call) -> None:
+    assert_close(*way)
 
 
 @pytest.mark.parametrize("filter_eps", [FAST_EPS, 0.0])
@@ -113,9 +108,8 @@ def test_more_pairs_than_2_to_31(filter_eps: float) -> None:
     assert_close(x, w, y, filter_eps)
 
 
-@WAYS
-def test_graph_replay_equals_eager(name: str) -> None:
-    (x, w, y), filter_eps = way(name)
+def test_graph_replay_equals_eager(way: Call) -> None:
+    x, w, y, filter_eps = way
     x.requires_grad_(), w.requires_grad_()
 
     def once() -> Tensor:
@@ -141,13 +135,15 @@ def test_graph_replay_equals_eager(name: str) -> None:
             y.copy_(y.flip(0))
         graph.replay()
         replayed = rows.clone(), x.grad.clone(), w.grad.clone()
-        with deterministic():
+        torch.use_deterministic_algorithms(True)
+        try:
             assert_same(replayed, step(x, w, y, filter_eps))
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
-@WAYS
-def test_nothing_waits_for_the_gpu(name: str) -> None:
-    (x, w, y), filter_eps = way(name)
+def test_nothing_waits_for_the_gpu(way: Call) -> None:
+    x, w, y, filter_eps = way
     x.requires_grad_(), w.requires_grad_()
     for mode in ("default", "error"):  # the first compiles and allocates
         torch.cuda.synchronize()
@@ -178,50 +174,42 @@ def test_extra_memory_stays_within_the_bound(n: int, c: int, d: int, provider: s
     assert 0 < extra <= bound
 
 
-@WAYS
-def test_bad_labels_spoil_their_own_rows_only(name: str) -> None:
-    (x, w, y), filter_eps = way(name)
+def test_bad_labels_spoil_their_own_rows_only(way: Call, deterministic: None) -> None:
+    x, w, y, filter_eps = way
     bad = torch.tensor([1, 40, 95], device=y.device)
     spoilt = y.index_copy(0, bad, torch.tensor([len(w), -1, 2**40], device=y.device))
     good = torch.ones(len(y), dtype=torch.bool, device=y.device).index_fill_(0, bad, False)
-    with deterministic():
-        expected = step(x, w, y, filter_eps)
-        rows, grad_x, grad_w = step(x, w, spoilt, filter_eps)
+    expected = step(x, w, y, filter_eps)
+    rows, grad_x, grad_w = step(x, w, spoilt, filter_eps)
     assert rows[bad].isnan().all() and grad_x[bad].isnan().all(), "not NaN in the rows themselves"
     assert torch.equal(rows[good], expected[0][good]), "other losses changed"
     assert torch.equal(grad_x[good], expected[1][good]), "other rows of grad_x changed"
     assert torch.isfinite(grad_w).all()
 
 
-@WAYS
-def test_a_side_stream_equals_the_current_one(name: str) -> None:
-    problem, filter_eps = way(name)
-    with deterministic():
-        expected = step(*problem, filter_eps)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            ours = step(*problem, filter_eps)
-        torch.cuda.current_stream().wait_stream(side)
-        assert_same(ours, expected)
+def test_a_side_stream_equals_the_current_one(way: Call, deterministic: None) -> None:
+    expected = step(*way)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        ours = step(*way)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_same(ours, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
 def test_another_device_than_the_current_one() -> None:
-    problem, filter_eps = way("lists")
+    problem = inputs(96, 5003, 512)
     x, w, y = (t.to("cuda:1") for t in problem)
-    rows, grad_x, grad_w = (t.to("cuda:0") for t in step(x, w, y, filter_eps))
-    assert_same((rows, grad_x, grad_w), step(*problem, filter_eps))
+    rows, grad_x, grad_w = (t.to("cuda:0") for t in step(x, w, y, FAST_EPS))
+    assert_same((rows, grad_x, grad_w), step(*problem, FAST_EPS))
     assert torch.cuda.current_device() == 0
 
 
-@WAYS
-def test_repeats_give_the_same_bits(name: str) -> None:
-    problem, filter_eps = way(name)
-    with deterministic():
-        first = step(*problem, filter_eps)
-        for _ in range(REPEATS):
-            assert_same(step(*problem, filter_eps), first)
+def test_repeats_give_the_same_bits(way: Call, deterministic: None) -> None:
+    first = step(*way)
+    for _ in range(REPEATS):
+        assert_same(step(*way), first)
 
 
 @pytest.mark.parametrize("filter_eps, k_inter", [(FAST_EPS, 80.0), (FAST_EPS, 20.0), (0.0, 80.0)])
