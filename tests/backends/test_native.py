@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from sface_kernels import SFaceLoss, sface_loss
+from sface_kernels import SFaceLoss, sface_loss, types
 from sface_kernels.backends import native as backend
 from sface_kernels.types import Request
 from tests.support.cases import ROOT, bf16, f32
@@ -64,7 +64,7 @@ def defined(name: str) -> dict[str, float]:
             target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
             if isinstance(target, ast.Name) and target.id == name and node.value is not None:
                 value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value  # tl.constexpr(…)
-                found[str(path.relative_to(ROOT))] = eval(ast.unparse(value), {})
+                found[str(path.relative_to(ROOT))] = eval(ast.unparse(value), {"types": types})
     return found
 
 
