@@ -2,6 +2,7 @@
 
 python examples/train_faces.py --data DIR --head both --out runs/mine     # one folder per identity in DIR
 python examples/train_faces.py --head both --out runs/demo                # generated cartoon faces
+torchrun --nproc-per-node=2 examples/train_faces.py --class-parallel      # rows and classes spread over two processes
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -41,6 +44,7 @@ from faces.folder import load_folder, shortened
 from faces.heads import BACKENDS, build_head
 from faces.options import OptionError, TrainOptions
 from faces.plots import PLOTS, Curves, draw_all
+from faces.processes import averaged, own_rows, process_group, whole
 from faces.record import BACKBONE, EVENTS, HEAD, METRICS, STATISTICS, Recorder
 from faces.verification import embed, verify
 from faces.watch import epoch_line, training_progress
@@ -66,6 +70,16 @@ def train(options: TrainOptions, console: Console) -> dict[str, HeadRun]:
         if not saved:
             where = printable(options.out)
             raise CheckpointError(f"--resume: expected {CHECKPOINT} of a former run in {where}, found none")
+    if not options.class_parallel:
+        return train_into_folders(options, saved, console)
+    with process_group(options.torch_device) as rank, tempfile.TemporaryDirectory() as nowhere:
+        if rank > 0:  # the first process speaks and writes for all
+            options, console = replace(options, out=Path(nowhere)), Console(quiet=True)
+        return train_into_folders(options, saved, console)
+
+
+def train_into_folders(options: TrainOptions, saved: dict[str, Any], console: Console) -> dict[str, HeadRun]:
+    """`train`, once the options are known to be sound. `saved` has the checkpoints to go on from, by head."""
     heads = options.folders.values()
     folders = dict.fromkeys((options.out, *heads, *(folder / EVENTS for folder in heads)))
     with output_folders(folders, (CHECKPOINT, METRICS, BACKBONE, HEAD, *(f"{plot}.png" for plot in PLOTS))):
@@ -122,9 +136,12 @@ def train_head(
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)  # order of the images and their augmentation
     backbone = FaceNet(options.embedding_size).to(device, memory_format=torch.channels_last)
+    network = averaged(backbone)
     head = build_head(name, options, split.classes).to(device)
     parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=options.lr, momentum=0.9, weight_decay=5e-4)
+    # foreach=False: sharded and plain parameters do not go through one fused update
+    fused = False if options.class_parallel else None
+    optimizer = torch.optim.SGD(parameters, lr=options.lr, momentum=0.9, weight_decay=5e-4, foreach=fused)
     training = Training(backbone, head, optimizer, generator)
     folder, metrics = recorder.folder, recorder.metrics
     if state is not None:
@@ -147,7 +164,8 @@ def train_head(
                     began, step = time.perf_counter(), len(metrics["steps"]) + 1
                     set_learning_rate(optimizer, options.lr, step, total_steps)
                     faces, labels = augment(split.train.images[rows], device, generator), split.train.labels[rows]
-                    values = training_step(backbone, head, optimizer, faces, labels.to(device))
+                    mine = own_rows()
+                    values = training_step(network, head, optimizer, faces[mine], labels[mine].to(device))
                     seconds = time.perf_counter() - began
                     recorder.step({"step": step, "epoch": epoch, **values, "step_ms": seconds * 1e3})
                     if not math.isfinite(values["loss"]):
@@ -170,15 +188,16 @@ def train_head(
     finally:
         recorder.close()
     result = result or verify(backbone, split.unseen, device)
-    own, others = angle_histograms(backbone, head.weight, split.train, device)
+    weight = whole(head.weight.detach())
+    own, others = angle_histograms(backbone, weight, split.train, device)
     batch = slice(0, options.batch_size)
     embeddings = embed(backbone, split.train.images[batch], device).to(device)
     curves = Curves(metrics["steps"], result, own, others)
-    return HeadRun(curves, metrics, head.weight.detach(), embeddings, split.train.labels[batch].to(device))
+    return HeadRun(curves, metrics, weight, embeddings, split.train.labels[batch].to(device))
 
 
 def training_step(
-    backbone: FaceNet, head: nn.Module, optimizer: torch.optim.Optimizer, faces: Tensor, labels: Tensor
+    backbone: nn.Module, head: nn.Module, optimizer: torch.optim.Optimizer, faces: Tensor, labels: Tensor
 ) -> dict[str, float]:
     """One step of SGD. Returns the head's statistics and the time of its forward and backward alone, `head_ms`."""
     optimizer.zero_grad()
@@ -233,6 +252,7 @@ def command(
     identities: Annotated[int | None, typer.Option(help="Number of generated identities (400).")] = None,
     images_per_identity: Annotated[int | None, typer.Option(help="Images of each generated identity (20).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, with the same options.")] = False,
+    class_parallel: Annotated[bool, typer.Option("--class-parallel", help="Under torchrun: every process takes its rows of a batch and its classes of the head.")] = False,
 ) -> None:  # fmt: skip
     """Train a small face recogniser with the SFace loss and verify it on identities it has never seen.
 

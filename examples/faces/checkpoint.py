@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import printable, write_file
+from .processes import shard_like, whole
 from .record import STEP, packed
 
 CHECKPOINT = "checkpoint.pt"
@@ -21,7 +22,7 @@ PARTS: dict[str, Any] = {
 METRICS: dict[str, Any] = {"options": dict, "head": str, "data": dict, "steps": list, "epochs": list}
 EPOCH: dict[str, Any] = {"epoch": int, "seconds": float, "verification": dict}
 # A run may go on elsewhere: on another machine, from another folder with the same images, into another one.
-FREE_ON_RESUME = {"data", "head", "device", "threads", "out", "resume", "source", "left_out"}
+FREE_ON_RESUME = {"data", "head", "device", "threads", "out", "resume", "class_parallel", "source", "left_out"}
 
 
 class CheckpointError(ValueError):
@@ -52,8 +53,8 @@ def save_checkpoint(folder: Path, training: Training, metrics: dict[str, Any]) -
     state = {
         "epoch": epoch,
         "backbone": training.backbone.state_dict(),
-        "head": training.head.state_dict(),
-        "optimizer": training.optimizer.state_dict()["state"],  # its options are this program's
+        "head": whole(training.head.state_dict()),
+        "optimizer": whole(training.optimizer.state_dict()["state"]),  # its options are this program's
         "data_rng": training.generator.get_state(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all(),
@@ -117,6 +118,7 @@ def restore(state: dict[str, Any], training: Training, folder: Path) -> None:
         training.optimizer.load_state_dict({**training.optimizer.state_dict(), "state": state["optimizer"]})
         for parameter in (*training.backbone.parameters(), *training.head.parameters()):
             training.optimizer.state[parameter]["momentum_buffer"]  # without it SGD would start anew, without a word
+            shard_like(parameter, training.optimizer.state[parameter])
         training.generator.set_state(state["data_rng"])
         torch.set_rng_state(state["torch_rng"])
         if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():

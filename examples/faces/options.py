@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .files import printable
+from .processes import started_by_torchrun
 
 SMALL = 10_000  # training images below which a run takes the recipe for small data
 WHOLE_NUMBERS = {  # lowest and highest
@@ -50,6 +51,7 @@ class TrainOptions:
     identities: int | None = None
     images_per_identity: int | None = None
     resume: bool = False
+    class_parallel: bool = False
 
     @property
     def heads(self) -> list[str]:
@@ -84,6 +86,12 @@ class TrainOptions:
         for name in ("identities", "images_per_identity"):
             if self.data is not None and getattr(self, name) is not None:
                 raise OptionError(f"--{name.replace('_', '-')}: is for generated faces, and --data was given too")
+        if self.class_parallel and self.head != "fused":
+            raise OptionError(f"--class-parallel: expected --head fused, got {self.head}")
+        if self.class_parallel and not started_by_torchrun():
+            raise OptionError(
+                "--class-parallel: expected to be started by torchrun --nproc-per-node=2 train_faces.py …"
+            )
         self._check_device()
         if self.data is not None:
             data, outs = Path(os.path.realpath(self.data)), map(os.path.realpath, self.folders.values())

@@ -13,6 +13,7 @@ from torch import nn
 from .events import Events
 from .files import write_file, write_json, writing
 from .options import TrainOptions
+from .processes import whole
 from .verification import Verification
 
 METRICS, BACKBONE, HEAD, EVENTS = "metrics.json", "backbone.pt", "head.pt", "tensorboard"
@@ -64,7 +65,7 @@ class Recorder:
         """Writes metrics.json, backbone.pt and head.pt (state dicts; the head's one key is `weight`)."""
         self.save_metrics()
         write_file(self.folder / BACKBONE, packed(backbone.state_dict()))
-        write_file(self.folder / HEAD, packed(head.state_dict()))
+        write_file(self.folder / HEAD, packed(whole(head.state_dict())))
 
     def close(self) -> None:
         with suppress(OSError):  # each epoch's curves are written already

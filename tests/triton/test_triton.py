@@ -10,11 +10,12 @@ import json
 import pytest
 import torch
 
-from sface_kernels import ops, sface_loss
+from sface_kernels import available_backends, ops, sface_loss
 from sface_kernels.backends import triton as backend
 from sface_kernels.backends.triton import buffers, plan, tiles
 from sface_kernels.backends.triton.plan import make_rules
-from sface_kernels.types import HyperParameters
+from sface_kernels.dispatch import choose
+from sface_kernels.types import HyperParameters, Request
 from tests.support.cases import Case, bf16, f16, f32
 from tests.support.checks import Judge, Result, run
 from tests.support.oracle import truth
@@ -317,3 +318,15 @@ def test_rows_below_the_least_norm():
         for name in ("grad_x", "grad_w"):
             a, b = (getattr(r, name).double().cpu() for r in (ours, theirs))
             assert ((a - b).norm(dim=1) <= 1e-3 * b.norm(dim=1) + 1e-6 * b.norm()).all(), name
+
+
+class TestDispatch:
+    def test_auto_does_not_take_the_interpreter(self):
+        assert "triton" in available_backends(DEVICE)
+        if DEVICE == "cpu":
+            assert choose("auto", Request(torch.device("cpu"), f32, f32))[0] != "triton"
+
+    def test_too_many_features(self):
+        x, w = torch.randn(2, 5000, device=DEVICE), torch.randn(3, 5000, device=DEVICE)
+        with pytest.raises(RuntimeError, match="'triton' cannot run here: it takes at most 4096 features, got 5000"):
+            sface_loss(x, w, torch.tensor([0, 1], device=DEVICE), backend="triton")
