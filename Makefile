@@ -10,7 +10,8 @@ OUT ?= runs/gpu
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test test-compiled test-triton36 compile-matrix gpu check lint format build bench results pictures tables clean FORCE
+.PHONY: demo test test-compiled test-triton36 test-oldest sanitize wheel sdist compile-matrix gpu check lint format build \
+	bench results pictures tables clean FORCE
 .DEFAULT_GOAL := build
 .NOTPARALLEL: # two measurements at once measure each other
 
@@ -38,6 +39,27 @@ test: build
 		tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py
 	SFACE_PTX=sm_90 $(COMPILED) tests/triton/test_triton.py
 
+# A copy of the package with an extension that checks itself, for each instruction set of this CPU: no read or write out of
+# bounds, no undefined behaviour, in a thousand random calls and in what only this backend does. Python's own flags would
+# define signed overflow (-fwrapv). The offsets past 32 bits take too long here.
+SANITIZE := build/sanitize
+CHECKS := -fsanitize=address,undefined
+ISAS := import torch, sface_kernels; print(*torch.ops.sface.native_instruction_sets())
+
+sanitize: build
+	rm -rf $(SANITIZE)
+	mkdir -p $(SANITIZE)
+	cp -r csrc sface_kernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZE)
+	rm -f $(SANITIZE)/sface_kernels/*.so
+	cd $(SANITIZE) && CFLAGS="-g -fno-wrapv -fno-omit-frame-pointer $(CHECKS) -fno-sanitize-recover=all" \
+		LDFLAGS="$(CHECKS)" python setup.py build_ext --inplace
+	for isa in $$(python -c "$(ISAS)" || echo none); do (cd $(SANITIZE) && \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		SFACE_CPU_ISA=$$isa SFACE_FUZZ=1000 python -m pytest -p no:cacheprovider -k "not Past32Bits and not parity_with" \
+		tests/backends/test_native.py tests/backends/test_native_memory.py tests/backends/test_native_fuzz.py) || exit 1; \
+	done
+
 # The Triton kernels compiled for GPUs, executed on the CPU by an emulator of PTX; skipped where there is none
 # (tests/triton/compiled.py). The last lines: without fusing products and sums, and with divisions off by an ulp.
 COMPILED := $(BIN)/python -m pytest -n 2 -p tests.triton.compiled -k triton
@@ -62,6 +84,21 @@ test-triton36: build $(OTHER)/installed
 	PYTHONPATH=$(CURDIR)/$(OTHER) $(BIN)/python -m pytest tests/triton/test_triton_compile.py tests/triton/test_launch.py
 	PYTHONPATH=$(CURDIR)/$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
 		tests/triton/test_triton.py tests/triton/test_triton_memory.py
+
+# The oldest versions that pyproject.toml allows, of everything but torch (requirements-oldest.txt).
+OLDEST := $(VENV)/oldest
+$(OLDEST)/built: $(VENV)/built requirements-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "$(TORCH)"
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements-oldest.txt
+	touch $@
+
+test-oldest: $(OLDEST)/built
+	$(OLDEST)/bin/python -m pytest tests/tools tests/examples tests/compat tests/loss/test_torch_features.py
+
+# dist/: one wheel for every Python and every PyTorch from 2.11 on, and the sources that it is built from.
+wheel sdist: build
+	$(BIN)/python -m build --$@ --no-isolation --outdir dist
 
 # The compile tables of docs/kernels.md. Needs no GPU; some minutes. SFACE_COMPILE_EVERY=1 make test checks more cases.
 compile-matrix: build

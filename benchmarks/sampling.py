@@ -7,10 +7,14 @@ compares with every class. Variance only: nothing is timed.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sface_kernels.bench import report
+from sface_kernels.bench.table import plain_table
 from sface_kernels.distributed.sampling import Sampling, draw, sampled_rows, split_classes
 from sface_kernels.distributed.shard import ShardRows, shard_rows
 from sface_kernels.testing.workloads import Case, Shape, make_workload
@@ -31,7 +35,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
     )
 
 
-def rows_of_table(geometry: str, shape: Shape, draws: int) -> list[str]:
+def rows_of_table(geometry: str, shape: Shape, draws: int) -> list[dict[str, Any]]:
     _, x, w, y, _ = make_workload(Case(shape, geometry))
     x.requires_grad_()
     w.requires_grad_()
@@ -49,7 +53,11 @@ def rows_of_table(geometry: str, shape: Shape, draws: int) -> list[str]:
             squares += errors(measured(rows, x, w), exact).square() / draws
         lines.append((f"sample rate {rate:g}", squares.sqrt()))
     lines.append(("all classes, filter 2⁻¹⁶", errors(measured(shard_rows(x, w, y, fast_hp, "auto"), x, w), exact)))
-    return [f"| {geometry} | {name} | {e[0]:.1e} | {e[1]:.1e} | {e[2]:.1e} |" for name, e in lines]
+    names = ("loss", "∂x", "∂w")
+    return [
+        {"geometry": geometry, "compared with": with_, **dict(zip(names, e.tolist(), strict=True))}
+        for with_, e in lines
+    ]
 
 
 def main() -> None:
@@ -58,10 +66,14 @@ def main() -> None:
     parser.add_argument("--c", type=int, default=20_000, help="classes")
     parser.add_argument("--d", type=int, default=128, help="features")
     parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="also write a results file")
     options = parser.parse_args()
-    print("| geometry | compared with | loss | ∂x | ∂w |\n|---|---|---:|---:|---:|")
+    result = report.new_report("table", {"draws": options.draws}, torch.device("cpu"))
     for geometry in GEOMETRIES:
-        print("\n".join(rows_of_table(geometry, Shape(options.n, options.c, options.d), options.draws)))
+        result["rows"] += rows_of_table(geometry, Shape(options.n, options.c, options.d), options.draws)
+    print(plain_table(result["rows"]).markdown())
+    if options.out:
+        report.save(result, options.out)
 
 
 if __name__ == "__main__":

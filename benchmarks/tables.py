@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sface_kernels.bench import machine, report
-from sface_kernels.bench.table import Table, accuracy_tables, bench_table, density_table
+from sface_kernels.bench.table import Table, accuracy_tables, bench_table, density_table, plain_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (\S+)((?: \w+=\S+)*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -35,6 +35,8 @@ def origin(path: str, result: dict[str, Any]) -> str:
 
 def tables(result: dict[str, Any], chosen: dict[str, list[str]]) -> list[Table]:
     """Of the rows that have one of the values chosen for each name."""
+    if result["kind"] == "table":
+        return [plain_table(result["rows"])]
     if result["kind"] != "accuracy":
         chosen = {"mode": ["both"], **chosen}
     rows = [row for row in result["rows"] if all(row[name.removesuffix("s")] in some for name, some in chosen.items())]

@@ -33,10 +33,10 @@ Upstream read_upstream(const Problem& problem, const Tensor& grad_row, const Ten
 void check_segment(const Problem& problem, int64_t g, int64_t b, const Segment& segment, int64_t words) {
   const int64_t begin = segment.begin, count = segment.count;
   const int64_t pairs = problem.group_count(g) * problem.block_rows(b);
-  const int64_t size = count == kRecompute ? 0 : count == kDenseStored ? pairs : 2 * count;
-  check(count >= kRecompute && count <= pairs && begin >= 0 && begin <= words && size <= words - begin,
-        "segments: expected a part of an arena of ", words, " words, got ", begin, " and ", count, " for samples ", g,
-        " and classes ", b);
+  const bool known = count >= kRecompute && count <= pairs;
+  const int64_t size = !known || count == kRecompute ? 0 : count == kDenseStored ? pairs : 2 * count;
+  check(known && begin >= 0 && begin <= words && size <= words - begin, "segments: expected a part of an arena of ",
+        words, " words, got ", begin, " and ", count, " for samples ", g, " and classes ", b);
 }
 
 // The sums Σ_i u_i g_ij x̂_i / s of one block, in work.raw; which rows have one, in `touched`.

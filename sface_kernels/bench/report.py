@@ -16,7 +16,8 @@ import torch
 from . import machine
 
 FORMAT = {"schema": "sface-kernels/benchmark", "schema_version": 2}
-KINDS = ("bench", "density", "accuracy")  # "density" is what a bench of several densities called itself
+# "density" is what a bench of several densities called itself; the rows of a "table" are its lines
+KINDS = ("bench", "density", "accuracy", "table")
 _RATIOS = {  # name: (provider compared with, True for a speedup: their time over ours)
     "speedup_vs_reference": ("reference", True),
     "speedup_vs_careful_compiled": ("careful-compiled", True),

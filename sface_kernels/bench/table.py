@@ -116,3 +116,10 @@ def _by_filter(title: str, rows: list[Row], cell: Callable[[Row], str], of_refer
             cells.append(" / ".join(f"{errors[name]:.0e}" for name in of_reference) if errors else "–")
         lines.append([*cells, *("–" if group[f]["errors"] is None else cell(group[f]) for f in filters)])
     return Table(title, head, lines, len(head))
+
+
+def plain_table(rows: list[Row]) -> Table:
+    """The rows as they are: their keys are the head, texts come first, numbers have two digits."""
+    cells = [[value if isinstance(value, str) else f"{value:.2g}" for value in row.values()] for row in rows]
+    words = sum(isinstance(value, str) for value in rows[0].values()) if rows else 0
+    return Table("", list(rows[0]) if rows else [], cells, words)

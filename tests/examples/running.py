@@ -17,6 +17,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 for needed in ("matplotlib", "PIL", "rich", "tensorboard"):
     pytest.importorskip(needed)
 typer_testing = pytest.importorskip("typer.testing")
+import torch  # noqa: E402
 import train_faces  # noqa: E402
 import typer  # noqa: E402
 from faces.cartoon import generate_faces  # noqa: E402
@@ -31,9 +32,13 @@ TINY += ["--val-fraction", "0.5"]
 
 
 def run(*arguments: object):
-    app = typer.Typer()
+    """The command in this process, which keeps its number of threads: losses are compared to the bit."""
+    app, threads = typer.Typer(), torch.get_num_threads()
     app.command()(train_faces.command)
-    return typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+    try:
+        return typer_testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def failed(result, status: int, *words: str) -> None:
