@@ -89,20 +89,17 @@ class Cost(NamedTuple):
     memory: float  # bytes a GPU: weight, momentum, gradient and working memory
 
 
-def sface(p: Problem, m: Machine, head_optimizer: bool = False) -> Cost:
-    """One screened product, active pairs again in float32, w read once, ∂w written once; SGD moves five times C·D more.
-
-    `head_optimizer`: no ∂w; w read by the forward, w and the momentum read and written by the step.
-    """
+def sface(p: Problem, m: Machine) -> Cost:
+    """One screened product, active pairs again in float32, w read once, ∂w written once; SGD moves five times C·D more."""
     weight = 4 * p.shard * p.features
     product = 2 * p.all_rows * p.shard * p.features
     forward = max(OVER_PRODUCT * product / m.flops, weight / m.bytes_per_second)
     # three passes over 4·D bytes a pair: the cosine again, ∂x and ∂w
     pairs = 12 * p.active * p.all_rows * p.shard * p.features / m.bytes_per_second
-    rest = (4 if head_optimizer else 6) * weight / m.bytes_per_second
+    rest = 6 * weight / m.bytes_per_second
     talk = communication_seconds(p, m, communication(p).total, EXCHANGES)
     working = (64 << 20) + 16 * p.shard + 16 * p.all_rows * p.features
-    return Cost(forward + pairs + rest + talk, talk, (2 if head_optimizer else 3) * weight + working)
+    return Cost(forward + pairs + rest + talk, talk, 3 * weight + working)
 
 
 # Passes over the N×C/P logits (cosine, clamp, margin, scale, softmax and their backward) and over C/P×D (unit rows and
@@ -140,17 +137,17 @@ def _gib(size: float) -> str:
 
 def table(m: Machine, active: float) -> list[str]:
     lines = [
-        "| GPUs | classes | N | bytes sent a GPU, MB | head, ms | with the head's optimizer, ms | of that sending, ms | GiB a GPU "
+        "| GPUs | classes | N | bytes sent a GPU, MB | head, ms | of that sending, ms | GiB a GPU "
         "| Partial FC, ms | GiB | rate 0.1, ms | GiB |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for classes in CLASSES:
         for gpus in GPUS:
             p = Problem(gpus, classes, active=active)
-            ours, lean, theirs, sampled = sface(p, m), sface(p, m, True), partial_fc(p, m), partial_fc(p, m, 0.1)
+            ours, theirs, sampled = sface(p, m), partial_fc(p, m), partial_fc(p, m, 0.1)
             lines.append(
                 f"| {gpus} | {classes / 1e6:g} M | {p.all_rows:,} | {communication(p).total / 1e6:.1f} "
-                f"| {1e3 * ours.seconds:.1f} | {1e3 * lean.seconds:.1f} | {1e3 * ours.communication:.2f} "
+                f"| {1e3 * ours.seconds:.1f} | {1e3 * ours.communication:.2f} "
                 f"| {_gib(ours.memory)} | {1e3 * theirs.seconds:.1f} | {_gib(theirs.memory)} "
                 f"| {1e3 * sampled.seconds:.1f} | {_gib(sampled.memory)} |"
             )
