@@ -3,6 +3,7 @@
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -42,5 +43,15 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-build_ext = {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)} if BuildExtension else {}
-setup(ext_modules=extensions(), cmdclass={"bdist_wheel": Wheel, **build_ext})
+commands = {"bdist_wheel": Wheel}
+if BuildExtension is not None:
+
+    class PlainName(BuildExtension):
+        """_C.so, without a Python's tag. Not BuildExtension.with_options, which setuptools 77 refuses."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.no_python_abi_suffix = True
+
+    commands["build_ext"] = PlainName
+setup(ext_modules=extensions(), cmdclass=commands)
