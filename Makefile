@@ -96,9 +96,17 @@ $(OLDEST)/built: $(VENV)/built requirements-oldest.txt
 test-oldest: $(OLDEST)/built
 	$(OLDEST)/bin/python -m pytest tests/tools tests/examples tests/compat tests/loss/test_torch_features.py
 
-# dist/: one wheel for every Python and every PyTorch from 2.11 on, and the sources that it is built from.
-wheel sdist: build
-	$(BIN)/python -m build --$@ --no-isolation --outdir dist
+# dist/: one wheel for every Python and every PyTorch from 2.11 on, and the sources that it is built from. On Linux its tag
+# says which C library it needs; PyTorch's libraries stay out of it.
+wheel: build
+	rm -rf build/wheel
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	mkdir -p dist
+	if [ "$$(uname)" = Linux ]; then $(BIN)/auditwheel repair build/wheel/*.whl --wheel-dir dist \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*'; else cp build/wheel/*.whl dist; fi
+
+sdist: build
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
 
 # docs/compile-tables.md. Needs no GPU; some minutes. SFACE_COMPILE_EVERY=1 make test checks more cases.
 compile-matrix: build
