@@ -20,6 +20,8 @@ FLAGS.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
 
 
 def extensions() -> list:
+    if CppExtension is None:
+        print("warning: sface_kernels is built without its C++ kernels: no PyTorch here (pip's --no-build-isolation)")
     if CppExtension is None or platform.system() == "Windows" or os.environ.get("SFACE_NO_NATIVE") == "1":
         return []
     sources = [str(path) for path in sorted(Path("csrc").rglob("*.cpp"))]
