@@ -85,7 +85,7 @@ test-triton36: build $(OTHER)/installed
 	PYTHONPATH=$(CURDIR)/$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
 		tests/triton/test_triton.py tests/triton/test_triton_memory.py
 
-# The oldest versions that pyproject.toml allows, of everything but torch (requirements-oldest.txt).
+# The oldest versions that pyproject.toml allows, of everything but torch (requirements-oldest.txt), and the oldest Triton.
 OLDEST := $(VENV)/oldest
 $(OLDEST)/built: $(VENV)/built requirements-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -95,6 +95,7 @@ $(OLDEST)/built: $(VENV)/built requirements-oldest.txt
 
 test-oldest: $(OLDEST)/built
 	$(OLDEST)/bin/python -m pytest tests/tools tests/examples tests/compat tests/loss/test_torch_features.py
+	$(MAKE) test-triton36 OTHER_TRITON=3.4.0
 
 # dist/: one wheel for every Python and every PyTorch from 2.11 on, and the sources that it is built from. On Linux its tag
 # says which C library it needs; PyTorch's libraries stay out of it.

@@ -18,11 +18,13 @@ def full_float32() -> Iterator[None]:
     if torch.compiler.is_compiling():  # the compiler cannot trace the switches
         yield
         return
-    before = [switch.fp32_precision for switch in _SWITCHES]
+    reduced = [(switch, switch.fp32_precision) for switch in _SWITCHES if switch.fp32_precision not in ("none", "ieee")]
     try:
-        for switch in _SWITCHES:
+        for switch, _ in reduced:
             switch.fp32_precision = "ieee"
         yield
     finally:
-        for switch, value in zip(_SWITCHES, before, strict=True):
-            switch.fp32_precision = value
+        for switch, value in reduced:
+            switch.fp32_precision = "none"  # what a wider switch says, as long as that is the same
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value

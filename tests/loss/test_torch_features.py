@@ -98,13 +98,22 @@ def test_numbers_are_numbers():
             SFaceLoss(8, wrong)
 
 
+SWITCHES = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+
+
+def follow_the_wider_switch() -> None:
+    torch.set_float32_matmul_precision("highest")
+    for switch in SWITCHES:
+        switch.fp32_precision = "none"
+
+
 DEFAULTS = {
     "default dtype float64": (lambda: torch.set_default_dtype(f64), lambda: torch.set_default_dtype(f32)),
     "default dtype float16": (lambda: torch.set_default_dtype(f16), lambda: torch.set_default_dtype(f32)),
     "default device": (lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None)),
     "matmul precision": (
         lambda: torch.set_float32_matmul_precision("medium"),
-        lambda: torch.set_float32_matmul_precision("highest"),
+        follow_the_wider_switch,
     ),
     "fp32_precision": (
         lambda: setattr(torch.backends, "fp32_precision", "tf32"),
@@ -123,8 +132,10 @@ def test_process_wide_defaults_change_nothing(case, default, filter_eps):
     on()
     try:
         changed = run(case, problem, filter_eps=filter_eps)
+        assert default != "fp32_precision" or all(switch.fp32_precision == "tf32" for switch in SWITCHES)
     finally:
         off()
+    assert all(switch.fp32_precision == "none" for switch in SWITCHES), "a switch of the process stays turned"
     assert_same(changed, plain)
     assert [s.dtype for s in changed.stats] == [s.dtype for s in plain.stats]
 
