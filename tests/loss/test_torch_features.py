@@ -98,7 +98,7 @@ def test_numbers_are_numbers():
             SFaceLoss(8, wrong)
 
 
-SWITCHES = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+SWITCHES = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
 
 
 def follow_the_wider_switch() -> None:
