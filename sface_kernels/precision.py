@@ -13,6 +13,28 @@ _SWITCHES: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.cuda.
 
 
 @contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Undoes at its end what is set inside of these switches."""
+    before = [switch.fp32_precision for switch in _SWITCHES]
+    older = None
+    with contextlib.suppress(RuntimeError):  # which PyTorch raises where both kinds of switch were used
+        older = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for switch, value in zip(_SWITCHES, before, strict=True):
+            _put_back(switch, value)
+
+
+def _put_back(switch: Any, value: str) -> None:
+    switch.fp32_precision = "none"  # what a wider switch says, as long as that is the same
+    if switch.fp32_precision != value:
+        switch.fp32_precision = value
+
+
+@contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Float32 products are not made in TF32 or bf16 inside: k = 80 would blow such cosines up to errors of percents."""
     if torch.compiler.is_compiling():  # the compiler cannot trace the switches
@@ -25,6 +47,4 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         for switch, value in reduced:
-            switch.fp32_precision = "none"  # what a wider switch says, as long as that is the same
-            if switch.fp32_precision != value:
-                switch.fp32_precision = value
+            _put_back(switch, value)

@@ -12,6 +12,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import torch
 
+from sface_kernels.precision import kept
 from tests.support.cases import CASES, CASES32, Case, f32
 
 
@@ -34,9 +35,10 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _clean_slate():
-    """No test inherits another's seed or autograd mode."""
+    """No test inherits another's seed, autograd mode or precision of products."""
     torch.manual_seed(0)
-    yield
+    with kept():
+        yield
     assert torch.is_grad_enabled()
 
 

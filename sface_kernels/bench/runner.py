@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..precision import kept
 from ..testing import budget
 from ..testing.failure import failure_text, out_of_memory
 from ..testing.truth import Errors, Truth, compute_truth, measure_errors
@@ -170,11 +171,11 @@ def run_case(
             entry.raised(error)
     try:
         for mode in modes:
-            rows = _time(entries, work, case, mode, settings, say)
+            with kept():
+                rows = _time(entries, work, case, mode, settings, say)
             result["rows"] += rows
             done(rows)
     finally:
-        torch.set_float32_matmul_precision("highest")
         if any(provider.compiled for provider in providers):
             torch.compiler.reset()
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sface_kernels import SFaceLoss, ops, sface_loss
+from sface_kernels.precision import kept
 from tests.support.cases import ROOT, bf16, f16, f32, f64
 from tests.support.checks import Judge, assert_same, run
 from tests.support.problems import trained_problem
@@ -129,15 +130,31 @@ def test_process_wide_defaults_change_nothing(case, default, filter_eps):
     problem = trained_problem(33, 300, 256).to(case.device, case.dtype, case.weight_dtype)
     plain = run(case, problem, filter_eps=filter_eps)
     on, off = DEFAULTS[default]
+    before = [switch.fp32_precision for switch in SWITCHES]
     on()
     try:
         changed = run(case, problem, filter_eps=filter_eps)
         assert default != "fp32_precision" or all(switch.fp32_precision == "tf32" for switch in SWITCHES)
     finally:
         off()
-    assert all(switch.fp32_precision == "none" for switch in SWITCHES), "a switch of the process stays turned"
+    assert [switch.fp32_precision for switch in SWITCHES] == before, "a switch of the process stays turned"
     assert_same(changed, plain)
     assert [s.dtype for s in changed.stats] == [s.dtype for s in plain.stats]
+
+
+def test_switches_are_put_back():
+    """The older switch too, which PyTorch answers for only as long as the newer ones agree with it."""
+
+    def settings():
+        return [torch.get_float32_matmul_precision(), *(switch.fp32_precision for switch in SWITCHES)]
+
+    for name in ("high", "highest"):
+        torch.set_float32_matmul_precision(name)
+        before = settings()
+        with kept():
+            torch.set_float32_matmul_precision("medium")
+            SWITCHES[0].fp32_precision = "ieee"
+        assert settings() == before
 
 
 def test_importing_anew():

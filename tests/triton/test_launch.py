@@ -139,10 +139,7 @@ class TestPrecision:
         from sface_kernels.backends.triton.launch import precision
 
         torch.set_float32_matmul_precision(value)
-        try:
-            assert precision(f32, "sm_90") == expected
-        finally:
-            torch.set_float32_matmul_precision("highest")
+        assert precision(f32, "sm_90") == expected
 
 
 @pytest.mark.parametrize("multiprocessors", [108, 132, 148, 188])

@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ....precision import kept
 from ....types import HyperParameters
 from .. import launch_backward, launch_forward
 from ..buffers import Saved, allocate
@@ -107,14 +108,13 @@ def recorded(
 
 def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """(kernel, arguments, which call it came from) of forwards and backwards in every mode."""
-    before = torch.get_float32_matmul_precision()
     for shape, dtype, weight_dtype, precision in CASES if every else FEW_CASES:
-        torch.set_float32_matmul_precision(precision)
         taken = []
-        for k_inter, dense, need_x in MODES:
-            hp = HyperParameters(64.0, 80.0, k_inter, 0.8, 1.23, 0.0 if dense else 2.0**-16)
-            taken += recorded(target, shape, dtype, weight_dtype, hp, dense, need_x)
-        torch.set_float32_matmul_precision(before)
+        with kept():
+            torch.set_float32_matmul_precision(precision)
+            for k_inter, dense, need_x in MODES:
+                hp = HyperParameters(64.0, 80.0, k_inter, 0.8, 1.23, 0.0 if dense else 2.0**-16)
+                taken += recorded(target, shape, dtype, weight_dtype, hp, dense, need_x)
         short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
         for kernel, arguments in taken:
             yield kernel, arguments, f"{short} D={shape[2]}"
