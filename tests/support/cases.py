@@ -33,6 +33,11 @@ class Case(NamedTuple):
         short = [str(t).removeprefix("torch.") for t in (self.dtype, self.weight_dtype)]
         return "-".join([self.backend, self.device, *dict.fromkeys(short)])
 
+    @property
+    def emulated(self) -> bool:
+        """Triton's kernels on a CPU, where a large size takes minutes: such tests take a smaller one there."""
+        return (self.backend, self.device) == ("triton", "cpu")
+
     def reason_to_skip(self) -> str | None:
         return BACKENDS[self.backend].unavailable(Request(torch.device(self.device), self.dtype, self.weight_dtype))
 
