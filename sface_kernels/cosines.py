@@ -102,6 +102,6 @@ def cosine(embeddings: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
     centres = weight[torch.where(valid, classes, 0).long()].to(dtype)  # [N, D] or [N, M, D]
     x_unit = F.normalize(embeddings.to(dtype))
     x_unit = x_unit if classes.dim() == 1 else x_unit.unsqueeze(1)
-    with without_autocast(embeddings.device):
+    with without_autocast(embeddings.device), full_float32():
         cosines = torch.linalg.vecdot(x_unit, F.normalize(centres, dim=-1)).clamp(-1, 1)
     return torch.where(valid, cosines, torch.nan)

@@ -102,5 +102,5 @@ class SFaceRowStats(NamedTuple):
     cos_target: Tensor  # c_iy, the cosine to the own class centre
     angle: Tensor  # θ_iy in radians, the angle to the own class centre
     cos_hardest: Tensor  # the largest cosine to another class; −inf with no other class
-    hardest_class: Tensor  # int64, that class, the lowest of equals; −1 with no other class or a row that is not finite
+    hardest_class: Tensor  # int64, that class, the lowest of equals; −1 with no other class, or NaN in the row
     dropped: Tensor  # Σ of the q_ij that the filter dropped, the bound of §2 in docs/math.md

@@ -213,7 +213,7 @@ class ClassParallelSFaceLoss(nn.Module):
         """As `SFaceLoss.topk`, of this process's `embeddings` `[n, D]` to the classes of all; every process must call
         it, with the same k."""
         assert isinstance(self.weight, DTensor)
-        weight, group = self.weight.detach().to_local(), self._mesh.get_group()
+        weight, group = self.weight.to_local().detach(), self._mesh.get_group()
         found = class_parallel_topk(embeddings, weight, self.class_range[0], self.num_classes, k, group)
         return torch.return_types.topk(found)
 
