@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dispatch import BACKENDS
-from .types import IGNORED, HyperParameters
+from .precision import without_autocast
+from .types import IGNORED, Forward, HyperParameters
 
 
 class _RaiseOnSecondBackward(torch.autograd.Function):
@@ -29,13 +29,6 @@ class _RaiseOnSecondBackward(torch.autograd.Function):
         raise RuntimeError("sface_loss: differentiable once, its gradient was differentiated again")
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The products of a backend choose their own precision. Devices such as meta have no autocast to turn off."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 class _RowLoss(torch.autograd.Function):
     """A backend's `types.Forward` as a flat tuple, of which the row losses are differentiable.
 
@@ -53,14 +46,14 @@ class _RowLoss(torch.autograd.Function):
         need_x: bool,
         need_w: bool,
     ) -> tuple[Tensor, ...]:
-        with _without_autocast(embeddings.device):
+        with without_autocast(embeddings.device):
             *results, saved = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
         return (*results, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w = inputs
-        _, _, _, row_grad_x, *saved = output
+        _, _, _, _, row_grad_x, saved = Forward.of(output)
         for_weight = (weight, *saved) if ctx.need_w else (None,)
         ctx.save_for_backward(target, embeddings, row_grad_x if ctx.need_x else None, *for_weight)
         ctx.mark_non_differentiable(*output[1:])
@@ -85,7 +78,7 @@ class _RowLoss(torch.autograd.Function):
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         grad_row = torch.where(target == IGNORED, 0, grad_row)
         grad_x = grad_w = None
-        with _without_autocast(grad_row.device):
+        with without_autocast(grad_row.device):
             if ctx.need_x and ctx.needs_input_grad[0]:
                 grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
             if ctx.need_w and ctx.needs_input_grad[1]:
@@ -105,12 +98,14 @@ class _RowLoss(torch.autograd.Function):
 
 def row_losses(
     embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row losses `[N]` of equation (5), differentiable in the embeddings `[N, D]` and the weight `[C, D]`; beside them
-    row statistics `[6, N]` (`types.RowStats`) and counts `[2]` (`types.Forward`).
+    row statistics `[6, N]` (`types.RowStats`), the hardest other class `[N]` and counts `[2]` (`types.Forward`).
 
     `target` `[N]` is what `ops.prepare_labels` makes of labels.
     """
     need_x, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (embeddings, weight))
-    row_loss, row_stats, counts, *_ = _RowLoss.apply(embeddings, weight, target, backend, hp, need_x, need_w)
-    return row_loss, row_stats, counts
+    row_loss, row_stats, hardest_class, counts, *_ = _RowLoss.apply(
+        embeddings, weight, target, backend, hp, need_x, need_w
+    )
+    return row_loss, row_stats, hardest_class, counts

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import validation
+from . import cosines, validation
 from .autograd import row_losses
 from .dispatch import check_name, select
 from .growing import replace_parameter
 from .ops import prepare_labels
-from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceStats
+from .summary import describe_rows, row_weights, summarise
+from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceRowStats, SFaceStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,6 +31,7 @@ class _Options(TypedDict, total=False):
     k_inter: float | None
     reduction: str
     ignore_index: int
+    sample_weight: Tensor | None
     filter_eps: float | None
     backend: str
 
@@ -49,8 +51,12 @@ def sface_loss(
 ) -> tuple[Tensor, SFaceStats]: ...
 @overload
 def sface_loss(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, *, return_stats: bool, **options: Unpack[_Options]
-) -> Tensor | tuple[Tensor, SFaceStats]: ...
+    embeddings: Tensor, weight: Tensor, labels: Tensor, *, return_stats: Literal["rows"], **options: Unpack[_Options]
+) -> tuple[Tensor, SFaceRowStats]: ...
+@overload
+def sface_loss(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, *, return_stats: bool | str, **options: Unpack[_Options]
+) -> Tensor | tuple[Tensor, SFaceStats | SFaceRowStats]: ...
 def sface_loss(
     embeddings: Tensor,
     weight: Tensor,
@@ -63,10 +69,11 @@ def sface_loss(
     k_inter: float | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
     filter_eps: float | None = None,
     backend: str = "auto",
-    return_stats: bool = False,
-) -> Tensor | tuple[Tensor, SFaceStats]:
+    return_stats: bool | str = False,
+) -> Tensor | tuple[Tensor, SFaceStats | SFaceRowStats]:
     """SFace, the sigmoid-constrained hypersphere loss, without any N×C tensor.
 
     With θ_ij = arccos(x̂_i · ŵ_j), p_i = s·sigmoid(k (θ_iy − a)) and q_ij = s·sigmoid(−k_inter (θ_ij − b)) taken as
@@ -83,7 +90,7 @@ def sface_loss(
     Args:
         embeddings: `[N, D]`, float32, float16, bfloat16 or float64. Need not be normalised.
         weight: `[C, D]` class centres, float32 or the dtype of the embeddings. Need not be normalised.
-        labels: `[N]` or `[N, 1]`, any integer dtype, in [0, C) or `ignore_index`.
+        labels: `[N]`, `[N, 1]`, or 0-d for N = 1; any integer dtype, in [0, C) or `ignore_index`.
         s: scale of both terms, > 0.
         k: slope of the intra-class sigmoid (and of the inter-class one unless `k_inter` is given), > 0.
         a: angle in radians around which the pull to the own class fades.
@@ -91,6 +98,9 @@ def sface_loss(
         k_inter: slope of the inter-class sigmoid; `k` if None.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for the row losses `[N]`.
         ignore_index: rows with this label count neither in the loss nor in the mean.
+        sample_weight: `[N]` of a float dtype: row i counts v_i times. "none" gives v_i l_i, "sum" Σ v_i l_i and "mean"
+            Σ v_i l_i / Σ v_i, as `F.cross_entropy` with its weight of classes (0 where Σ v_i is 0). Differentiable. The
+            statistics count every row alike.
         filter_eps: gradient entries with q_ij < filter_eps·s are dropped; the loss always counts every pair. 0 drops
             nothing, None entries that the dtype's arithmetic loses beside one of size s (2⁻²⁴ for float32). Where many
             of these share a direction, as in early epochs, they add up to more than rounding (docs/accuracy.md);
@@ -98,7 +108,8 @@ def sface_loss(
             size (Adam, AdamW, Adagrad, RMSprop) give 0: a class row whose every entry was dropped gets a gradient of
             exactly 0 and stands still where such an optimizer would move it. SGD is linear: the default is safe.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
-        return_stats: also return `SFaceStats`.
+        return_stats: True returns `SFaceStats` too, means and counts of the batch; "rows" `SFaceRowStats`, a number for
+            each row. On the device, detached, whatever the reduction.
 
     Returns:
         The loss, at least float32: 0-d, or `[N]` for reduction="none"; with `return_stats` the pair (loss, stats).
@@ -111,42 +122,32 @@ def sface_loss(
 
     Source: Zhong et al., "SFace: Sigmoid-Constrained Hypersphere Loss for Robust Face Recognition", IEEE TIP 2021.
     """
-    validation.check_tensors(embeddings, weight, labels)
+    validation.check_tensors(embeddings, weight, labels, sample_weight)
     validation.check_reduction(reduction)
+    validation.check_return_stats(return_stats)
     ignore_index = validation.integer("ignore_index", ignore_index)
     hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
     request = Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
     chosen = select(backend, request)
 
-    check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
-    target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
-    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)  # [N], [6, N], [2]
+    target = prepare_labels(labels, weight.shape[0], ignore_index, validation.checks_labels(embeddings.device))  # [N]
+    row_loss, row_stats, hardest_class, counts = row_losses(embeddings, weight, target, chosen, hp)
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 
-    loss = row_loss
+    loss, total = row_loss, counted
+    if sample_weight is not None:
+        weights = row_weights(sample_weight, target, row_loss.dtype)  # [N]
+        loss, total = row_loss * weights, weights.sum()
+        total = torch.where(total == 0, 1, total)
     if reduction != "none":
-        loss = row_loss.sum()
+        loss = loss.sum()
         if reduction == "mean":
-            loss = loss / counted
-    if not return_stats:
-        return loss
-    return loss, _summarise(row_stats, counts, target, counted, weight.shape[0])
-
-
-def _summarise(row_stats: Tensor, counts: Tensor, target: Tensor, counted: Tensor, classes: int) -> SFaceStats:
-    rows = RowStats(*row_stats.unbind(0))
-    active_pairs, dense_pairs = counts.unbind(0)
-    correct = (rows.cos_target > rows.hardest) & (target != IGNORED)
-    return SFaceStats(
-        intra=rows.intra.sum() / counted,
-        inter=rows.inter.sum() / counted,
-        cos_target=rows.cos_target.sum() / counted,
-        cos_other=rows.cos_other_sum.sum() / (counted * classes),
-        accuracy=correct.to(row_stats.dtype).sum() / counted,
-        active_pairs=active_pairs,
-        dropped=rows.dropped.sum() / counted,
-        dense_share=dense_pairs.to(row_stats.dtype) / (counted * classes),
-    )
+            loss = loss / total
+    if return_stats == "rows":
+        return loss, describe_rows(RowStats(*row_stats.unbind(0)), hardest_class, target)
+    if return_stats:
+        return loss, summarise(row_stats, counts, target, counted, weight.shape[0])
+    return loss
 
 
 class SFaceLoss(nn.Module):
@@ -155,8 +156,8 @@ class SFaceLoss(nn.Module):
     The only parameter is `weight`, initialised N(0, 2·√(2/C)) as the reference module does.
 
     Args:
-        in_features: D, size of an embedding.
-        out_features: C, number of classes.
+        in_features: D, size of an embedding; `embedding_size` by its other name.
+        out_features: C, number of classes; `num_classes` by its other name.
         device, dtype: of the weight; dtype float32 by default.
         s, k, a, b, k_inter, reduction, ignore_index, filter_eps, backend: as in `sface_loss`.
 
@@ -171,9 +172,11 @@ class SFaceLoss(nn.Module):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        in_features: int | None = None,
+        out_features: int | None = None,
         *,
+        embedding_size: int | None = None,
+        num_classes: int | None = None,
         s: float = DEFAULTS.s,
         k: float = DEFAULTS.k,
         a: float = DEFAULTS.a,
@@ -187,8 +190,8 @@ class SFaceLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        in_features = validation.integer("in_features", in_features, positive=True)
-        out_features = validation.integer("out_features", out_features, positive=True)
+        in_features = validation.size(in_features=in_features, embedding_size=embedding_size)
+        out_features = validation.size(out_features=out_features, num_classes=num_classes)
         ignore_index = validation.integer("ignore_index", ignore_index)
         validation.check_reduction(reduction)
         check_name(backend)
@@ -223,9 +226,14 @@ class SFaceLoss(nn.Module):
         self.weight, self.out_features = new, total
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
-    ) -> Tensor | tuple[Tensor, SFaceStats]:
-        """The loss of `embeddings` `[N, D]` with `labels` `[N]`; with `return_stats`, (loss, SFaceStats)."""
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        return_stats: bool | str = False,
+    ) -> Tensor | tuple[Tensor, SFaceStats | SFaceRowStats]:
+        """The loss of `embeddings` `[N, D]` with `labels` `[N]`; with `return_stats`, (loss, statistics)."""
         return sface_loss(
             embeddings,
             self.weight,
@@ -237,10 +245,50 @@ class SFaceLoss(nn.Module):
             k_inter=self.k_inter,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+            sample_weight=sample_weight,
             filter_eps=self.filter_eps,
             backend=self.backend,
             return_stats=return_stats,
         )
+
+    def topk(self, embeddings: Tensor, k: int) -> torch.return_types.topk:
+        """The k largest cosines of each row and their classes, (values, indices) `[N, k]`, as `torch.topk` of
+        `F.normalize(embeddings) @ F.normalize(weight).t()` in blocks of classes: 8 MiB instead of N×C. No gradient.
+
+        Raises:
+            TypeError, ValueError: an argument is off, or k > C.
+        """
+        return cosines.checked_topk(embeddings, self.weight, k)
+
+    @torch.no_grad()
+    def topk_correct(self, embeddings: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
+        """How many rows have their own class among the k nearest, for each k of `topk`: int64 `[len(topk)]`, on the
+        device. Rows with `ignore_index` are no hits. `SFaceStats.accuracy` is the share for k = 1 and costs nothing.
+
+        Raises:
+            TypeError, ValueError: an argument is off, or a k > C.
+        """
+        validation.check_tensors(embeddings, self.weight, labels)
+        counts, check = cosines.check_counts(topk), validation.checks_labels(embeddings.device)
+        target = prepare_labels(labels, self.out_features, self.ignore_index, check)
+        return cosines.count_hits(self.topk(embeddings, max(counts)).indices, target, counts)
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """s·cosine to every class, `[N, C]`, at least float32, differentiable: cut N into parts where that is too much.
+
+        Under `torch.no_grad()` nothing else of that size is made; with a gradient the normalised weight `[C, D]` is.
+        """
+        return cosines.logits(embeddings, self.weight, self.s)
+
+    def cosine(self, embeddings: Tensor, classes: Tensor) -> Tensor:
+        """Cosines of row i to the centres of `classes[i]`, where `classes` is `[N]` or `[N, M]`, in that shape.
+
+        Differentiable, and at least float32; `.acos()` gives the angles. Makes N·M rows of D features.
+
+        Raises:
+            TypeError, ValueError: an argument is off. A class outside [0, C) raises where labels do, else gives NaN.
+        """
+        return cosines.cosine(embeddings, self.weight, classes)
 
     def extra_repr(self) -> str:
         return (

@@ -51,7 +51,7 @@ _HYPER = "float s, float k_intra, float k_inter, float a, float b, float filter_
 define("prepare_labels(Tensor labels, int num_classes, int ignore_index, bool check, int first, int count) -> Tensor")
 define(
     f"native_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, int arena_words)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, Tensor inv_norm,"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor hardest_class, Tensor counts, Tensor row_grad_x, Tensor inv_norm,"
     " Tensor target_weight, Tensor arena, Tensor segments)"
 )
 define(
@@ -67,8 +67,8 @@ define(
 define("native_release_memory() -> ()")
 define(
     f"chunked_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, SymInt chunk)"
-    " -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, Tensor pairs, Tensor coefficients,"
-    " Tensor chunk_pairs)"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor hardest_class, Tensor counts, Tensor row_grad_x, Tensor pairs,"
+    " Tensor coefficients, Tensor chunk_pairs)"
 )
 define(
     f"chunked_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, SymInt chunk, Tensor pairs,"
@@ -99,13 +99,13 @@ implement("prepare_labels", _prepare_labels)
 
 @fake("prepare_labels")
 def _(labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int, count: int) -> Tensor:
-    return labels.new_empty([labels.shape[0]], dtype=torch.int64)
+    return labels.new_empty([labels.numel()], dtype=torch.int64)
 
 
 def prepare_labels(
     labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int = 0, count: int | None = None
 ) -> Tensor:
-    """Labels of any integer dtype, `[N]` or `[N, 1]`, as int64 `[N]`: what the backends take as a row's target.
+    """Labels of any integer dtype, `[N]`, `[N, 1]` or 0-d, as int64 `[N]`: what the backends take as a row's target.
 
     For a weight that holds the classes [first, first + count) of `num_classes` (all of them by default) that is the row
     of the weight, or one of the codes of `types`: NO_TARGET for a class elsewhere, IGNORED, INVALID.
@@ -133,6 +133,7 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
     return (
         x.new_empty([n]),
         x.new_empty([6, n]),
+        x.new_empty([n], dtype=torch.int64),
         x.new_empty([2], dtype=torch.int64),
         x.new_empty([n if need_grad_x else 0, d]),
         x.new_empty([w.shape[0]]),
@@ -169,6 +170,7 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
     return (
         x.new_empty([n], dtype=dtype),
         x.new_empty([6, n], dtype=dtype),
+        x.new_empty([n], dtype=torch.int64),
         x.new_empty([2], dtype=torch.int64),
         x.new_empty([n if need_grad_x else 0, d], dtype=dtype),
         x.new_empty([capacity + n if need_grad_w else 0], dtype=torch.int64),

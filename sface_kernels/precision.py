@@ -1,4 +1,5 @@
-"""Full float32 precision of matrix products, whatever the process-wide switches say. A leaf: imports torch only."""
+"""Full float32 precision of matrix products, whatever autocast and the process-wide switches say. A leaf: imports torch
+only."""
 
 from __future__ import annotations
 
@@ -32,6 +33,13 @@ def _put_back(switch: Any, value: str) -> None:
     switch.fp32_precision = "none"  # what a wider switch says, as long as that is the same
     if switch.fp32_precision != value:
         switch.fp32_precision = value
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Products inside choose their own precision. Devices such as meta have no autocast to turn off."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextlib.contextmanager

@@ -64,14 +64,15 @@ class Forward(NamedTuple):
 
     row_loss: Tensor  # [N], l_i of equation (5)
     row_stats: Tensor  # [6, N], the rows of RowStats
+    hardest_class: Tensor  # [N] int64, the class of RowStats.hardest; −1 where that is not finite, and in ignored rows
     counts: Tensor  # [2] int64: active pairs (targets not counted), pairs computed by dense products
     row_grad_x: Tensor  # [N, D], ∂l_i/∂x_i (equation 7 without u_i); [0, D] where it was not asked for
     saved: tuple[Tensor, ...]  # what the backend's own grad_weight wants back
 
     @classmethod
     def of(cls, outputs: Sequence[Tensor]) -> Forward:
-        row_loss, row_stats, counts, row_grad_x, *saved = outputs
-        return cls(row_loss, row_stats, counts, row_grad_x, tuple(saved))
+        row_loss, row_stats, hardest_class, counts, row_grad_x, *saved = outputs
+        return cls(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved))
 
 
 class SFaceStats(NamedTuple):
@@ -88,3 +89,18 @@ class SFaceStats(NamedTuple):
     active_pairs: Tensor  # int64, non-target pairs that got a gradient
     dropped: Tensor  # mean over rows of Σ dropped q_ij, the bound on the missing gradient of §2 in docs/math.md
     dense_share: Tensor  # of all pairs, the share that was computed by dense products, 0 … 1
+
+
+class SFaceRowStats(NamedTuple):
+    """Statistics of one step, row by row: tensors `[N]` on the device of the embeddings, detached.
+
+    Ignored rows hold 0, and −1 as `hardest_class`. What the rows' means are is in `SFaceStats`.
+    """
+
+    intra: Tensor  # −p_i c_iy
+    inter: Tensor  # Σ q_ij c_ij over the other classes; the row's loss is intra + inter
+    cos_target: Tensor  # c_iy, the cosine to the own class centre
+    angle: Tensor  # θ_iy in radians, the angle to the own class centre
+    cos_hardest: Tensor  # the largest cosine to another class; −inf with no other class
+    hardest_class: Tensor  # int64, that class, the lowest of equals; −1 with no other class, or NaN in the row
+    dropped: Tensor  # Σ of the q_ij that the filter dropped, the bound of §2 in docs/math.md

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from typing import Any
 
 import torch
@@ -26,9 +27,20 @@ def _cast_by_autocast(embeddings: Tensor, weight: Tensor) -> bool:
     return half and embeddings.dtype == torch.float32 and torch.is_autocast_enabled(embeddings.device.type)
 
 
-def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """Shapes, dtypes and devices of the three tensors."""
-    for name, value in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
+def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> None:
+    """Shapes, dtypes and devices of the tensors."""
+    _check_plain(embeddings=embeddings, weight=weight, labels=labels)
+    check_pair(embeddings, weight)
+    check_classes(labels, embeddings, "labels", one_a_row=True)
+    if sample_weight is not None:
+        _check_plain(sample_weight=sample_weight)
+        if sample_weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"sample_weight: expected a dtype of {_names(FLOAT_DTYPES)}, got {sample_weight.dtype}")
+        _check_rows("sample_weight", sample_weight, embeddings)
+
+
+def _check_plain(**tensors: Tensor) -> None:
+    for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
         if type(value).__name__ == "DTensor":  # by name, as torch.distributed need not be there
@@ -36,6 +48,11 @@ def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
                 f"{name}: expected a plain tensor, got a DTensor; a weight that is spread over processes belongs in "
                 "sface_kernels.distributed.ClassParallelSFaceLoss"
             )
+
+
+def check_pair(embeddings: Tensor, weight: Tensor) -> None:
+    """Shapes, dtypes and devices of embeddings and class centres."""
+    _check_plain(embeddings=embeddings, weight=weight)
     if embeddings.dim() != 2:
         raise ValueError(f"embeddings: expected shape [N, D], got {list(embeddings.shape)}")
     if weight.dim() != 2:
@@ -53,19 +70,58 @@ def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"weight: expected at least one class and one feature, got shape {list(weight.shape)}")
-    if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(f"labels: expected an integer dtype ({_names(LABEL_DTYPES)}), got {labels.dtype}")
+    _check_device("weight", weight, embeddings)
+
+
+def check_classes(classes: Tensor, embeddings: Tensor, name: str = "classes", one_a_row: bool = False) -> None:
+    """Class numbers beside embeddings: one for each row, or any number of columns of them."""
+    _check_plain(**{name: classes})
+    if classes.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{name}: expected an integer dtype ({_names(LABEL_DTYPES)}), got {classes.dtype}")
+    if one_a_row:
+        return _check_rows(name, classes, embeddings)
     rows = embeddings.shape[0]
-    if list(labels.shape) not in ([rows], [rows, 1]):
-        raise ValueError(f"labels: expected shape [{rows}] or [{rows}, 1], got {list(labels.shape)}")
-    for name, value in (("weight", weight), ("labels", labels)):
-        if value.device != embeddings.device:
-            raise ValueError(f"{name}: expected device {embeddings.device} (that of embeddings), got {value.device}")
+    if classes.dim() not in (1, 2) or classes.shape[0] != rows:
+        raise ValueError(f"{name}: expected shape [{rows}] or [{rows}, M], got {list(classes.shape)}")
+    _check_device(name, classes, embeddings)
+
+
+def _check_rows(name: str, value: Tensor, embeddings: Tensor) -> None:
+    """A number for each row; for a single row a 0-d tensor will do."""
+    rows = embeddings.shape[0]
+    if list(value.shape) not in ([rows], [rows, 1]) and not (value.dim() == 0 and rows == 1):
+        raise ValueError(f"{name}: expected shape [{rows}] or [{rows}, 1], got {list(value.shape)}")
+    _check_device(name, value, embeddings)
+
+
+def _check_device(name: str, value: Tensor, embeddings: Tensor) -> None:
+    if value.device != embeddings.device:
+        raise ValueError(f"{name}: expected device {embeddings.device} (that of embeddings), got {value.device}")
+
+
+def checks_labels(device: torch.device) -> bool:
+    """Whether class numbers out of range raise: on a GPU that synchronises, and is left to the environment."""
+    return device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
+
+
+def size(**names: Any) -> int:
+    """The positive int of the one argument that is not None, of several names for the same thing."""
+    given = [name for name, value in names.items() if value is not None]
+    if len(given) != 1:
+        first, *others = names
+        got = "none" if not given else " and ".join(given)
+        raise TypeError(f"{first}: expected one of {first} and {', '.join(others)} (its other name), got {got}")
+    return integer(given[0], names[given[0]], positive=True)
 
 
 def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_return_stats(return_stats: bool | str) -> None:
+    if return_stats not in (False, True, "rows"):
+        raise ValueError(f"return_stats: expected False, True or 'rows', got {return_stats!r}")
 
 
 def integer(name: str, value: Any, positive: bool = False) -> int:

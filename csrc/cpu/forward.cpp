@@ -15,7 +15,7 @@ struct Partials {
   int64_t stride, padded_d, samples;
   std::vector<double> inter, dropped;
   std::vector<float> hardest;
-  std::vector<int32_t> best, best_class;
+  std::vector<int32_t> hardest_class, best, best_class;
   std::vector<uint8_t> touched;
   Uninitialised<float> grad;
   std::vector<float> class_sum;  // [ranges][padded D]
@@ -29,6 +29,7 @@ struct Partials {
         inter(problem.ranges * stride, 0.0),
         dropped(problem.ranges * stride, 0.0),
         hardest(problem.ranges * stride, -2.0f),
+        hardest_class(problem.ranges * stride, -1),
         best(problem.ranges * stride, INT32_MIN),
         best_class(problem.ranges * stride, -1),
         touched(problem.ranges * stride, 0),
@@ -41,13 +42,15 @@ struct Partials {
   RowSums sums(int64_t range, int64_t sample) {
     const int64_t at = range * stride + sample;
     float* partial = need_grad ? grad.data.get() + (range * samples + sample) * padded_d : nullptr;
-    return {&inter[at], &dropped[at], &hardest[at], &best[at], &best_class[at], partial, &touched[at]};
+    return {&inter[at], &dropped[at],    &hardest[at], &hardest_class[at],
+            &best[at],  &best_class[at], partial,      &touched[at]};
   }
 };
 
 // The operator's outputs; null where one was not asked for.
 struct Results {
   float *loss, *stats, *row_grad_x, *inv_norm, *target_weight;
+  int64_t* hardest_class;
   int32_t* arena;
   Segment* segments;  // [groups][blocks]
   int64_t arena_words;
@@ -124,11 +127,10 @@ class RowFinisher {
     const int d = static_cast<int>(call_.problem.d);
     const float* x = call_.samples.row(i);
     float* row_grad = out_.row_grad_x ? out_.row_grad_x + i * d : nullptr;
-    const Totals totals = add_partials(i, row_grad != nullptr);
-    float hardest = totals.hardest;
+    Totals totals = add_partials(i, row_grad != nullptr);
     const float s = call_.rules.hyper.s;
     // the largest screened product below the threshold may beat what was computed in fp32, up to its rounding
-    if (totals.best_class >= 0) hardest = std::max(hardest, cosine(x, weight_row(totals.best_class)));
+    if (totals.best_class >= 0) totals.take(cosine(x, weight_row(totals.best_class)), totals.best_class);
     float cos_target = 0, p = 0;
     if (code >= 0) {
       const WeightRow own = weight_row(code);
@@ -146,9 +148,9 @@ class RowFinisher {
     const float inter_loss = static_cast<float>(s * totals.inter), intra_loss = -s * p * cos_target;
     const float cos_sum = call_.kernels.dot(x, classes_.sum.data(), d) - cos_target;
     report(i, intra_loss + inter_loss,
-           {intra_loss, inter_loss, cos_target, cos_sum, hardest < -1.5f ? -INFINITY : hardest,
+           {intra_loss, inter_loss, cos_target, cos_sum, totals.hardest < -1.5f ? -INFINITY : totals.hardest,
             static_cast<float>(s * totals.dropped)},
-           -p);
+           totals.hardest_class, -p);
   }
 
  private:
@@ -157,7 +159,15 @@ class RowFinisher {
   struct Totals {
     double inter = 0, dropped = 0;
     float hardest = -2;
+    int32_t hardest_class = -1;
     int32_t best = INT32_MIN, best_class = -1;
+
+    // The lowest class of equal cosines.
+    void take(float cosine, int32_t cls) {
+      if (cosine < hardest || (cosine == hardest && cls > hardest_class)) return;
+      hardest = cosine;
+      hardest_class = cls;
+    }
   };
 
   // The sample's partial sums, range by range in their order; Σ g ŵ of the other classes in grad_.
@@ -168,7 +178,7 @@ class RowFinisher {
       const RowSums sums = partials_.sums(range, i);
       totals.inter += *sums.inter;
       totals.dropped += *sums.dropped;
-      totals.hardest = std::max(totals.hardest, *sums.hardest);
+      if (*sums.hardest_class >= 0) totals.take(*sums.hardest, *sums.hardest_class);
       if (*sums.best > totals.best) {
         totals.best = *sums.best;
         totals.best_class = *sums.best_class;
@@ -186,8 +196,9 @@ class RowFinisher {
   }
 
   // `stats` in the order of RowStats in sface_kernels/types.py.
-  void report(int64_t i, float loss, const std::array<float, 6>& stats, float target_weight) {
+  void report(int64_t i, float loss, const std::array<float, 6>& stats, int64_t hardest_class, float target_weight) {
     out_.loss[i] = loss;
+    out_.hardest_class[i] = hardest_class;
     out_.target_weight[i] = target_weight;
     for (int k = 0; k < 6; ++k) out_.stats[k * call_.problem.n + i] = stats[k];
   }
@@ -196,7 +207,7 @@ class RowFinisher {
   void report_constant(int64_t i, float value, float target_weight) {
     const int64_t d = call_.problem.d;
     if (out_.row_grad_x) std::fill_n(out_.row_grad_x + i * d, d, value);
-    report(i, value, {value, value, value, value, value, value}, target_weight);
+    report(i, value, {value, value, value, value, value, value}, -1, target_weight);
   }
 
   const Call& call_;
@@ -226,6 +237,7 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
   const int64_t words = need_grad_w ? std::min(arena_words, problem.n * problem.c) : 0;
   const int64_t records = need_grad_w ? problem.groups * problem.blocks : 0;
   Tensor row_loss = empty({problem.n}), row_stats = empty({6, problem.n});
+  Tensor hardest_class = empty({problem.n}, ScalarType::Long);
   Tensor row_grad_x = empty({need_grad_x ? problem.n : 0, problem.d});
   Tensor inv_norm = empty({problem.c}), target_weight = empty({problem.n});
   Tensor arena = empty({words}, ScalarType::Int), segments = empty({2 * records}, ScalarType::Long);
@@ -235,6 +247,7 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
       .row_grad_x = need_grad_x ? row_grad_x.mutable_data_ptr<float>() : nullptr,
       .inv_norm = inv_norm.mutable_data_ptr<float>(),
       .target_weight = target_weight.mutable_data_ptr<float>(),
+      .hardest_class = hardest_class.mutable_data_ptr<int64_t>(),
       .arena = need_grad_w ? arena.mutable_data_ptr<int32_t>() : nullptr,
       .segments = need_grad_w ? reinterpret_cast<Segment*>(segments.mutable_data_ptr<int64_t>()) : nullptr,
       .arena_words = words};
@@ -262,7 +275,7 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
     totals[0] += tally.active;
     totals[1] += tally.dense_pairs;
   }
-  return {row_loss, row_stats, counts, row_grad_x, inv_norm, target_weight, arena, segments};
+  return {row_loss, row_stats, hardest_class, counts, row_grad_x, inv_norm, target_weight, arena, segments};
 }
 
 }  // namespace sface

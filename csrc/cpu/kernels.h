@@ -83,13 +83,14 @@ struct Group {
 
 // What a task adds up for each sample of its group, over its range of classes.
 struct RowSums {
-  double* inter;        // [count] Σ sigmoid·c over other classes
-  double* dropped;      // [count] Σ sigmoid over pairs without a gradient
-  float* hardest;       // [count] the largest cosine computed in fp32
-  int32_t* best;        // [count] the largest screened product below candidate_min
-  int32_t* best_class;  // [count] and its class
-  float* grad;          // [count][padded D] Σ g ŵ, or null
-  uint8_t* touched;     // [count] whether grad holds anything yet
+  double* inter;           // [count] Σ sigmoid·c over other classes
+  double* dropped;         // [count] Σ sigmoid over pairs without a gradient
+  float* hardest;          // [count] the largest cosine computed in fp32
+  int32_t* hardest_class;  // [count] and its class, the lowest of equals
+  int32_t* best;           // [count] the largest screened product below candidate_min
+  int32_t* best_class;     // [count] and its class
+  float* grad;             // [count][padded D] Σ g ŵ, or null
+  uint8_t* touched;        // [count] whether grad holds anything yet
 };
 
 struct Block {

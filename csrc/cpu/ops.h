@@ -33,7 +33,7 @@ void check(bool condition, const Parts&... parts) {
   if (__builtin_expect(!condition, 0)) fail(parts...);
 }
 
-using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& target, double s, double k_intra,
                               double k_inter, double a, double b, double filter_eps, bool need_grad_x, bool need_grad_w,

@@ -90,7 +90,16 @@ class _Block:
     are then sorted by class.
     """
 
-    def __init__(self, x_unit: Tensor, w: Tensor, start: int, chunk: int, own: Tensor, hp: HyperParameters):
+    def __init__(
+        self,
+        x_unit: Tensor,
+        w: Tensor,
+        start: int,
+        chunk: int,
+        own: Tensor,
+        hp: HyperParameters,
+        hardest: Tensor | None = None,  # [N], of the blocks before
+    ):
         self.own = own  # pairs of a sample and its own class
         self.w = w[start : start + chunk].to(x_unit.dtype)  # [chunk, D]
         self.w_norm = torch.linalg.vector_norm(self.w, dim=1)  # [chunk]
@@ -103,6 +112,10 @@ class _Block:
         self.cos_own = self.cos.view(-1)[own]
         self.cos.view(-1)[own] = -torch.inf
         self.hardest = self.cos.amax(0)  # [N], max_{j≠y} c_ij
+        if hardest is not None:
+            # of these rows alone the class is sought, as amax is several times as fast as what finds it
+            self.harder = (self.hardest > hardest).nonzero().squeeze(1)
+            self.harder_class = start + self.cos[:, self.harder].argmax(0)  # the lowest of equals
         self.cos.view(-1)[own] = 0
         self.coef = torch.acos(self.cos).sub_(hp.b).mul_(-hp.k_inter).sigmoid_()  # (2), (4)
         self.coef.view(-1)[own] = -torch.acos(self.cos_own).sub_(hp.a).mul_(hp.k_intra).sigmoid_()  # (3)
@@ -143,6 +156,7 @@ def _forward(  # type: ignore[no-untyped-def]
     x_unit, x_norm = _unit_rows(x[counted].to(dtype))  # [N, D], [N]
     inter, cos_own, cos_sum, dropped = torch.zeros(4, n, dtype=dtype, device=x.device).unbind(0)
     hardest = torch.full_like(inter, -torch.inf)
+    hardest_class = torch.full((n,), -1, dtype=torch.int64, device=x.device)
     unit_grad = torch.zeros(n if need_grad_x else 0, d, dtype=dtype, device=x.device)
     capacity = min(rows * classes, ops.CHUNKED_MAX_PAIRS)
     pairs = torch.empty(capacity + rows if need_grad_w else 0, dtype=torch.int64, device=x.device)
@@ -152,10 +166,11 @@ def _forward(  # type: ignore[no-untyped-def]
     dropped_below = _surely_dropped_below(hp)
 
     for index, own in enumerate(_own_pairs(target, classes, chunk)):
-        block = _Block(x_unit, w, index * chunk, chunk, own, hp)
+        block = _Block(x_unit, w, index * chunk, chunk, own, hp, hardest)
         cos_own[own % n] = block.cos_own
         cos_sum += block.cos.sum(0)
         hardest = torch.maximum(hardest, block.hardest)
+        hardest_class[block.harder] = block.harder_class
         inter += block.cos.mul_(block.coef).sum(0)
         # false for NaN, which is looked for pair by pair
         kept = None if bool((block.hardest < dropped_below).all()) else block.kept(filter_eps)
@@ -192,8 +207,10 @@ def _forward(  # type: ignore[no-untyped-def]
     if need_grad_x:
         unit_grad = _tangent_(unit_grad, x_unit, x_norm).mul_(hp.s)  # (7)
         grad_x[counted] = unit_grad.masked_fill_((target == INVALID).unsqueeze(1), torch.nan)
+    class_of_hardest = torch.full((rows,), -1, dtype=torch.int64, device=x.device)
+    class_of_hardest[counted] = torch.where(hardest.isfinite(), hardest_class, -1)
     counts = torch.tensor([active, dense_pairs], device=x.device)
-    return stats[0] + stats[1], stats, counts, grad_x, pairs, coefficients, chunk_pairs
+    return stats[0] + stats[1], stats, class_of_hardest, counts, grad_x, pairs, coefficients, chunk_pairs
 
 
 def _grad_weight(  # type: ignore[no-untyped-def]

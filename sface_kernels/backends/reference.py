@@ -67,17 +67,19 @@ def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: b
     if need_x:
         row_grad_x = _tangent(g @ w_unit, x_unit, x_norm)  # [N, D], (7)
         row_grad_x = torch.where(invalid.unsqueeze(1), torch.full_like(row_grad_x, torch.nan), row_grad_x)
+    hardest, hardest_class = torch.where(is_other, cos, -torch.inf).max(1)  # [N], the lowest class of equals
     rows = RowStats(
         intra=intra,
         inter=inter,
         cos_target=torch.where(is_target, cos, zero).sum(1),
         cos_other_sum=torch.where(is_other, cos, zero).sum(1),
-        hardest=torch.where(is_other, cos, -torch.inf).amax(1),
+        hardest=torch.where(target == IGNORED, 0, hardest),
         dropped=torch.where(dropped, q, zero).sum(1),
     )
     return Forward(
         row_loss=intra + inter,
         row_stats=torch.stack(rows),
+        hardest_class=torch.where(hardest.isfinite(), hardest_class, -1),
         counts=torch.stack([kept.sum(), is_target.shape[1] * counts_row.sum()]),
         row_grad_x=row_grad_x,
         saved=(g,) if need_w else (),

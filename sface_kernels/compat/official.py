@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import cosines
 from .. import loss as _loss
 from ..ops import compute_dtype
 from ..types import DEFAULTS, SFaceStats
 
-BLOCK_ELEMENTS = 1 << 20  # of N·block and D·block: 4 MiB each of fp32 cosines and of unit rows at a time
 WATCHED_ROWS = 16  # of the weight, compared to find out that it changed
 ADVICE = (
     "the logits are not in memory; shape, size(), dim(), dtype, device, data, detach(), topk, max and argmax "
@@ -125,10 +125,10 @@ class LazyLogits:
 
     def dense(self) -> Tensor:
         """The tensor itself, `[N, C]`, detached: here N·C elements are allocated."""
+        self._check_unmodified()
         logits = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        x_unit = self._unit_input()
-        for classes in self._blocks():
-            logits[:, classes] = self._block(x_unit, classes)
+        for classes, block in cosines.block_cosines(self._embeddings, self._weight):
+            logits[:, classes] = block.mul_(self._scale)
         return logits
 
     def _check_dim(self, dim: int) -> None:
@@ -141,37 +141,18 @@ class LazyLogits:
         now, then = self._weight[self._watched], self._watched_rows
         return not torch.equal(now.view(torch.uint8), then.view(torch.uint8))  # as bytes, NaN equals itself
 
-    def _unit_input(self) -> Tensor:
+    def _check_unmodified(self) -> None:
         if self._modified():
             raise RuntimeError(
                 "outputs: the weight or the input was modified since the forward (by optimizer.step()?), so "
                 "its logits are lost. Ask before that: a topk asked once can be repeated. Or construct "
                 "SFaceLoss(..., logits=True)"
             )
-        return F.normalize(self._embeddings.to(self.dtype))  # [N, D]
-
-    def _blocks(self) -> list[slice]:
-        rows, classes = self.shape
-        size = max(256, BLOCK_ELEMENTS // max(rows, self._weight.shape[1]))
-        return [slice(start, min(start + size, classes)) for start in range(0, classes, size)]
-
-    def _block(self, x_unit: Tensor, classes: slice) -> Tensor:
-        # the caller may ask under autocast, the forward did not compute so
-        with torch.autocast(self.device.type, enabled=False):
-            w_unit = F.normalize(self._weight[classes].to(self.dtype))  # [block, D]
-            return (x_unit @ w_unit.t()).mul_(self._scale)  # [N, block]
 
     def _stream_topk(self, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-        x_unit = self._unit_input()
-        values = torch.empty(self.shape[0], 0, dtype=self.dtype, device=self.device)
-        classes = torch.empty(self.shape[0], 0, dtype=torch.int64, device=self.device)
-        for block in self._blocks():
-            logits = self._block(x_unit, block)  # [N, block]
-            found, place = logits.topk(min(k, logits.shape[1]), 1, largest)  # [N, ≤ k]
-            values, classes = torch.cat([values, found], 1), torch.cat([classes, place + block.start], 1)
-            values, order = values.topk(min(k, values.shape[1]), 1, largest)
-            classes = classes.gather(1, order)
-        return values, classes
+        self._check_unmodified()
+        values, classes = cosines.topk(self._embeddings, self._weight, k, largest)
+        return values.mul_(self._scale), classes
 
     def __repr__(self) -> str:
         return f"LazyLogits(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -259,7 +240,7 @@ class SFaceLoss(_loss.SFaceLoss):
             backend=backend,
             dtype=torch.float32,
         )
-        self.device_id, self.logits = device_id, logits
+        self.device_id, self.with_logits = device_id, logits
 
     def forward(  # type: ignore[override]
         self, input: Tensor, label: Tensor
@@ -296,7 +277,10 @@ class SFaceLoss(_loss.SFaceLoss):
             return_stats=True,
         )
         outputs: LazyLogits | Tensor
-        outputs = self._dense_logits(input, weight) if self.logits else LazyLogits(input, weight, label, self.s, stats)
+        if self.with_logits:
+            outputs = self._dense_logits(input, weight)
+        else:
+            outputs = LazyLogits(input, weight, label, self.s, stats)
         intra = self._own_class_part(input, weight, label)
         inter = loss - intra
         # the statistics' values with the gradients of these
@@ -332,4 +316,4 @@ class SFaceLoss(_loss.SFaceLoss):
         return self.weight.to(input.device)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, device_id={self.device_id}, logits={self.logits}"
+        return f"{super().extra_repr()}, device_id={self.device_id}, logits={self.with_logits}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardedBy
 
-from .. import validation
+from .. import cosines, validation
 from ..dispatch import check_name
 from ..growing import replace_parameter
-from ..types import DEFAULTS, SFaceStats
+from ..ops import prepare_labels
+from ..types import DEFAULTS, SFaceRowStats, SFaceStats
 from .collectives import check_agreement, current_gpu, uses_nccl
+from .evaluation import class_parallel_topk
 from .layout import class_range, fill_normal, initial_std, move_rows, shared_seed
 from .parallel import Options, Shard, class_parallel_loss
 from .sampling import Sampling, check_sample_rate
@@ -166,12 +169,14 @@ class ClassParallelSFaceLoss(nn.Module):
         self.weight, self.num_classes = new, total
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
-    ) -> Tensor | tuple[Tensor, SFaceStats]:
+        self, embeddings: Tensor, labels: Tensor, *, return_stats: bool | str = False
+    ) -> Tensor | tuple[Tensor, SFaceStats | SFaceRowStats]:
         """The global loss, 0-d, of this process's `embeddings` `[n, D]` with `labels` `[n]` or `[n, 1]` and everyone's.
 
-        With `return_stats` (on every process or on none), (loss, SFaceStats) with the statistics of all rows.
+        With `return_stats=True` (on every process or on none), (loss, SFaceStats) with the statistics of all rows; with
+        "rows", (loss, SFaceRowStats) of this process's rows beside all classes.
         """
+        validation.check_return_stats(return_stats)
         assert isinstance(self.weight, DTensor)
         local = self.weight.to_local(grad_placements=[ShardedBy(0)])
         shard = Shard(local, self.class_range[0], self.num_classes, self._mesh.get_group())
@@ -203,6 +208,35 @@ class ClassParallelSFaceLoss(nn.Module):
                 f"got {len(embeddings)}"
             )
         return False
+
+    def topk(self, embeddings: Tensor, k: int) -> torch.return_types.topk:
+        """As `SFaceLoss.topk`, of this process's `embeddings` `[n, D]` to the classes of all; every process must call
+        it, with the same k."""
+        assert isinstance(self.weight, DTensor)
+        weight, group = self.weight.to_local().detach(), self._mesh.get_group()
+        found = class_parallel_topk(embeddings, weight, self.class_range[0], self.num_classes, k, group)
+        return torch.return_types.topk(found)
+
+    @torch.no_grad()
+    def topk_correct(self, embeddings: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
+        """As `SFaceLoss.topk_correct`, of this process's rows; every process must call it, with the same `topk`."""
+        counts, check = cosines.check_counts(topk), validation.checks_labels(embeddings.device)
+        nearest = self.topk(embeddings, max(counts)).indices
+        # after what all processes take part in: labels that are wrong here must not let the others wait
+        validation.check_classes(labels, embeddings, "labels", one_a_row=True)
+        target = prepare_labels(labels, self.num_classes, self.ignore_index, check)
+        return cosines.count_hits(nearest, target, counts)
+
+    def logits(self, embeddings: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            "logits: no process holds all classes; give full_weight() to SFaceLoss, or take topk, which needs no N×C"
+        )
+
+    def cosine(self, embeddings: Tensor, classes: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            "cosine: no process holds all classes; give full_weight() to SFaceLoss. The cosines to the own and to the "
+            "hardest other class come with return_stats='rows'"
+        )
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:

@@ -15,15 +15,17 @@ from torch import Tensor
 from .. import validation
 from ..dispatch import select
 from ..ops import prepare_labels
-from ..types import IGNORED, Request, SFaceStats
+from ..types import IGNORED, Request, SFaceRowStats, SFaceStats
 from .collectives import (
     GatherRows,
     Group,
     SumOverShards,
     check_agreement,
     gather,
+    group_rank,
     maximum_over_shards,
 )
+from .evaluation import class_parallel_rows
 from .sampling import Sampling, draw, sampled_rows, split_classes
 from .shard import ShardRows, check_shard_tensors, checks_labels, shard_rows
 
@@ -84,9 +86,9 @@ def class_parallel_loss(
     options: Options,
     *,
     exchange_sizes: bool,
-    return_stats: bool,
+    return_stats: bool | str,
     sampling: Sampling | None = None,
-) -> Tensor | tuple[Tensor, SFaceStats]:
+) -> Tensor | tuple[Tensor, SFaceStats | SFaceRowStats]:
     """The loss of all processes' rows against all processes' classes, the same on every process.
 
     Args:
@@ -103,6 +105,7 @@ def class_parallel_loss(
         count, need_x = len(embeddings), embeddings.requires_grad
     if need_x and torch.is_grad_enabled() and not embeddings.requires_grad:
         embeddings = embeddings.detach().requires_grad_()  # the backward's collective needs every process
+    own_rows = slice(group_rank(shard.group) * count, group_rank(shard.group) * count + len(embeddings))
     padding, labels = count - len(embeddings), labels.reshape(-1).to(torch.int64)
     labels = gather(F.pad(labels, (0, padding), value=options.ignore_index), shard.group)  # [N]
     x = GatherRows.apply(F.pad(embeddings, (0, 0, 0, padding)), shard.group)  # [N, D]
@@ -112,24 +115,26 @@ def class_parallel_loss(
     )  # [N]
     hp = options.hyperparameters(x.dtype, x.shape[1])
     if sampling is None:
-        rows = shard_rows(x, shard.weight, target, hp, options.backend)
+        rows = shard_rows(x, shard.weight, target, hp, options.backend, shard.first)
     else:
         near, others = split_classes(target, len(shard.weight))
         drawn = draw(others, sampling, shard.first)
-        rows = sampled_rows(x, shard.weight, target, hp, options.backend, near, drawn)
+        rows = sampled_rows(x, shard.weight, target, hp, options.backend, near, drawn, shard.first)
     counted = (target != IGNORED).sum().clamp_min(1)  # the same everywhere: all labels are here
     loss = rows.loss.sum()
     if options.reduction == "mean":
         loss = loss / counted
-    sums = _sums(rows) if return_stats else loss.new_empty(0)
+    sums = _sums(rows) if return_stats and return_stats != "rows" else loss.new_empty(0)
     loss, sums = SumOverShards.apply(loss, sums, shard.group)
+    if return_stats == "rows":
+        return loss, class_parallel_rows(rows, target, own_rows, shard.group)
     if not return_stats:
         return loss
     return loss, _statistics(sums.to(loss.dtype), sums, _correct(rows, target, shard.group), counted, shard.num_classes)
 
 
 def _exchange_sizes(
-    embeddings: Tensor, labels: Tensor, shard: Shard, options: Options, return_stats: bool
+    embeddings: Tensor, labels: Tensor, shard: Shard, options: Options, return_stats: bool | str
 ) -> tuple[int, bool]:
     """(rows to pad to, whether any process wants ∂x); raises on every process what is wrong on one of them."""
     error: Exception | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..types import NO_TARGET, HyperParameters, RowStats
 from .layout import derived_seed
-from .shard import ShardRows, shard_rows
+from .shard import ShardRows, harder_class, shard_rows
 
 
 class Sampling(NamedTuple):
@@ -44,7 +44,14 @@ def draw(others: Tensor, sampling: Sampling, first: int) -> Tensor:
 
 
 def sampled_rows(
-    embeddings: Tensor, weight: Tensor, target: Tensor, hp: HyperParameters, backend: str, near: Tensor, drawn: Tensor
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    hp: HyperParameters,
+    backend: str,
+    near: Tensor,
+    drawn: Tensor,
+    first: int = 0,
 ) -> ShardRows:
     """`shard_rows` over the classes `near` of the batch and those `drawn` of the others, whose terms are divided by the
     probability that a class is drawn. Copies these rows of the weight; the other rows' gradients are exact zeros.
@@ -60,12 +67,22 @@ def sampled_rows(
     far_target = torch.where(has_target, NO_TARGET, target)
     far = shard_rows(embeddings, weight.index_select(0, drawn), far_target, hp, backend)
     scale = others / max(len(drawn), 1)
+    cosines = torch.stack([close.stats.hardest, far.stats.hardest])  # [2, N]
+    classes = torch.stack([_numbers(close.hardest_class, near, first), _numbers(far.hardest_class, drawn, first)])
+    hardest, hardest_class = harder_class(cosines, classes)
     stats = RowStats(
         intra=close.stats.intra + far.stats.intra,
         inter=close.stats.inter + scale * far.stats.inter,
         cos_target=close.stats.cos_target,
         cos_other_sum=close.stats.cos_other_sum + scale * far.stats.cos_other_sum,
-        hardest=torch.maximum(close.stats.hardest, far.stats.hardest),
+        hardest=hardest,
         dropped=close.stats.dropped + scale * far.stats.dropped,
     )
-    return ShardRows(close.loss + scale * far.loss, stats, close.counts + far.counts)
+    return ShardRows(close.loss + scale * far.loss, stats, hardest_class, close.counts + far.counts)
+
+
+def _numbers(place: Tensor, classes: Tensor, first: int) -> Tensor:
+    """Of places `[N]` in `classes`, −1 for none, the numbers of these classes."""
+    if len(classes) == 0:
+        return place
+    return torch.where(place < 0, -1, classes[place.clamp_min(0)] + first)

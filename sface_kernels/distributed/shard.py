@@ -5,7 +5,6 @@ SFace has no normaliser, so the results of shards that cover all classes add up 
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -19,13 +18,15 @@ from ..types import DEFAULTS, HyperParameters, Request, RowStats
 
 
 class ShardRows(NamedTuple):
-    """Results of one shard. Over all shards `loss`, the statistics and the counts add up, and `hardest` is a maximum.
+    """Results of one shard. Over all shards `loss`, the statistics and the counts add up, but for `hardest`, which is a
+    maximum, and its class, the lowest `hardest_class` of the shards that have it.
 
     Only `loss` is differentiable.
     """
 
     loss: Tensor  # [N], this shard's part of l_i
     stats: RowStats  # six [N]
+    hardest_class: Tensor  # [N] int64, the class of `stats.hardest` among all `num_classes`; −1 where there is none
     counts: Tensor  # [2] int64: pairs with a gradient; pairs computed by dense products
 
 
@@ -54,6 +55,7 @@ def sface_shard_loss(
         right = sface_shard_loss(x, w[5:], labels, first=5, num_classes=len(w))
         assert_close(left.loss + right.loss, whole)
         hardest_other_cosine = torch.maximum(left.stats.hardest, right.stats.hardest)
+        # of its classes the lowest: left.hardest_class where left.stats.hardest ≥ right.stats.hardest
 
     A row whose class lies elsewhere has no target here: only the inter-class term, and `cos_target` 0.
 
@@ -76,7 +78,16 @@ def sface_shard_loss(
         )
     hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
     target = prepare_labels(labels, num_classes, ignore_index, checks_labels(embeddings), first, len(weight))
-    return shard_rows(embeddings, weight, target, hp, backend)
+    return shard_rows(embeddings, weight, target, hp, backend, first)
+
+
+def harder_class(cosines: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of the hardest cosines `[P, N]` of parts of the classes and its class `[N]`, the lowest of equals; −1
+    where the cosine is not finite."""
+    hardest = cosines.amax(0)  # [N]
+    none = torch.iinfo(torch.int64).max
+    lowest = torch.where(cosines == hardest, classes, none).amin(0)
+    return hardest, torch.where(hardest.isfinite() & (lowest < none), lowest, -1)
 
 
 def check_shard_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -86,17 +97,19 @@ def check_shard_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> N
 
 
 def checks_labels(embeddings: Tensor) -> bool:
-    """Whether labels out of range raise: on a GPU that synchronises, and is left to the environment."""
-    return embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
+    return validation.checks_labels(embeddings.device)
 
 
-def shard_rows(embeddings: Tensor, weight: Tensor, target: Tensor, hp: HyperParameters, backend: str) -> ShardRows:
+def shard_rows(
+    embeddings: Tensor, weight: Tensor, target: Tensor, hp: HyperParameters, backend: str, first: int = 0
+) -> ShardRows:
     """`sface_shard_loss` after its checks, with the targets of `ops.prepare_labels`."""
     chosen = select(backend, Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1]))
     if len(weight) == 0:
         return _no_classes(embeddings, weight)
-    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)
-    return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), counts)
+    row_loss, row_stats, hardest_class, counts = row_losses(embeddings, weight, target, chosen, hp)
+    hardest_class = torch.where(hardest_class < 0, -1, hardest_class + first)
+    return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), hardest_class, counts)
 
 
 def _no_classes(embeddings: Tensor, weight: Tensor) -> ShardRows:
@@ -106,4 +119,5 @@ def _no_classes(embeddings: Tensor, weight: Tensor) -> ShardRows:
     loss = embeddings[:, :0].to(dtype).sum(1) + weight.to(dtype).sum()  # [N]
     zeros = torch.zeros_like(loss, requires_grad=False)
     stats = RowStats(zeros, zeros, zeros, zeros, torch.full_like(zeros, -torch.inf), zeros)
-    return ShardRows(loss, stats, torch.zeros(2, dtype=torch.int64, device=loss.device))
+    no_class = torch.full_like(zeros, -1, dtype=torch.int64)
+    return ShardRows(loss, stats, no_class, torch.zeros(2, dtype=torch.int64, device=loss.device))

@@ -170,7 +170,7 @@ class TestOperators:
     def test_no_samples(self, native):
         x, w, labels, upstream = trained_problem(3, 10, 8)
         x, labels, upstream = x[:0], labels[:0], upstream[:0]
-        row_loss, _, counts, row_grad_x, *saved = self.forward(x, w, labels)
+        row_loss, _, _, counts, row_grad_x, *saved = self.forward(x, w, labels)
         assert row_loss.shape == (0,) and row_grad_x.shape == (0, 8) and counts.tolist() == [0, 0]
         grad = torch.ops.sface.native_grad_weight(x, w, labels, upstream, *self.HYPER, *saved)
         assert torch.equal(grad, torch.zeros(10, 8))
@@ -180,7 +180,7 @@ class TestOperators:
         """What the forward saved, but short, of another dtype, with other strides, or another shape."""
         x, w, labels, upstream = trained_problem(300, 100, 16)
         names = ["grad_row", "inv_norm", "target_weight", "arena", "segments"]
-        saved = dict(zip(names, (upstream, *self.forward(x, w, labels)[4:]), strict=True))
+        saved = dict(zip(names, (upstream, *self.forward(x, w, labels)[5:]), strict=True))
 
         def backward(value: torch.Tensor) -> torch.Tensor:
             grad_row, *rest = {**saved, which: value}.values()
@@ -196,7 +196,7 @@ class TestOperators:
     @pytest.mark.parametrize("record", [(-1, 1), (0, 2**62), (2**62, 1), (0, -3), (10_000, -1)])
     def test_records_that_point_out_of_the_arena(self, native, record):
         x, w, labels, upstream = trained_problem(30, 100, 16)
-        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[4:]
+        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[5:]
         segments.view(-1, 2)[1] = torch.tensor(record)
         with pytest.raises(RuntimeError, match="segments: expected a part of an arena"):
             torch.ops.sface.native_grad_weight(
@@ -206,7 +206,7 @@ class TestOperators:
     @pytest.mark.parametrize("word", [-1, 48 << 16, 30, 0xFFFF])
     def test_pairs_outside_their_block(self, native, word):
         x, w, labels, upstream = trained_problem(30, 100, 16)
-        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[4:]
+        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[5:]
         segments.view(-1, 2)[1] = torch.tensor([0, 1])
         arena[0] = word
         with pytest.raises(RuntimeError, match="arena: expected a pair of 48 classes and 30 samples"):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from sface_kernels.compat import official
+from sface_kernels import cosines
 from sface_kernels.compat.official import LazyLogits
 from tests.support.published_script import (
     UNIT,
@@ -40,7 +40,7 @@ def test_logits_true_is_the_differentiable_tensor(case32):
 @pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
 @pytest.mark.parametrize("k", [1, 5])
 def test_topk_in_blocks_is_the_topk_of_the_tensor(monkeypatch, classes, largest, k):
-    monkeypatch.setattr(official, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(cosines, "BLOCK_ELEMENTS", 1)
     head, x, y = small(classes=classes)
     lazy = head(x, y)[0]
     dense = 64 * (F.normalize(x.double()) @ F.normalize(head.weight.double()).t()).detach()

@@ -12,6 +12,7 @@ from sface_kernels.distributed import ClassParallelSFaceLoss
 from sface_kernels.distributed.sampling import Sampling, draw, sampled_rows, split_classes
 from sface_kernels.distributed.shard import shard_rows
 from sface_kernels.ops import prepare_labels
+from sface_kernels.types import IGNORED
 from sface_kernels.validation import make_hyperparameters
 from tests.support.cases import f64
 from tests.support.problems import trained_problem
@@ -39,6 +40,8 @@ def test_mean_over_every_subset_is_the_full_sum():
     assert near.tolist() == [0, 2, 5, 11]
     whole = shard_rows(x, w, target, HP, "reference")
     expected = [whole.loss.detach(), *gradients(whole, x, w, upstream), *(getattr(whole.stats, n) for n in SUMS)]
+    cos = torch.nn.functional.normalize(x.detach()) @ torch.nn.functional.normalize(w.detach()).t()
+    cos[target >= 0, target[target >= 0]] = -torch.inf
     means, spread = [torch.zeros_like(t) for t in expected], 0.0
     subsets = list(itertools.combinations(others.tolist(), 3))
     for subset in subsets:
@@ -47,6 +50,10 @@ def test_mean_over_every_subset_is_the_full_sum():
         undrawn = sorted(set(others.tolist()) - set(subset))
         assert not grads[1][undrawn].any() and grads[1][near].any(1).all()
         assert (rows.stats.hardest <= whole.stats.hardest).all()
+        compared = {*near.tolist(), *subset}
+        among = cos.clone()
+        among[:, [j for j in range(C) if j not in compared]] = -torch.inf
+        assert torch.equal(rows.hardest_class, torch.where(target == IGNORED, -1, among.argmax(1)))
         spread = max(spread, float((rows.loss - whole.loss).abs().max()))
         for mean, value in zip(
             means, [rows.loss.detach(), *grads, *(getattr(rows.stats, n) for n in SUMS)], strict=True

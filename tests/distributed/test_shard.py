@@ -10,6 +10,7 @@ import torch
 from sface_kernels import sface_loss
 from sface_kernels.autograd import row_losses
 from sface_kernels.distributed import sface_shard_loss
+from sface_kernels.distributed.shard import harder_class
 from sface_kernels.ops import compute_dtype
 from sface_kernels.types import RowStats
 from sface_kernels.validation import make_hyperparameters
@@ -63,7 +64,7 @@ def test_statistics_add_up(case, cuts):
     problem = GEOMETRIES["trained"](N, C, D).to(case.device, case.dtype, case.weight_dtype)
     hp = make_hyperparameters(64.0, 80.0, 0.8, 1.23, None, 2.0**-12, case.dtype, D)
     parts, *_ = shards(problem, cuts, case.backend, filter_eps=2.0**-12)
-    _, whole, counts = row_losses(problem.x, problem.w, problem.labels, case.backend, hp)
+    _, whole, _, counts = row_losses(problem.x, problem.w, problem.labels, case.backend, hp)
     tolerance = 64 * torch.finfo(compute_dtype(problem.x, problem.w)).eps
     if case.backend in ("native", "triton"):  # cosines of dropped pairs come from a 16-bit screen
         tolerance = 2.0**-14 if case.backend == "native" else 2.0**-8
@@ -73,6 +74,39 @@ def test_statistics_add_up(case, cuts):
         size = C**0.5 if name == "cos_other_sum" else max(1.0, float(theirs.abs().max()))
         assert float((ours - theirs).abs().max()) <= tolerance * size, name
     assert int(sum(part.counts[0] for part in parts)) == int(counts[0])
+
+
+@pytest.mark.parametrize("filter_eps", [0.0, 2.0**-12])
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_hardest_class_of_shards(case, cuts, filter_eps):
+    """Each shard names a class of its own range by its global number; the hardest of all is the one of the whole."""
+    problem = GEOMETRIES["trained"](N, C, D).to(case.device, case.dtype, case.weight_dtype)
+    problem.labels[3] = -100
+    parts, *_ = shards(problem, cuts, case.backend, filter_eps=filter_eps)
+    for part, (low, high) in zip(parts, itertools.pairwise(cuts), strict=True):
+        none = part.stats.hardest == -torch.inf
+        none[3] = True
+        inside = (part.hardest_class >= low) & (part.hardest_class < high)
+        assert torch.equal(inside, ~none) and (part.hardest_class[none] == -1).all()
+    cosines, classes = (torch.stack(t) for t in zip(*((p.stats.hardest, p.hardest_class) for p in parts), strict=True))
+    cosines[:, 3] = -torch.inf  # where shards are added up, ignored rows hold 0
+    hardest, hardest_class = harder_class(cosines, classes)
+    _, rows = sface_loss(
+        problem.x, problem.w, problem.labels, filter_eps=filter_eps, backend=case.backend, return_stats="rows"
+    )
+    differs = hardest_class != rows.hardest_class
+    # other roundings may prefer another class of nearly the same cosine
+    multiplied = case.dtype if case.backend == "triton" else compute_dtype(problem.x, problem.w)
+    screen = {"native": 2.0**-14, "triton": 2.0**-9}.get(case.backend, 0.0)
+    assert ((hardest - rows.cos_hardest).abs()[differs] <= screen + D * torch.finfo(multiplied).eps).all()
+    assert int(differs.sum()) <= N // 4 and int(hardest_class[3]) == -1
+
+
+def test_hardest_class_of_equals():
+    cosines = torch.tensor([[0.5, 0.7, -torch.inf, torch.nan], [0.5, 0.2, -torch.inf, 0.1]])
+    classes = torch.tensor([[9, 3, -1, -1], [4, 8, -1, 7]])
+    hardest, which = harder_class(cosines, classes)
+    assert which.tolist() == [4, 3, -1, -1] and hardest[:3].tolist() == [0.5, pytest.approx(0.7), -torch.inf]
 
 
 def test_a_target_elsewhere_is_no_target(case):

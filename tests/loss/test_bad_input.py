@@ -53,6 +53,15 @@ ARGUMENTS = [
     (dict(labels=T(4, 6).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[4, 6\]"),
     (dict(labels=T(1, 4).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[1, 4\]"),
     (dict(labels=T(()).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[\]"),
+    (dict(sample_weight=[1.0] * 4), TypeError, r"sample_weight: expected a torch\.Tensor, got list"),
+    (dict(sample_weight=T(4).long()), TypeError, r"sample_weight: expected a dtype of float32, .*got torch\.int64"),
+    (dict(sample_weight=T(3)), ValueError, r"sample_weight: expected shape \[4\] or \[4, 1\], got \[3\]"),
+    (dict(sample_weight=T(())), ValueError, r"sample_weight: expected shape \[4\] or \[4, 1\], got \[\]"),
+    (
+        dict(sample_weight=T(4, device="meta")),
+        ValueError,
+        r"sample_weight: expected device cpu \(that of embeddings\), got meta",
+    ),
     (dict(weight=T(6, 8, device="meta")), ValueError, r"weight: expected device cpu \(that of embeddings\), got meta"),
     (
         dict(labels=T(4, device="meta").long()),
@@ -106,7 +115,11 @@ CONSTRUCTOR = [
     ({"in_features": True}, TypeError, r"in_features: expected an int, got True"),
     ({"out_features": 0}, ValueError, r"out_features: expected an int > 0, got 0"),
     ({"out_features": "6"}, TypeError, r"out_features: expected an int, got '6'"),
-    *[(c, e, t) for c, e, t in ARGUMENTS if not {"embeddings", "weight", "labels", "backend"} & set(c)],
+    *[
+        (c, e, t)
+        for c, e, t in ARGUMENTS
+        if not {"embeddings", "weight", "labels", "backend", "sample_weight"} & set(c)
+    ],
     *NUMBERS,
 ]
 
@@ -116,6 +129,25 @@ def test_constructor(change, error, text):
     """What is wrong from the start is said at the start, not at the first batch."""
     with pytest.raises(error, match="^" + text):
         SFaceLoss(**{"in_features": 8, "out_features": 6, **change})
+
+
+def test_one_size_by_two_names():
+    for sizes, text in (
+        ({"in_features": 8}, "out_features: expected one of out_features and num_classes .*got none"),
+        ({"num_classes": 6}, "in_features: expected one of in_features and embedding_size .*got none"),
+        (
+            {"in_features": 8, "out_features": 6, "num_classes": 6},
+            "out_features: expected one of .*got out_features and num_classes",
+        ),
+        (
+            {"in_features": 8, "embedding_size": 8, "num_classes": 6},
+            "in_features: expected one of .*got in_features and embedding_size",
+        ),
+    ):
+        with pytest.raises(TypeError, match="^" + text):
+            SFaceLoss(**sizes)
+    with pytest.raises(ValueError, match=r"^num_classes: expected an int > 0, got 0"):
+        SFaceLoss(8, num_classes=0)
 
 
 def test_constructor_knows_the_backends():

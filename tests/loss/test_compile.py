@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sface_kernels import SFaceLoss, sface_loss
 from sface_kernels.backends import chunked
@@ -90,6 +91,71 @@ def test_one_graph_serves_every_size(case32):
             compiled(x, torch.arange(n, device=case32.device)).backward()
 
 
+@pytest.mark.parametrize("what", ["module", "function"])
+def test_one_recompilation_for_other_sizes(case32, what):
+    """As users call it, without `dynamic`: the first batch is compiled for its size, the second size for every one, and
+    the results are eager's to the bit."""
+    head = SFaceLoss(64, 301, backend=case32.backend, filter_eps=2.0**-16).to(case32.device)
+
+    def function(x, labels, weight=None):
+        loss, rows = sface_loss(
+            x,
+            head.weight,
+            labels,
+            sample_weight=weight,
+            backend=case32.backend,
+            filter_eps=2.0**-16,
+            return_stats="rows",
+        )
+        return loss, rows.angle, rows.hardest_class
+
+    eager = head if what == "module" else function
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(eager, fullgraph=True, backend=counter)
+    for n in (32, 32, 17, 64, 5, 32):
+        x, _, labels, weight = GEOMETRIES["trained"](n, 301, 64).to(case32.device, f32, f32)
+        arguments = (labels,) if what == "module" else (labels, weight.abs())
+        results = []
+        for f in (eager, compiled):
+            leaf = x.clone().requires_grad_()
+            loss, *others = f(leaf, *arguments) if what == "function" else (f(leaf, *arguments),)
+            results.append((loss.detach(), *others, *torch.autograd.grad(loss, (leaf, head.weight))))
+        for theirs, ours in zip(*results, strict=True):
+            if case32.backend == "reference":  # traced, operation by operation
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+            else:
+                assert torch.equal(ours, theirs)
+    assert counter.frame_count == 2, "one size, then any"
+
+
+def test_compiled_training(case32):
+    """Backbone, head and optimizer over steps with a smaller last batch: the same parameters as without the compiler."""
+
+    def train(compiled):
+        torch.manual_seed(2)
+        backbone = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.PReLU(), torch.nn.Linear(64, 64))
+        head = SFaceLoss(64, 301, backend=case32.backend)
+        both = torch.nn.ModuleList([backbone, head]).to(case32.device)
+        optimizer = torch.optim.SGD(both.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+        def step(x, labels):
+            return head(backbone(x), labels)
+
+        run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+        for n in (16, 16, 16, 7):
+            x, labels = torch.randn(n, 20, device=case32.device), torch.randint(0, 301, (n,), device=case32.device)
+            optimizer.zero_grad()
+            run(x, labels).backward()
+            optimizer.step()
+        return list(both.parameters())
+
+    for ours, theirs in zip(train(True), train(False), strict=True):
+        if case32.backend == "reference":
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(ours, theirs)
+
+
 def test_inside_a_compiled_backbone(case32):
     """Backbone, head and loss in one graph."""
     backbone, head = torch.nn.Linear(20, 64), SFaceLoss(64, 301, backend=case32.backend)
@@ -132,7 +198,7 @@ def operands(n: int, c: int, d: int, dtype=f32, weight_dtype=f32):
     return x[:n], w, labels[:n], upstream[:n]
 
 
-@pytest.mark.parametrize("shape", [(0,), (5,), (5, 1)])
+@pytest.mark.parametrize("shape", [(0,), (5,), (5, 1), ()])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
 def test_opcheck_prepare_labels(shape, dtype):
     labels = torch.zeros(shape, dtype=dtype)
@@ -147,7 +213,7 @@ def test_opcheck_chunked(shape, dtypes, filter_eps):
     hyper, chunk = (*HYPER[:5], filter_eps), chunked.chunk_size(shape[0])
     for need_x, need_w in itertools.product((True, False), repeat=2):
         opcheck("chunked_forward", (x, w, target, *hyper, need_x, need_w, chunk))
-    saved = torch.ops.sface.chunked_forward(x, w, target, *hyper, True, True, chunk)[4:]
+    saved = torch.ops.sface.chunked_forward(x, w, target, *hyper, True, True, chunk)[5:]
     opcheck("chunked_grad_weight", (x, w, target, upstream.to(saved[1].dtype), *hyper, chunk, *saved))
 
 
@@ -159,7 +225,7 @@ def test_opcheck_native(shape, weight_dtype, filter_eps, native):
     hyper, words = (*HYPER[:5], filter_eps), min(shape[0] * shape[1], native_backend.ARENA_WORDS)
     for need_x, need_w in itertools.product((True, False), repeat=2):
         opcheck("native_forward", (x, w, target, *hyper, need_x, need_w, words))
-    saved = torch.ops.sface.native_forward(x, w, target, *hyper, True, True, words)[4:]
+    saved = torch.ops.sface.native_forward(x, w, target, *hyper, True, True, words)[5:]
     opcheck("native_grad_weight", (x, w, target, upstream, *hyper, *saved))
     opcheck("native_empty_gradient", (w,))
 
@@ -174,7 +240,7 @@ def test_opcheck_triton(shape, weight_dtype, dense):
     x, w, target, upstream = operands(*shape, weight_dtype, weight_dtype)
     for need_x, need_w in ((True, True), (False, False)):
         opcheck("triton_forward", (x, w, target, *HYPER, need_x, need_w, dense, 132))
-    saved = torch.ops.sface.triton_forward(x, w, target, *HYPER, True, True, dense, 132)[4:]
+    saved = torch.ops.sface.triton_forward(x, w, target, *HYPER, True, True, dense, 132)[5:]
     opcheck("triton_grad_weight", (x, w, target, upstream, *HYPER, dense, *saved))
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sface_kernels import sface_loss
-from tests.support.cases import f16, f32, f64
+from tests.support.cases import f32
 from tests.support.checks import Result, assert_same, cached_judge, run
 from tests.support.oracle import truth
 from tests.support.problems import GEOMETRIES, trained_problem
@@ -90,49 +90,3 @@ class TestLayouts:
         rows = sface_loss(x, w, problem.labels.to(case32.device), reduction="none", backend=case32.backend)
         grads = torch.autograd.grad(rows, (x, w), view.to(case32.device))
         assert torch.equal(grads[0], expected.grad_x) and torch.equal(grads[1], expected.grad_w)
-
-
-class TestMixedPrecision:
-    @pytest.mark.parametrize("scale", [1.0, 65536.0])
-    @pytest.mark.parametrize("geometry", GEOMETRIES)
-    def test_autocast_changes_nothing(self, case, geometry, scale):
-        """On or off, the loss is at least fp32, gradients come back in their input's dtype, and every bit is the same."""
-        problem = GEOMETRIES[geometry](16, 331, 96).to(case.device, case.dtype, case.weight_dtype)
-        results = []
-        for enabled in (False, True):
-            x, w = problem.x.clone().requires_grad_(), problem.w.clone().requires_grad_()
-            with torch.autocast(case.device, torch.bfloat16, enabled=enabled):
-                loss = sface_loss(x, w, problem.labels, backend=case.backend)
-            assert loss.dtype == (f64 if f64 in (case.dtype, case.weight_dtype) else f32)
-            with torch.autocast(case.device, torch.bfloat16, enabled=enabled):
-                (loss * scale).backward()
-            assert x.grad.dtype == case.dtype and w.grad.dtype == case.weight_dtype
-            results.append((loss, x.grad, w.grad))
-        assert all(torch.equal(off, on) for off, on in zip(*results, strict=True))
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, f16])
-    def test_loss_scale_saves_small_gradients(self, case32, dtype):
-        """GradScaler's round trip: half embeddings, fp32 master weights, scale 65536, unscale; the weight's gradient is fp32 exact."""
-        problem = trained_problem(16, 331, 96).to(case32.device, dtype, f32)
-        reason = case32._replace(dtype=dtype).reason_to_skip()
-        assert reason is None, reason
-        plain = run(case32, problem._replace(upstream=torch.full((16,), 1 / 16)), filter_eps=2.0**-16)
-        x, w = problem.x.clone().requires_grad_(), problem.w.clone().requires_grad_()
-        loss = sface_loss(x, w, problem.labels, filter_eps=2.0**-16, backend=case32.backend)
-        (loss * 65536).backward()
-        assert torch.equal(w.grad / 65536, plain.grad_w)
-        t = truth(problem.x, problem.w, problem.labels, torch.full((16,), 1 / 16), filter_eps=2.0**-16)
-        error = (x.grad.double().cpu() / 65536 - t.grad_x).norm(dim=1)
-        assert (error <= t.grad_x.norm(dim=1) * torch.finfo(dtype).eps + t.worst.x).all()
-
-    def test_through_a_backbone_under_autocast(self, case32):
-        """A linear layer under autocast hands over bf16 embeddings; its fp32 weight gets a finite fp32 gradient."""
-        backbone = torch.nn.Linear(20, 96, device=case32.device)
-        w = torch.randn(331, 96, device=case32.device, requires_grad=True)
-        with torch.autocast(case32.device, torch.bfloat16):
-            embeddings = backbone(torch.randn(16, 20, device=case32.device))
-            assert embeddings.dtype == torch.bfloat16
-            loss = sface_loss(embeddings, w, torch.arange(16, device=case32.device), backend=case32.backend)
-        loss.backward()
-        assert loss.dtype == w.grad.dtype == backbone.weight.grad.dtype == f32
-        assert backbone.weight.grad.any() and torch.isfinite(backbone.weight.grad).all()

@@ -25,6 +25,12 @@ def test_one_direct_parameter():
     assert list(head.state_dict()) == ["weight"] and not list(head.buffers()) and not list(head.children())
 
 
+def test_sizes_by_their_other_names():
+    """Those of class-parallel heads and of metric-learning libraries."""
+    for head in (SFaceLoss(embedding_size=16, num_classes=40), SFaceLoss(16, num_classes=40)):
+        assert (head.in_features, head.out_features) == (16, 40) and head.weight.shape == (40, 16)
+
+
 @pytest.mark.parametrize("c", [100, 10_000])
 def test_initial_weight(c):
     """N(0, 2·√(2/C)): mean and standard deviation within five standard errors, and the tails are a normal's."""

@@ -251,6 +251,16 @@ class TestNotFinite:
         assert not torch.isfinite(result.grad_w[problem.labels[4]]).any()
 
 
+def test_a_label_without_a_dimension(case32):
+    """One sample with a 0-d label, as cross entropy takes it."""
+    x, w, labels, _ = random_problem(1, 70, 24).to(case32.device, torch.float32, torch.float32)
+    for reduction, shape in (("mean", ()), ("none", (1,))):
+        options = dict(reduction=reduction, backend=case32.backend)
+        ours = sface_loss(x, w, labels[0], sample_weight=torch.tensor(2.0, device=x.device), **options)
+        factor = 2 if reduction == "none" else 1
+        assert ours.shape == shape and torch.equal(ours, factor * sface_loss(x, w, labels, **options))
+
+
 def test_labels_of_a_range_of_classes():
     """A weight that holds classes [3, 7) of 10: rows of the weight, or codes for what is elsewhere, ignored or invalid."""
     labels = torch.tensor([3, 6, 2, 7, 9, -100, 10, -1], dtype=torch.int32)

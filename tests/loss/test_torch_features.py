@@ -203,6 +203,28 @@ def test_export_with_a_dynamic_batch(case32):
         assert torch.equal(program(x, labels), model(x, labels))
 
 
+class Classifier(torch.nn.Module):
+    """A trained backbone with its head, which serves the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = torch.nn.Linear(8, 16), SFaceLoss(16, 3000)
+
+    def forward(self, x, labels=None):
+        embeddings = self.backbone(x)
+        return self.head(embeddings, labels) if self.training else self.head.logits(embeddings)
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_export_of_a_model_that_holds_the_head(with_grad):
+    model, batch = Classifier().eval(), torch.export.Dim("batch", min=2, max=5000)
+    with torch.set_grad_enabled(with_grad):
+        exported = torch.export.export(model, (torch.randn(6, 8),), dynamic_shapes=({0: batch},))
+        for n in (6, 2, 4999):
+            x = torch.randn(n, 8)
+            torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-5, atol=1e-4)
+
+
 def test_saved_tensors_follow_the_problem(case32):
     """What is packed for the backward is no larger than what a small problem needs, or offloading it would cost more than
     the step."""

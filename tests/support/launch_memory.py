@@ -1,48 +1,21 @@
 """What the launch code of the Triton backend allocates, run as a program by test_triton_memory: no GPU, no memory.
 
 For each problem `N,C,D,way,dtype` prints a line of JSON: the most bytes that were held at once beyond the inputs and ∂w, in the forward
-and in the backward, and the largest buffers then held. Tensors are on the meta device and nothing is launched. A tensor of stride 0 counts
-as its one element.
+and in the backward, and the largest buffers then held. Tensors are on the meta device and nothing is launched.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import weakref
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sface_kernels.backends.triton import launch_backward, launch_forward
 from sface_kernels.backends.triton.buffers import Saved, allocate
 from sface_kernels.backends.triton.device import MULTIPROCESSORS, pretend
 from sface_kernels.types import HyperParameters
-
-
-class Held(TorchDispatchMode):
-    """Bytes of the tensors that operations returned and that are still referred to."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.sizes, self.at_peak = 0, 0, {}, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in given and tensor._base is None:
-                size = tensor.untyped_storage().nbytes()
-                self.now += size
-                self.sizes[id(tensor)] = (size, list(tensor.shape))
-                weakref.finalize(tensor, self._gone, id(tensor))
-        if self.now > self.peak:
-            self.peak, self.at_peak = self.now, sorted(self.sizes.values(), reverse=True)[:6]
-        return result
-
-    def _gone(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)[0]
+from tests.support.held import Held
 
 
 def measure(n: int, c: int, d: int, dense: bool, dtype: torch.dtype) -> dict[str, object]:

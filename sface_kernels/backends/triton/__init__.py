@@ -87,11 +87,11 @@ def _forward(  # type: ignore[no-untyped-def]
     with on_device(x):
         result = allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors)
         if x.shape[0] == 0:
-            for output in (*result[:4], *result.saved):
+            for output in (*result[:-1], *result.saved):
                 output.zero_()
         else:
             launches.forward(x, w, target, hp, dense, multiprocessors, result)
-    return (*result[:4], *result.saved)
+    return (*result[:-1], *result.saved)
 
 
 def _grad_weight(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved) -> Tensor:  # type: ignore[no-untyped-def]

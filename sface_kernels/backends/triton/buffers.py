@@ -47,7 +47,8 @@ _HYPER = ", ".join(f"float {name}" for name in HyperParameters._fields)
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 ops.define(
     f"triton_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, bool dense,"
-    f" int multiprocessors) -> (Tensor row_loss, Tensor row_stats, Tensor counts, Tensor row_grad_x, {_SAVED})"
+    f" int multiprocessors) -> (Tensor row_loss, Tensor row_stats, Tensor hardest_class, Tensor counts,"
+    f" Tensor row_grad_x, {_SAVED})"
 )
 ops.define(
     f"triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, bool dense, {_SAVED}) -> Tensor"
@@ -118,6 +119,7 @@ def allocate(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: 
     return Forward(
         row_loss=new(n),
         row_stats=new(6, n),
+        hardest_class=new(n, dtype=torch.int64),
         counts=new(2, dtype=torch.int64),
         row_grad_x=new(n if need_grad_x else 0, d),
         saved=saved,
@@ -134,7 +136,7 @@ def _(  # type: ignore[no-untyped-def]
     x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense, multiprocessors
 ) -> tuple[Tensor, ...]:
     made = allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors)
-    return (*made[:4], *made.saved)
+    return (*made[:-1], *made.saved)
 
 
 @ops.fake("triton_grad_weight")

@@ -30,6 +30,7 @@ class ExactSums(NamedTuple):
     """Sums per part of the classes and sample, of computed pairs: those of overflowed samples, or of a dense call."""
 
     sums: Tensor  # [SUM_PLANES, parts, padded N]
+    best_class: Tensor  # [parts, padded N] int32, of the largest cosine
     active: Tensor  # [parts, padded N] int32
     grad: Tensor  # [grad parts, padded N, D], Σ weight·ŵ
 
@@ -37,6 +38,7 @@ class ExactSums(NamedTuple):
 def _exact_sums(call: Call, parts: int, grad_parts: int) -> ExactSums:
     return ExactSums(
         sums=call.empty(SUM_PLANES, parts, call.padded_n),
+        best_class=call.empty(parts, call.padded_n, dtype=torch.int32),
         active=call.empty(parts, call.padded_n, dtype=torch.int32),
         grad=call.empty(grad_parts, call.padded_n, call.d),
     )
@@ -166,6 +168,7 @@ def _overflow(call: Call, saved: Saved, need_grad: bool, multiprocessors: int) -
         inv_norm_ptr=saved.inv_norm,
         overflowed_ptr=saved.overflowed,
         sums_ptr=exact.sums,
+        best_class_ptr=exact.best_class,
         active_ptr=exact.active,
         grad_ptr=exact.grad,
         c=call.c,
@@ -205,6 +208,7 @@ def _dense(call: Call, unit: Tensor, saved: Saved, need_grad: bool, multiprocess
         **call.inter,
         "unit_x_ptr": unit,
         "sums_ptr": exact.sums,
+        "best_class_ptr": exact.best_class,
         "active_ptr": exact.active,
         "c": call.c,
         "row_blocks": row_blocks,
@@ -277,10 +281,12 @@ def forward(
         list_weight_ptr=saved.list_weight,
         list_cos_ptr=saved.list_cos,
         exact_sums_ptr=exact.sums,
+        exact_class_ptr=exact.best_class,
         exact_active_ptr=exact.active,
         exact_grad_ptr=exact.grad,
         row_loss_ptr=result.row_loss,
         stats_ptr=result.row_stats,
+        hardest_class_ptr=result.hardest_class,
         active_ptr=active,
         row_grad_x_ptr=result.row_grad_x,
         target_weight_ptr=saved.target_weight,

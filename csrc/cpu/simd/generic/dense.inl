@@ -90,6 +90,7 @@ inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Bl
     I32 lane_on;
     for (int lane = 0; lane < kLanes; ++lane) lane_on[lane] = -static_cast<int32_t>(takes_part >> lane & 1);
     F32 inter{}, dropped{}, hardest = broadcast(-2.0f);
+    I32 hardest_row{};
     for (int row = 0; row < padded_rows; row += kAtOnce) {
       const auto c = each<kAtOnce>([&](int r) { return load(tile + (row + r) * stride + i); });
       const auto weight = sigmoid_of_angle(arccos(clamp(c, -1.0f, 1.0f)), rules.slope_log2, rules.hyper.b);
@@ -103,6 +104,7 @@ inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Bl
           inter += select(counted, weight.v[r] * c.v[r], F32{});
           dropped += select(counted & ~kept, weight.v[r], F32{});
           const F32 other = select(counted, c.v[r], broadcast(-2.0f));
+          hardest_row = select(I32(other > hardest), broadcast_int(row + r), hardest_row);
           hardest = select(I32(other > hardest), other, hardest);
         }
       }
@@ -111,7 +113,10 @@ inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Bl
       for (int lane = 0; lane < kLanes && i + lane < group.count; ++lane) {
         sums->inter[i + lane] += inter[lane];
         sums->dropped[i + lane] += dropped[lane];
-        if (hardest[lane] > sums->hardest[i + lane]) sums->hardest[i + lane] = hardest[lane];
+        if (hardest[lane] > sums->hardest[i + lane]) {
+          sums->hardest[i + lane] = hardest[lane];
+          sums->hardest_class[i + lane] = static_cast<int32_t>(block.first) + hardest_row[lane];
+        }
       }
     }
   }

@@ -200,7 +200,10 @@ inline bool rescore_block(const Rules& rules, const Group& group, const Block& b
       const int i = list.sample[n];
       const float weight = list.weight[n];
       sums.inter[i] += static_cast<double>(weight) * list.cosine[n];
-      if (list.cosine[n] > sums.hardest[i]) sums.hardest[i] = list.cosine[n];
+      if (list.cosine[n] > sums.hardest[i]) {
+        sums.hardest[i] = list.cosine[n];
+        sums.hardest_class[i] = static_cast<int32_t>(block.first) + row;
+      }
       if (weight < rules.keep_above) {
         sums.dropped[i] += weight;
         continue;

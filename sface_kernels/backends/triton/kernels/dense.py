@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NO_COSINE, arccos, inter_weight, operand, product, sigmoid_of_angle, store_class_gradient
+from .math import (
+    IGNORED,
+    NO_COSINE,
+    arccos,
+    inter_weight,
+    nearer_class,
+    operand,
+    product,
+    sigmoid_of_angle,
+    store_class_gradient,
+)
 
 
 @triton.jit
@@ -36,6 +46,7 @@ def row_coefficients(
     target_ptr,  # [N]
     coefficient_ptr,  # [padded N, padded chunk] out: (6) without s, own classes left out
     sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
+    best_class_ptr,  # [stripes, padded N] int32
     active_ptr,  # [stripes, padded N] int32
     # sizes, floats
     n,
@@ -72,6 +83,7 @@ def row_coefficients(
     dropped = tl.load(sums_ptr + plane + at, mask=later, other=0.0)
     cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
     best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
+    best_class = tl.load(best_class_ptr + at, mask=later, other=-1)
     active = tl.load(active_ptr + at, mask=later, other=0)
     for tile in range(stripe, tiles, stripes):
         row = tile * BLOCK_C + column  # of the chunk
@@ -84,7 +96,8 @@ def row_coefficients(
         g = tl.where(kept, weight, 0.0)
         inter += tl.sum(weight * cos, 1)
         dropped += tl.sum(weight - g, 1)
-        best = tl.maximum(best, tl.max(tl.where(other, cos, NO_COSINE), 1))
+        cos = tl.where(other, cos, NO_COSINE)
+        best, best_class = nearer_class(best, best_class, cos, first_class + tile * BLOCK_C, column, BLOCK_C)
         active += tl.sum(kept.to(tl.int32), 1)
         if NEED_GRAD:
             out = coefficient_ptr + i[:, None] * padded_chunk + row[None, :]
@@ -93,6 +106,7 @@ def row_coefficients(
     tl.store(sums_ptr + plane + at, dropped)
     tl.store(sums_ptr + 2 * plane + at, cos_sum)
     tl.store(sums_ptr + 3 * plane + at, best)
+    tl.store(best_class_ptr + at, best_class)
     tl.store(active_ptr + at, active)
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from .math import (
     IGNORED,
     INVALID,
+    NO_CLASS,
     NO_COSINE,
     NORM_EPS,
     arccos,
@@ -29,6 +30,13 @@ def locate(rank, counts, stripe, capacity):
     part = tl.sum((upto[None, :] <= rank[:, None]).to(tl.int32), 1)  # [E]
     before = tl.sum(tl.where(stripe[None, :] < part[:, None], counts[None, :], 0), 1)
     return part * capacity + rank - before
+
+
+@triton.jit
+def harder(cos, cls, other_cos, other_cls):
+    """The larger of two cosines and its class, the lower one of equals."""
+    wins = (other_cos > cos) | ((other_cos == cos) & (other_cls < cls))
+    return tl.maximum(cos, other_cos), tl.where(wins, other_cls, cls)
 
 
 @triton.jit
@@ -54,10 +62,12 @@ def finish_samples(
     list_weight_ptr,  # the same shape: out, 0 where the entry is not active
     list_cos_ptr,  # the same shape: out
     exact_sums_ptr,  # of row_coefficients or overflow_samples, [4, parts, padded N]
+    exact_class_ptr,  # [parts, padded N]
     exact_active_ptr,  # [parts, padded N]
     exact_grad_ptr,  # [grad parts, padded N, D]
     row_loss_ptr,  # [N] out
     stats_ptr,  # [6, N] out, as types.RowStats
+    hardest_class_ptr,  # [N] int64 out
     active_ptr,  # [N] int32 out
     row_grad_x_ptr,  # [N, D] out
     target_weight_ptr,  # [N] out, −p_i / s
@@ -106,7 +116,10 @@ def finish_samples(
     inter = tl.sum(tl.load(exact_sums_ptr + at, mask=is_part, other=0.0), 0)
     dropped = tl.sum(tl.load(exact_sums_ptr + plane + at, mask=is_part, other=0.0), 0)
     cos_sum = tl.sum(tl.load(exact_sums_ptr + 2 * plane + at, mask=is_part, other=0.0), 0)
-    hardest = tl.max(tl.load(exact_sums_ptr + 3 * plane + at, mask=is_part, other=NO_COSINE), 0)
+    best = tl.load(exact_sums_ptr + 3 * plane + at, mask=is_part, other=NO_COSINE)
+    best_class = tl.load(exact_class_ptr + at, mask=is_part, other=NO_CLASS)
+    hardest = tl.max(best, 0)
+    hardest_class = tl.min(tl.where(best == hardest, best_class, NO_CLASS), 0)  # the lowest of equals
     active = tl.sum(tl.load(exact_active_ptr + at, mask=is_part, other=0), 0)
     grad = tl.zeros([BLOCK_D], tl.float32)
     if NEED_GRAD:
@@ -127,11 +140,11 @@ def finish_samples(
         w = tl.load(w_ptr + nearest * w_stride_c + k * w_stride_d, mask=k < tl.where(nearest >= 0, d, 0), other=0.0)
         inv = tl.load(inv_norm_ptr + nearest, mask=nearest >= 0, other=0.0)
         cos = tl.minimum(tl.maximum(tl.sum(w.to(tl.float32) * x_unit, 0) * inv, -1.0), 1.0)
-        hardest = tl.maximum(hardest, tl.where(nearest >= 0, cos, NO_COSINE))
 
         counts = tl.load(count_ptr + at, mask=is_stripe, other=0)
         entry = tl.arange(0, BLOCK_E)
         total = tl.sum(counts, 0)
+        nearest_listed = 0
         for first in range(0, total, BLOCK_E):
             rank = first + entry
             listed = rank < total
@@ -149,12 +162,19 @@ def finish_samples(
             inter += tl.sum(weight * listed_cos, 0)
             dropped += tl.sum(weight - g, 0)
             active += tl.sum((listed & (weight >= filter_eps)).to(tl.int32), 0)
-            hardest = tl.maximum(hardest, tl.max(tl.where(listed, listed_cos, NO_COSINE), 0))
+            listed_cos = tl.where(listed, listed_cos, NO_COSINE)
+            top = tl.max(listed_cos, 0)
+            top_class = tl.min(tl.where(listed_cos == top, j, NO_CLASS), 0).to(tl.int32)
+            hardest, hardest_class = harder(hardest, hardest_class, top, top_class)
+            nearest_listed = tl.maximum(nearest_listed, tl.max((listed & (j == nearest)).to(tl.int32), 0))
             if NEED_GRAD:
                 grad += tl.sum((g * scale)[:, None] * rows, 0)
             if NEED_LISTS:
                 tl.store(list_weight_ptr + slot, g, mask=listed)
                 tl.store(list_cos_ptr + slot, listed_cos, mask=listed)
+        # as a candidate it has been counted, with a cosine that may be summed in another order
+        cos = tl.where((nearest >= 0) & (nearest_listed == 0), cos, NO_COSINE)
+        hardest, hardest_class = harder(hardest, hardest_class, cos, nearest.to(tl.int32))
 
     has_target = code >= 0
     own = tl.maximum(code, 0)
@@ -171,6 +191,7 @@ def finish_samples(
     row_nan = poison | (code == INVALID)
     intra_loss = tl.where(row_nan, nan, -s * p * cos_target)
     inter_loss = tl.where(poison, nan, s * inter)
+    hardest_class = tl.where((hardest < -1.5) | poison | ~counted, -1, hardest_class)
     hardest = tl.where(hardest < -1.5, float("-inf"), hardest)
     tl.store(row_loss_ptr + i, tl.where(counted, intra_loss + inter_loss, 0.0))
     tl.store(stats_ptr + i, tl.where(counted, intra_loss, 0.0))
@@ -179,6 +200,7 @@ def finish_samples(
     tl.store(stats_ptr + 3 * n + i, tl.where(counted, tl.where(poison, nan, cos_sum), 0.0))
     tl.store(stats_ptr + 4 * n + i, tl.where(counted, tl.where(poison, nan, hardest), 0.0))
     tl.store(stats_ptr + 5 * n + i, tl.where(counted, tl.where(poison, nan, s * dropped), 0.0))
+    tl.store(hardest_class_ptr + i, hardest_class.to(tl.int64))
     tl.store(active_ptr + i, tl.where(counted & ~poison, active, 0))
     tl.store(target_weight_ptr + i, -p)
     tl.store(cos_target_ptr + i, cos_target)

@@ -19,6 +19,7 @@ PI: tl.constexpr = tl.constexpr(3.14159265358979323846)
 LOG2E: tl.constexpr = tl.constexpr(1.44269504088896340736)
 NORM_EPS: tl.constexpr = tl.constexpr(types.NORM_EPS)
 NO_COSINE: tl.constexpr = tl.constexpr(-2.0)  # marks own classes and classes past the last; below every cosine
+NO_CLASS: tl.constexpr = tl.constexpr(2**31 - 1)
 IGNORED: tl.constexpr = tl.constexpr(types.IGNORED)
 INVALID: tl.constexpr = tl.constexpr(types.INVALID)
 
@@ -66,6 +67,15 @@ def inter_weight_below(c, k_inter, b):
     t = t * square + slope
     e = tl.exp2(tl.minimum(t * c + slope * (b - PI * 0.5), 0.0))
     return e - e * e
+
+
+@triton.jit
+def nearer_class(best, best_class, cos, first, column, BLOCK_C: tl.constexpr):
+    """The larger of `best` `[N]` and each row of `cos` `[N, BLOCK_C]`, and its class, the lowest of equals."""
+    nearest = tl.max(cos, 1)
+    place = tl.min(tl.where(cos == nearest[:, None], column[None, :], BLOCK_C), 1)
+    best_class = tl.where(nearest > best, (first + place).to(tl.int32), best_class)
+    return tl.maximum(best, nearest), best_class
 
 
 @triton.jit

@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NO_COSINE, arccos, inter_weight, inverse_norm, operand, product, sigmoid_of_angle
+from .math import (
+    IGNORED,
+    NO_COSINE,
+    arccos,
+    inter_weight,
+    inverse_norm,
+    nearer_class,
+    operand,
+    product,
+    sigmoid_of_angle,
+)
 
 
 @triton.jit
@@ -34,6 +44,7 @@ def overflow_samples(
     inv_norm_ptr,  # [C]
     overflowed_ptr,  # [padded N] int32
     sums_ptr,  # [4, splits, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
+    best_class_ptr,  # [splits, padded N] int32
     active_ptr,  # [splits, padded N] int32
     grad_ptr,  # [splits, padded N, D]: Σ weight·ŵ over kept pairs
     # sizes, strides, floats
@@ -73,6 +84,7 @@ def overflow_samples(
         dropped = tl.zeros([BLOCK_N], tl.float32)
         cos_sum = tl.zeros([BLOCK_N], tl.float32)
         best = tl.full([BLOCK_N], NO_COSINE, tl.float32)
+        best_class = tl.full([BLOCK_N], -1, tl.int32)
         active = tl.zeros([BLOCK_N], tl.int32)
         grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for first in range(split * BLOCK_C, c, splits * BLOCK_C):
@@ -92,7 +104,8 @@ def overflow_samples(
             g = tl.where(kept, weight, 0.0)  # (6) without s
             inter += tl.sum(weight * cos, 1)
             dropped += tl.sum(weight - g, 1)
-            best = tl.maximum(best, tl.max(tl.where(other, cos, NO_COSINE), 1))
+            nearness = tl.where(other, cos, NO_COSINE)
+            best, best_class = nearer_class(best, best_class, nearness, first, column, BLOCK_C)
             active += tl.sum(kept.to(tl.int32), 1)
             if NEED_GRAD:
                 w = load_rows(w_ptr, j, out, inv_w, exists, d, w_stride_c, w_stride_d, PRECISION)
@@ -105,6 +118,7 @@ def overflow_samples(
             tl.store(sums_ptr + plane + at, dropped)
             tl.store(sums_ptr + 2 * plane + at, cos_sum)
             tl.store(sums_ptr + 3 * plane + at, best)
+            tl.store(best_class_ptr + at, best_class)
             tl.store(active_ptr + at, active)
         if NEED_GRAD:
             tl.store(grad_ptr + at[:, None] * d + out[None, :], grad, mask=(out < d)[None, :])
