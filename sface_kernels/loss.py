@@ -150,7 +150,7 @@ def _summarise(row_stats: Tensor, counts: Tensor, target: Tensor, counted: Tenso
 
 
 def initial_std(classes: int, asked: float | None = None) -> float:
-    """Standard deviation of a new weight's entries: `asked`, or 2·√(2/C), the reference's xavier normal over the fan-out."""
+    """Standard deviation of a new weight: `asked`, or 2·√(2/C), xavier normal with gain 2 over the fan-out."""
     return 2 * math.sqrt(2 / classes) if asked is None else asked
 
 
@@ -216,7 +216,7 @@ class SFaceLoss(nn.Module):
 
     @torch.no_grad()
     def add_classes(self, count: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Append `count` classes with rows N(0, init_std), or N(0, 2·√(2/C)), C with them. The old rows stay as they are.
+        """Append `count` classes with rows N(0, init_std), or N(0, 2·√(2/C)), C with them. The old rows stay.
 
         `weight` becomes another Parameter, without a gradient. Give the `optimizer` that holds it: it goes on with the
         new one, and with its state for the old rows, zeros for the others.

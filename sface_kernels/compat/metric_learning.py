@@ -11,15 +11,11 @@ It needs `pip install 'sface-kernels[metric-learning]'`. Where it differs from t
 - `W` `[D, C]` keeps its dtype: with float16 or bfloat16 embeddings it stays the float32 master weight.
 - Losses are at least float32 whatever the embeddings are. (With a regularizer the library adds them up in the dtype of
   the embeddings: use float32 ones then.)
-- Row losses turn negative as training goes well, so what a reducer does with negative numbers matters:
-
-  | reducer | with this loss |
-  |---|---|
-  | MeanReducer (the default), SumReducer, ClassWeightedReducer, DoNothingReducer | sound |
-  | PerAnchorReducer, MultipleReducers | sound where the reducers inside are |
-  | AvgNonZeroReducer, ThresholdReducer(low=...) | not sound, warned of: rows that have come near their class are dropped, though they are still to be pulled |
-  | ThresholdReducer(high=...) | drops the hardest rows, as with any loss |
-  | DivisorReducer | not for classification losses: it wants a divisor that none of them gives |
+- Row losses turn negative as training goes well, so what a reducer does with negative numbers matters. Sound:
+  MeanReducer (the default), SumReducer, ClassWeightedReducer, DoNothingReducer; PerAnchorReducer and MultipleReducers
+  with sound ones inside. Not sound, and warned of: AvgNonZeroReducer and ThresholdReducer(low=...), which drop rows
+  that are on their way to their class. ThresholdReducer(high=...) drops the hardest rows, as with any loss, and
+  DivisorReducer wants a divisor that none of the library's classification losses gives.
 """
 
 from __future__ import annotations
@@ -49,7 +45,7 @@ from ..ops import compute_dtype
 from ..types import DEFAULTS
 
 
-def published_initialization(weight: Tensor) -> None:
+def published_initialisation(weight: Tensor) -> None:
     """N(0, 2·√(2/C)) into `weight` `[D, C]`, with the numbers that `sface_kernels.SFaceLoss` draws from the seed."""
     nn.init.normal_(weight.t(), std=initial_std(weight.shape[1]))
 
@@ -67,7 +63,7 @@ class SFaceLoss(WeightRegularizerMixin, BaseMetricLossFunction):
         num_classes: C.
         embedding_size: D.
         s, k, a, b, k_inter, filter_eps, backend: as in `sface_kernels.sface_loss`.
-        kwargs: the library's own: `reducer`, `weight_init_func` (called with `W`; `published_initialization` if None),
+        kwargs: the library's own: `reducer`, `weight_init_func` (called with `W`; `published_initialisation` if None),
             `weight_regularizer`, `weight_reg_weight`, `embedding_regularizer`, `embedding_reg_weight`, `distance`
             (a plain CosineSimilarity if given) and `collect_stats`, which records `intra`, `inter` and `cos_target`
             of each batch, and waits for the device to do so.
@@ -111,15 +107,15 @@ class SFaceLoss(WeightRegularizerMixin, BaseMetricLossFunction):
         return CosineSimilarity()
 
     def get_default_weight_init_func(self) -> Any:
-        return published_initialization
+        return published_initialisation
 
     def set_reducer(self, reducer: Any) -> None:
         super().set_reducer(reducer)
         for part in self.reducer.modules():
             if isinstance(part, ThresholdReducer) and part.low is not None:
                 warnings.warn(
-                    f"reducer: {type(part).__name__} drops rows whose loss is below {part.low}. Row losses of SFace turn "
-                    "negative as rows come near their class, and these still have to be pulled: take MeanReducer.",
+                    f"reducer: {type(part).__name__} drops rows whose loss is below {part.low}. Row losses of SFace "
+                    "turn negative as rows come near their class, and still have to be pulled: take MeanReducer.",
                     stacklevel=3,
                 )
 

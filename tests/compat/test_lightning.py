@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ from tests.support.published_script import (
     PIXELS,
     RECIPE,
     ROWS,
-    UNIT,
     PlainHead,
     assert_same_curve,
     batches,
 )
 
-pl = pytest.importorskip("pytorch_lightning", reason="needs pytorch-lightning (requirements-dev.txt)")
+pytest.importorskip("pytorch_lightning", reason="needs pytorch-lightning (requirements-dev.txt)")
+
+import pytorch_lightning as pl
+
 EPOCHS = 5
 HALF_UNIT = 2.0**-9  # one bf16 rounding
 
@@ -35,7 +38,7 @@ class PlainLoss(PlainHead):
 
 
 class Faces(pl.LightningModule):
-    def __init__(self, head: nn.Module, automatic: bool = True):
+    def __init__(self, head: Any, automatic: bool = True):
         super().__init__()
         torch.manual_seed(11)
         # a LayerNorm, as a BatchNorm would see another batch in each process
@@ -51,7 +54,7 @@ class Faces(pl.LightningModule):
         self.log("loss", loss)
         if self.automatic_optimization:
             return loss
-        optimizers = self.optimizers()
+        optimizers: Any = self.optimizers()
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
@@ -67,7 +70,7 @@ class Faces(pl.LightningModule):
         )
 
 
-def new_head(kind, **options) -> nn.Module:
+def new_head(kind, **options) -> Any:
     torch.manual_seed(5)
     return kind(FEATURES, CLASSES, *([None] if kind is PlainLoss else []), **RECIPE, **options)
 

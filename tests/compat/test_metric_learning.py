@@ -144,7 +144,7 @@ def test_gradient_is_not_copied():
     assert seen == [loss_func.W.grad.data_ptr()]
 
 
-def test_other_initializations():
+def test_other_initialisations():
     loss_func = SFaceLoss(900, 64, weight_init_func=TorchInitWrapper(nn.init.normal_, std=64**-0.5))
     assert loss_func.W.std().item() == pytest.approx(1 / 8, rel=0.05)
 
@@ -243,7 +243,7 @@ def test_autocast_changes_nothing_for_float32():
 
 
 def test_logits():
-    x, y = problem()
+    x, _ = problem()
     loss_func = SFaceLoss(9, 8, s=30.0)
     expected = 30 * F.normalize(x.double()) @ F.normalize(loss_func.W.t().double()).t()
     logits = loss_func.get_logits(x)

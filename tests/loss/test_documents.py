@@ -69,8 +69,9 @@ def test_environment_variables():
 
 def snippets(text: str) -> list[tuple[int, str]]:
     """Indented blocks of Python with the number of their first line; a block that begins with a shell's command is none."""
-    found, block, lines = [], [], text.splitlines()
-    for number, line in enumerate([*lines, "end"], 1):
+    found: list[tuple[int, str]] = []
+    block: list[str] = []
+    for number, line in enumerate([*text.splitlines(), "end"], 1):
         if line.startswith("    ") or (block and not line):
             block.append(line[4:])
         elif block:
@@ -81,13 +82,14 @@ def snippets(text: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("first, code", [pytest.param(*s, id=f"line{s[0]}") for s in snippets(TEXT["training.md"])])
-def test_training_snippets_run(first, code):
+def test_training_snippets_run(first, code, tmp_path, monkeypatch):
     """Each by itself, with what a reader has already: a backbone, a loader and its batch."""
     nodes = list(ast.walk(ast.parse(code)))
     imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     for module in [*imported, *(node.module for node in nodes if isinstance(node, ast.ImportFrom))]:
         if not module.startswith("sface_kernels"):
             pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)  # Lightning writes logs and a checkpoint
     data = TensorDataset(torch.randn(24, 6), torch.arange(24) % 11)
     loader = DataLoader(data, batch_size=8)
     images, labels = next(iter(loader))
