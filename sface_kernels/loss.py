@@ -150,16 +150,24 @@ def sface_loss(
     return loss
 
 
+def initial_std(classes: int, asked: float | None = None) -> float:
+    """Standard deviation of a new weight: `asked`, or 2·√(2/C), xavier normal with gain 2 over the fan-out."""
+    return 2 * math.sqrt(2 / classes) if asked is None else asked
+
+
 class SFaceLoss(nn.Module):
     """The SFace head: class centres `weight` `[out_features, in_features]` and the loss of `sface_loss` on them.
 
-    The only parameter is `weight`, initialised N(0, 2·√(2/C)) as the reference module does.
+    The only parameter is `weight`, initialised N(0, 2·√(2/C)) as the reference module does, or N(0, init_std).
 
     Args:
         in_features: D, size of an embedding; `embedding_size` by its other name.
         out_features: C, number of classes; `num_classes` by its other name.
         device, dtype: of the weight; dtype float32 by default.
         s, k, a, b, k_inter, reduction, ignore_index, filter_eps, backend: as in `sface_loss`.
+        init_std: standard deviation of the initial weight, > 0; 2·√(2/C) if None. An SGD step turns a row by an angle
+            that goes with 1/‖row‖², so the default makes the first steps larger the more classes there are;
+            D**-0.5 makes rows of length about 1 whatever C is (docs/training.md).
 
     Example::
 
@@ -186,6 +194,7 @@ class SFaceLoss(nn.Module):
         ignore_index: int = -100,
         filter_eps: float | None = None,
         backend: str = "auto",
+        init_std: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -200,16 +209,17 @@ class SFaceLoss(nn.Module):
         self.s, self.k, self.a, self.b, self.k_inter = s, k, a, b, k_inter
         self.reduction, self.ignore_index = reduction, ignore_index
         self.filter_eps, self.backend = filter_eps, backend
+        self.init_std = None if init_std is None else validation.positive("init_std", init_std)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 2·√(2/C)): xavier normal with gain 2 over the fan-out, the reference module's."""
-        nn.init.normal_(self.weight, std=2 * math.sqrt(2 / self.out_features))
+        """N(0, init_std), or N(0, 2·√(2/C)) where that is None."""
+        nn.init.normal_(self.weight, std=initial_std(self.out_features, self.init_std))
 
     @torch.no_grad()
     def add_classes(self, count: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Append `count` classes with rows N(0, 2·√(2/C)), C with them. The old rows stay as they are.
+        """Append `count` classes with rows N(0, init_std), or N(0, 2·√(2/C)), C with them. The old rows stay.
 
         `weight` becomes another Parameter, without a gradient. Give the `optimizer` that holds it: it goes on with the
         new one, and with its state for the old rows, zeros for the others.
@@ -219,7 +229,7 @@ class SFaceLoss(nn.Module):
         """
         count = validation.integer("count", count, positive=True)
         old, total = self.weight, self.out_features + count
-        rows = nn.init.normal_(old.new_empty(count, self.in_features), std=2 * math.sqrt(2 / total))
+        rows = nn.init.normal_(old.new_empty(count, self.in_features), std=initial_std(total, self.init_std))
         new = nn.Parameter(torch.cat([old, rows]), requires_grad=old.requires_grad)
         if optimizer is not None:
             replace_parameter(optimizer, old, new, lambda t: torch.cat([t, t.new_zeros(count, *t.shape[1:])]))

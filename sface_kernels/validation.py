@@ -146,7 +146,8 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _positive(name: str, value: Any) -> float:
+def positive(name: str, value: Any) -> float:
+    """As a float, what `float` takes and is finite and > 0."""
     number = _number(name, value)
     if number <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {value!r}")
@@ -184,9 +185,9 @@ def make_hyperparameters(
         if not 0 <= eps < 1:
             raise ValueError(f"filter_eps: expected None or a number in [0, 1), got {filter_eps!r}")
     return HyperParameters(
-        s=_positive("s", s),
-        k_intra=_positive("k", k),
-        k_inter=_positive("k" if k_inter is None else "k_inter", k if k_inter is None else k_inter),
+        s=positive("s", s),
+        k_intra=positive("k", k),
+        k_inter=positive("k" if k_inter is None else "k_inter", k if k_inter is None else k_inter),
         a=_number("a", a),
         b=_number("b", b),
         filter_eps=eps,

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..distributed.collectives import check_agreement, current_gpu, group_rank, group_size, uses_nccl
-from ..distributed.layout import fill_normal, initial_std, partial_fc_range, shared_seed
+from ..distributed.layout import fill_normal, partial_fc_range, shared_seed
 from ..distributed.parallel import Options, Shard, class_parallel_loss
 from ..distributed.sampling import Sampling, check_sample_rate
+from ..loss import initial_std
 from ..types import DEFAULTS
 
 
@@ -34,6 +35,7 @@ class PartialFCSFace(nn.Module):
             terms are divided by it.
         fp16: gather and multiply float32 embeddings as float16; sums, loss and gradients of the weight stay float32.
         s, k, a, b, k_inter, filter_eps, backend: as in `sface_loss`.
+        init_std: as in `SFaceLoss`.
         process_group: the default group if None, and this process alone if there is none.
 
     Raises:
@@ -58,6 +60,7 @@ class PartialFCSFace(nn.Module):
         k_inter: float | None = None,
         filter_eps: float | None = None,
         backend: str = "auto",
+        init_std: float | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -68,13 +71,19 @@ class PartialFCSFace(nn.Module):
         self.num_classes = num_classes = validation.integer("num_classes", num_classes, positive=True)
         self.sample_rate, self.fp16, self.sample_seed, self.sample_step = sample_rate, fp16, 0, 0
         self.process_group = process_group
+        self.init_std = None if init_std is None else validation.positive("init_std", init_std)
         self.options = Options(s, k, a, b, k_inter, "mean", -100, filter_eps, backend)
         self.options.check(embedding_size)
         self.class_start, self.num_local = partial_fc_range(
             num_classes, group_size(process_group), group_rank(process_group)
         )
         self.weight = nn.Parameter(torch.empty(self.num_local, embedding_size))
-        alike = {**self._shard().settings(self.options), "sample_rate": sample_rate, "fp16": fp16}
+        alike = {
+            **self._shard().settings(self.options),
+            "sample_rate": sample_rate,
+            "fp16": fp16,
+            "init_std": self.init_std,
+        }
         check_agreement(alike, process_group)
         self.reset_parameters()
 
@@ -83,11 +92,10 @@ class PartialFCSFace(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """N(0, 2·√(2/C)) with the C of all ranks, from a seed of rank 0. Every rank must call it."""
+        """N(0, init_std), or N(0, 2·√(2/C)) with the C of all ranks, from a seed of rank 0. Every rank must call it."""
         device = current_gpu() if uses_nccl(self.process_group) else self.weight.device
-        fill_normal(
-            self.weight, self.class_start, initial_std(self.num_classes), shared_seed(self.process_group, device)
-        )
+        std = initial_std(self.num_classes, self.init_std)
+        fill_normal(self.weight, self.class_start, std, shared_seed(self.process_group, device))
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """The global mean loss, 0-d, of this rank's `[n, D]` with class numbers `[n]` or `[n, 1]`, and the others'."""

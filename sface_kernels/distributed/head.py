@@ -15,11 +15,12 @@ from torch.distributed.tensor import Shard as ShardedBy
 from .. import cosines, validation
 from ..dispatch import check_name
 from ..growing import replace_parameter
+from ..loss import initial_std
 from ..ops import prepare_labels
 from ..types import DEFAULTS, SFaceRowStats, SFaceStats
 from .collectives import check_agreement, current_gpu, uses_nccl
 from .evaluation import class_parallel_topk
-from .layout import class_range, fill_normal, initial_std, move_rows, shared_seed
+from .layout import class_range, fill_normal, move_rows, shared_seed
 from .parallel import Options, Shard, class_parallel_loss
 from .sampling import Sampling, check_sample_rate
 
@@ -52,6 +53,7 @@ class ClassParallelSFaceLoss(nn.Module):
         sample_rate: below 1, a training step compares with the classes of the batch and a random share of the others,
             whose terms are divided by that share: the expected loss and gradient stay those of all classes. Rows that
             were not drawn get zeros as gradient. `eval()` compares with all.
+        init_std: of a new weight, as in `SFaceLoss`; 2·√(2/C) with the C of all processes if None.
         sample_seed: of the draws, with the counter `sample_step`; set that to resume a sequence of draws.
         device: of the weight; by default that of `mesh`, or the current GPU for a group on NCCL.
         dtype: of the weight; float32 by default.
@@ -82,6 +84,7 @@ class ClassParallelSFaceLoss(nn.Module):
         uneven_batches: bool = True,
         sample_rate: float = 1.0,
         sample_seed: int = 0,
+        init_std: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -99,7 +102,8 @@ class ClassParallelSFaceLoss(nn.Module):
         first, count = class_range(num_classes, mesh.size(), mesh.get_local_rank())
         local = torch.empty(count, in_features, device=device, dtype=dtype)
         shard = Shard(local, first, num_classes, mesh.get_group())
-        alike = {"uneven_batches": uneven_batches, "sample_rate": sample_rate}
+        self.init_std = None if init_std is None else validation.positive("init_std", init_std)
+        alike = {"uneven_batches": uneven_batches, "sample_rate": sample_rate, "init_std": self.init_std}
         check_agreement({**shard.settings(self._options()), **alike}, shard.group)
         self.weight = nn.Parameter(_sharded(local, mesh, num_classes))
         self._rows: int | None = None  # of every batch, once known, without uneven_batches
@@ -130,7 +134,7 @@ class ClassParallelSFaceLoss(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """N(0, 2·√(2/C)) with the C of all processes. Every process must call it.
+        """N(0, init_std), or N(0, 2·√(2/C)) with the C of all processes. Every process must call it.
 
         The seed comes from rank 0's default generator, and the rows of a class depend on the seed and its number alone:
         the whole weight is the same whatever the number of processes.
@@ -140,7 +144,7 @@ class ClassParallelSFaceLoss(nn.Module):
         if local.is_meta:
             return
         seed = shared_seed(self._mesh.get_group(), local.device)
-        fill_normal(local, self.class_range[0], initial_std(self.num_classes), seed)
+        fill_normal(local, self.class_range[0], initial_std(self.num_classes, self.init_std), seed)
 
     @torch.no_grad()
     def add_classes(self, count: int, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -162,7 +166,7 @@ class ClassParallelSFaceLoss(nn.Module):
         first, _ = class_range(total, mesh.size(), mesh.get_local_rank())
         added = max(self.num_classes - first, 0)  # where this process's new classes begin
         seed = shared_seed(mesh.get_group(), local.device)
-        fill_normal(local[added:], first + added, initial_std(total), seed)
+        fill_normal(local[added:], first + added, initial_std(total, self.init_std), seed)
         new = nn.Parameter(moved, requires_grad=old.requires_grad)
         if optimizer is not None:
             replace_parameter(optimizer, old, new, grow)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 
 import torch
 import torch.distributed as dist
@@ -30,11 +29,6 @@ def partial_fc_range(num_classes: int, processes: int, rank: int) -> tuple[int, 
 def derived_seed(*numbers: int) -> int:
     """A generator's seed that any other numbers change, in 63 bits."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
-
-
-def initial_std(num_classes: int) -> float:
-    """2·√(2/C), with the C of all shards: the published initialisation."""
-    return 2 * math.sqrt(2 / num_classes)
 
 
 def shared_seed(group: Group, device: torch.device) -> int:

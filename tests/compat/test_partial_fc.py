@@ -12,20 +12,12 @@ from sface_kernels import SFaceLoss
 from sface_kernels.compat.partial_fc import PartialFCSFace
 from sface_kernels.distributed.convert import load_partial_fc
 from sface_kernels.distributed.layout import partial_fc_range
-from tests.distributed.pool import Pool
 
 ROWS, CLASSES, FEATURES = 16, 7, 8
 OPTIMIZERS = {
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=5e-4),
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01),
 }
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool()
-    yield pool
-    pool.close()
 
 
 class Backbone(nn.Module):
@@ -206,6 +198,7 @@ def test_interface():
     head = PartialFCSFace(FEATURES, CLASSES, 1.0, False, s=32.0, a=0.87, b=1.2)
     assert list(head.state_dict()) == ["weight"] and head.weight.shape == (CLASSES, FEATURES)
     assert "num_local=7" in repr(head) and "a=0.87" in repr(head)
+    assert PartialFCSFace(64, 500, init_std=0.125).weight.std().item() == pytest.approx(0.125, rel=0.03)
 
 
 def sampled_in_two():

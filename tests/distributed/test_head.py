@@ -174,6 +174,24 @@ def test_initial_weight(pool):
     assert len(whole[0].unique(dim=0)) == classes
 
 
+def initial_with(std):
+    head = ClassParallelSFaceLoss(8, 1001, init_std=std)
+    head.add_classes(1000)
+    return head.full_weight()
+
+
+def disagreeing():
+    with pytest.raises(ValueError, match=r"init_std: expected the same on every process, got None on rank 0"):
+        ClassParallelSFaceLoss(8, 100, init_std=0.5 if dist.get_rank() else None)
+
+
+def test_initial_weight_that_does_not_depend_on_the_number_of_classes(pool):
+    for weight in pool.run(2, initial_with, 0.25):
+        for rows in (weight[:1001], weight[1001:]):
+            assert float(rows.double().std()) == pytest.approx(0.25, rel=5 / (2 * rows.numel()) ** 0.5)
+    pool.run(2, disagreeing)
+
+
 def requires_grad(embeddings_everywhere, weight):
     """Every subset of gradients, with a rank whose embeddings ask for none while the others' do."""
     batch = split("uneven", (23, 5, 16), f64)

@@ -1,11 +1,18 @@
-"""What the documents name is there: imports, files, commands, environment variables, and no figure without a source."""
+"""What the documents name is there: imports, files, commands, environment variables, and no figure without a source.
+The snippets of docs/training.md run."""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import re
+import warnings
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.support.cases import ROOT
 
@@ -23,6 +30,8 @@ def test_imports():
     }
     assert ("sface_kernels", "SFaceLoss") in found
     for module, names in found:
+        if module == "sface_kernels.compat.metric_learning" and not importlib.util.find_spec("pytorch_metric_learning"):
+            continue
         for name in names.split(","):
             assert hasattr(importlib.import_module(module), name.strip()), f"{module}.{name}"
 
@@ -56,3 +65,45 @@ def test_make_targets():
 def test_environment_variables():
     for name in set(re.findall(r"`(SFACE_[A-Z_]+)", TEXT["README.md"])):
         assert name in SOURCES, name
+
+
+def snippets(text: str) -> list[tuple[int, str]]:
+    """Indented blocks of Python with the number of their first line; a block that begins with a shell's command is none."""
+    found: list[tuple[int, str]] = []
+    block: list[str] = []
+    for number, line in enumerate([*text.splitlines(), "end"], 1):
+        if line.startswith("    ") or (block and not line):
+            block.append(line[4:])
+        elif block:
+            if not block[0].startswith(("pip ", "python ", "sface-kernels ", "make ")):
+                found.append((number - len(block), "\n".join(block)))
+            block = []
+    return found
+
+
+@pytest.mark.parametrize("first, code", [pytest.param(*s, id=f"line{s[0]}") for s in snippets(TEXT["training.md"])])
+def test_training_snippets_run(first, code, tmp_path, monkeypatch):
+    """Each by itself, with what a reader has already: a backbone, a loader and its batch."""
+    nodes = list(ast.walk(ast.parse(code)))
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    for module in [*imported, *(node.module for node in nodes if isinstance(node, ast.ImportFrom))]:
+        if not module.startswith("sface_kernels"):
+            pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)  # Lightning writes logs and a checkpoint
+    data = TensorDataset(torch.randn(24, 6), torch.arange(24) % 11)
+    loader = DataLoader(data, batch_size=8)
+    images, labels = next(iter(loader))
+    reader = dict(torch=torch, backbone=nn.Linear(6, 16), embedding_size=16, num_classes=11, loader=loader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, of a loader without workers
+        exec(
+            compile("\n" * (first - 1) + code, "docs/training.md", "exec"),
+            {**reader, "images": images, "labels": labels},
+        )
+
+
+def test_a_snippet_that_fails_is_seen():
+    text = "Text.\n\n    x = 1\n\n    assert x == 2\n\n    pip install nothing\n"
+    ((first, code),) = snippets(text)
+    assert first == 3 and code.startswith("x = 1\n\nassert")
+    assert snippets("    pip install\n\nText\n    y = 1\n") == [(4, "y = 1")]

@@ -43,6 +43,43 @@ def test_initial_weight(c):
     assert share == pytest.approx(0.0455, abs=5 * (0.0455 / weight.numel()) ** 0.5)
 
 
+def test_initial_weight_that_does_not_depend_on_the_number_of_classes():
+    for c in (100, 10_000):
+        head = SFaceLoss(64, c, init_std=0.125)
+        assert head.weight.std().item() == pytest.approx(0.125, rel=5 / (2 * 64 * c) ** 0.5)
+        assert head.weight.norm(dim=1).mean().item() == pytest.approx(1, rel=0.02)
+    head.add_classes(2000)
+    assert head.weight[10_000:].std().item() == pytest.approx(0.125, rel=0.02)
+    head.init_std = None
+    head.reset_parameters()
+    assert head.weight.std().item() == pytest.approx(2 * math.sqrt(2 / 12_000), rel=0.02)
+    for wrong, error in (
+        (0.0, ValueError),
+        (-1, ValueError),
+        (math.inf, ValueError),
+        ("1", TypeError),
+        (True, TypeError),
+    ):
+        with pytest.raises(error, match="init_std: expected"):
+            SFaceLoss(64, 10, init_std=wrong)
+
+
+@pytest.mark.parametrize("init_std, growth", [(None, 100), (16**-0.5, 1)], ids=["published", "init_std"])
+def test_what_the_initialisation_does_to_the_first_step(init_std, growth):
+    """docs/training.md: SGD turns a row by lr·T/‖w‖², whose tangent grows like C with the published initialisation."""
+    turned = []
+    for c in (100, 10_000):
+        torch.manual_seed(2)
+        head = SFaceLoss(16, c, init_std=init_std)
+        before = head.weight.detach().clone().double()
+        y = torch.arange(64)
+        head(torch.randn(64, 16), y).backward()
+        torch.optim.SGD(head.parameters(), lr=1e-4).step()
+        cos = torch.nn.functional.cosine_similarity(head.weight.detach()[y].double(), before[y])
+        turned.append((1 / cos**2 - 1).sqrt().median())
+    assert float(turned[1] / turned[0]) == pytest.approx(growth, rel=0.5)  # other rows are drawn, so T differs
+
+
 def test_reset_parameters_draws_again():
     head = SFaceLoss(16, 40)
     before = head.weight.detach().clone()

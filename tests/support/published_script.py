@@ -26,14 +26,20 @@ class PlainHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         xavier_normal_fan_out(self.weight.data)
 
-    def forward(self, x, label):
+    def cosines(self, x, label):
         cos = F.normalize(x) @ F.normalize(self.weight).t()
-        own = F.one_hot(label, cos.shape[1]).to(cos.dtype)
+        return cos, F.one_hot(label, cos.shape[1]).to(cos.dtype)
+
+    def row_parts(self, cos, own):
+        """Both parts of each row's loss, [N] each."""
         theta = cos.detach().acos()
         p = torch.sigmoid(self.k * (theta - self.a))
         q = torch.sigmoid(-self.k * (theta - self.b))
-        intra = -(own * p * self.s * cos).sum(1)
-        inter = ((1 - own) * q * self.s * cos).sum(1)
+        return -(own * p * self.s * cos).sum(1), ((1 - own) * q * self.s * cos).sum(1)
+
+    def forward(self, x, label):
+        cos, own = self.cosines(x, label)
+        intra, inter = self.row_parts(cos, own)
         cos_own, cos_other = (own * cos).sum(1), (1 - own) * cos
         loss = intra.mean() + inter.mean()
         return self.s * cos, loss, intra.mean(), inter.mean(), cos_own.mean(), cos_other.mean()
@@ -65,12 +71,16 @@ def split_parameters(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     return of_norms, others
 
 
-def train_accuracy(output, target: Tensor, topk: tuple[int, ...] = (1,)) -> Tensor:
-    """Percent of rows with their class among the first k, by the calls that the reference's own makes."""
+def accuracy(output, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[Tensor]:
+    """For each k the percent of rows with their class among the first k, by the calls that the reference's own makes."""
     _, pred = output.topk(max(topk), 1, True, True)
     pred = pred.t()
     correct = pred.eq(target.view(1, -1).expand_as(pred))
-    return correct[: topk[0]].reshape(-1).float().sum(0).mul_(100.0 / target.size(0))
+    return [correct[:k].reshape(-1).float().sum(0).mul_(100.0 / target.size(0)) for k in topk]
+
+
+def train_accuracy(output, target: Tensor, topk: tuple[int, ...] = (1,)) -> Tensor:
+    return accuracy(output, target, topk)[0]
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -90,9 +100,27 @@ class Run(NamedTuple):
     logits: list[Tensor]  # [N, C] fp64 of each step, where they are tensors
 
 
-def train(head: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Run:
+def backbone() -> nn.Module:
     torch.manual_seed(11)
-    net = nn.Sequential(nn.Linear(PIXELS, 48), nn.BatchNorm1d(48), nn.PReLU(), nn.Linear(48, FEATURES))
+    return nn.Sequential(nn.Linear(PIXELS, 48), nn.BatchNorm1d(48), nn.PReLU(), nn.Linear(48, FEATURES))
+
+
+def assert_same_curve(ours: Tensor, plain: Tensor, truth: Tensor, unit: float = UNIT) -> None:
+    """Beside the fp64 curve, ours strays like the plain one in its own dtype does; curves `[STEPS]` or `[STEPS, curves]`.
+
+    Both start at the same numbers, add roundings of the same size in each step, and the same training
+    amplifies them. So the largest error of the plain run so far measures what is due to rounding; four times
+    that, as each run draws its own roundings, plus one rounding of the curve (`unit`), as the plain run may be lucky
+    in its first steps.
+    """
+    noise = (plain - truth).abs().cummax(0).values
+    rounding = unit * truth.abs().amax(0).clamp_min(1)  # cosines of single rows go up to 1
+    excess = ((ours - truth).abs() / (4 * (noise + rounding))).amax(0)
+    assert excess.max() <= 1, f"up to {excess.tolist()} of what rounding explains"
+
+
+def train(head: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Run:
+    net = backbone()
     for module in (net, head):
         module.apply(weight_init).to(device, dtype)  # drawn in fp32, so that every run starts at the same numbers
     norms, others = split_parameters(net)

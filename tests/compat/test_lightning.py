@@ -1,0 +1,170 @@
+"""The head in a LightningModule: both kinds of optimisation, mixed precision, several processes, resuming."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from sface_kernels import SFaceLoss
+from tests.support.published_script import (
+    CLASSES,
+    FEATURES,
+    PIXELS,
+    RECIPE,
+    ROWS,
+    PlainHead,
+    assert_same_curve,
+    batches,
+)
+
+pytest.importorskip("pytorch_lightning", reason="needs pytorch-lightning (requirements-dev.txt)")
+
+import pytorch_lightning as pl
+
+EPOCHS = 5
+HALF_UNIT = 2.0**-9  # one bf16 rounding
+
+
+class PlainLoss(PlainHead):
+    def forward(self, x, label):
+        return super().forward(x, label)[1]
+
+
+class Faces(pl.LightningModule):
+    def __init__(self, head: Any, automatic: bool = True):
+        super().__init__()
+        torch.manual_seed(11)
+        # a LayerNorm, as a BatchNorm would see another batch in each process
+        self.net = nn.Sequential(nn.Linear(PIXELS, 48), nn.LayerNorm(48), nn.PReLU(), nn.Linear(48, FEATURES))
+        self.head = head
+        self.automatic_optimization = automatic
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        loss = self.head(self.net(images), labels)
+        self.losses.append(loss.detach())
+        self.log("loss", loss)
+        if self.automatic_optimization:
+            return loss
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        sgd = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9)
+        return (
+            sgd(self.parameters())
+            if self.automatic_optimization
+            else [sgd(m.parameters()) for m in (self.net, self.head)]
+        )
+
+
+def new_head(kind, **options) -> Any:
+    torch.manual_seed(5)
+    return kind(FEATURES, CLASSES, *([None] if kind is PlainLoss else []), **RECIPE, **options)
+
+
+def loader() -> DataLoader:
+    """An epoch of ten batches; several processes get each batch's rows in turn."""
+    data = TensorDataset(*(torch.cat(part) for part in zip(*batches()[:10], strict=True)))
+    if not dist.is_initialized():
+        return DataLoader(data, batch_size=ROWS)
+    return DataLoader(data, batch_size=ROWS // dist.get_world_size(), sampler=DistributedSampler(data, shuffle=False))
+
+
+def fit(module: Faces, epochs: int = EPOCHS, ckpt_path=None, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of workers that a loader of tensors does not need
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # Lightning's shuffles
+            **options,
+        )
+        trainer.fit(module, loader(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def curve(module: Faces, **options) -> Tensor:
+    fit(module, **options)
+    return torch.stack(module.losses).double()
+
+
+@functools.cache
+def original(precision: str) -> Tensor:
+    return curve(Faces(new_head(PlainLoss)), precision=precision)
+
+
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
+def test_same_losses(automatic):
+    ours = curve(Faces(new_head(SFaceLoss), automatic))
+    truth = original("64-true")
+    assert_same_curve(ours, original("32-true"), truth)
+    assert len(ours) == 50 and truth[0] > 0 > truth[-1]
+
+
+def test_bf16_mixed():
+    """Beside the fp64 curve, ours strays like the published arithmetic does under the same autocast."""
+    head = new_head(SFaceLoss)
+    ours = curve(Faces(head), precision="bf16-mixed")
+    assert_same_curve(ours, original("bf16-mixed"), original("64-true"), unit=HALF_UNIT)
+    assert head.weight.dtype == torch.float32
+    assert not torch.equal(ours, original("32-true"))
+
+
+def as_torchrun(rank: int, processes: int) -> pytest.MonkeyPatch:
+    patch = pytest.MonkeyPatch()
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes}.items():
+        patch.setenv(name, str(value))
+    patch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    patch.setenv("TORCHELASTIC_RUN_ID", "test")
+    return patch
+
+
+def in_ddp(precision: str) -> tuple[Tensor, Tensor]:
+    processes = dist.get_world_size()
+    patch = as_torchrun(dist.get_rank(), processes)
+    try:
+        head = new_head(SFaceLoss)
+        return curve(Faces(head), precision=precision, strategy="ddp", devices=processes), head.weight.detach()
+    finally:
+        patch.undo()
+
+
+def test_ddp(pool):
+    """Head and backbone in one DistributedDataParallel: the mean of two processes' losses is one process's."""
+    (first, weight), (second, other) = pool.run(2, in_ddp, "32-true")
+    assert torch.equal(weight, other) and not torch.equal(first, second)
+    assert_same_curve((first + second) / 2, original("32-true"), original("64-true"))
+
+
+def test_exact_resume(tmp_path):
+    """Two epochs, a checkpoint, three more in another trainer: bit by bit what five epochs give."""
+    whole, begun, resumed = (Faces(new_head(SFaceLoss)) for _ in range(3))
+    fit(whole)
+    fit(begun, epochs=2).save_checkpoint(tmp_path / "last.ckpt")
+    with torch.no_grad():
+        resumed.head.weight.zero_()
+    fit(resumed, ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(torch.stack(begun.losses + resumed.losses), torch.stack(whole.losses))
+    assert torch.equal(resumed.head.weight, whole.head.weight)
+
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(state["head.weight"], begun.head.weight)
+    head = new_head(PlainLoss)
+    head.load_state_dict({"weight": state["head.weight"]})
