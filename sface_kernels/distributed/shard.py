@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import validation
-from ..autograd import row_losses
+from ..autograd import row_losses, row_losses_and_grad_x
 from ..dispatch import select
 from ..ops import prepare_labels
 from ..types import DEFAULTS, HyperParameters, Request, RowStats
@@ -27,6 +27,7 @@ class ShardRows(NamedTuple):
     loss: Tensor  # [N], this shard's part of l_i
     stats: RowStats  # six [N]
     counts: Tensor  # [2] int64: pairs with a gradient; pairs computed by dense products
+    grad_x: Tensor | None = None  # [N, D], ∂loss_i/∂x_i, where the class-parallel head wants it before the backward
 
 
 def sface_shard_loss(
@@ -90,13 +91,22 @@ def checks_labels(embeddings: Tensor) -> bool:
     return embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
 
 
-def shard_rows(embeddings: Tensor, weight: Tensor, target: Tensor, hp: HyperParameters, backend: str) -> ShardRows:
-    """`sface_shard_loss` after its checks, with the targets of `ops.prepare_labels`."""
+def shard_rows(
+    embeddings: Tensor, weight: Tensor, target: Tensor, hp: HyperParameters, backend: str, with_grad_x: bool = False
+) -> ShardRows:
+    """`sface_shard_loss` after its checks, with the targets of `ops.prepare_labels`.
+
+    With `grad_x` the loss is differentiable in the weight alone.
+    """
     chosen = select(backend, Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1]))
     if len(weight) == 0:
-        return _no_classes(embeddings, weight)
-    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)
-    return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), counts)
+        rows = _no_classes(embeddings, weight)
+        return rows._replace(grad_x=rows.loss.new_zeros(embeddings.shape)) if with_grad_x else rows
+    if not with_grad_x:
+        row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)
+        return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), counts)
+    row_loss, row_stats, counts, grad_x = row_losses_and_grad_x(embeddings, weight, target, chosen, hp)
+    return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), counts, grad_x)
 
 
 def _no_classes(embeddings: Tensor, weight: Tensor) -> ShardRows:
