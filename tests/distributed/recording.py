@@ -54,11 +54,13 @@ class _Watched:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Record]:
+    """A record of the collectives that NCCL is given: gloo runs them too, but is spared the reduce-scatter otherwise."""
     record = Record()
     watch = record.watch
     with (
         mock.patch.object(collectives, "_all_gather", watch(collectives._all_gather, "gather", 0)),
         mock.patch.object(collectives, "_reduce_scatter", watch(collectives._reduce_scatter, "sum and scatter", 1)),
         mock.patch.object(dist, "all_reduce", watch(dist.all_reduce, "reduce", 0)),
+        mock.patch.object(collectives, "SCATTERS_A_COPY", set()),
     ):
         yield record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from sface_kernels import SFaceLoss
-from sface_kernels.distributed import ClassParallelSFaceLoss
+from sface_kernels.distributed import ClassParallelSFaceLoss, collectives
 from sface_kernels.distributed.layout import class_range
 from tests.distributed.batches import OPTIONS, assert_near, make_head, one_process, single, split
 from tests.support.cases import bf16, f16, f32, f64
@@ -90,6 +91,17 @@ def half_inputs(dtype, autocast):
 def test_half_embeddings(pool, dtype):
     for autocast in (False, True):
         pool.run(3, half_inputs, dtype, autocast)
+
+
+def by_reduce_scatter(dtype):
+    with mock.patch.object(collectives, "SCATTERS_A_COPY", set()):
+        compare("uneven", 101, dtype, "chunked", "mean", "trained")
+
+
+def test_reduce_scatter(pool):
+    """What NCCL is given in the place of gloo's all-reduce."""
+    for dtype in (f32, f64):
+        pool.run(3, by_reduce_scatter, dtype)
 
 
 def away_from_every_centre():
