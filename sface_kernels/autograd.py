@@ -62,8 +62,8 @@ class _RowLoss(torch.autograd.Function):
         embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w = inputs
         _, _, _, row_grad_x, *saved = output
         for_weight = (weight, *saved) if ctx.need_w else (None,)
-        row_grad_x = row_grad_x if ctx.need_x and ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(target, embeddings, row_grad_x, *for_weight)
+        for_embeddings = row_grad_x if ctx.need_x and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(target, embeddings, for_embeddings, *for_weight)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
