@@ -96,7 +96,7 @@ def shard_rows(
 ) -> ShardRows:
     """`sface_shard_loss` after its checks, with the targets of `ops.prepare_labels`.
 
-    With `grad_x` the loss is differentiable in the weight alone.
+    With `with_grad_x` there is `grad_x`, and the loss is differentiable in the weight alone.
     """
     chosen = select(backend, Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1]))
     if len(weight) == 0:

@@ -168,7 +168,7 @@ def test_a_resumed_run_draws_the_same_classes(pool, tmp_path):
         pool.run(processes, resumed_sampling, directory)
 
 
-def state_with_and_without():
+def state_with_and_without(directory):
     """The count is in the state dict of a head that samples, and no other head minds whether it is."""
     head, plain = make_sampled(), make_sampled(sample_rate=1.0)
     assert sorted(head.state_dict()) == ["sample_step", "weight"] and list(plain.state_dict()) == ["weight"]
@@ -178,12 +178,17 @@ def state_with_and_without():
     assert int(head.sample_step) == 1
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         head.load_state_dict({"sample_step": torch.tensor(3)})
+    dcp.save(plain.state_dict(), checkpoint_id=directory)
+    with pytest.raises(dcp.api.CheckpointException, match=r"Missing key.*sample_step"):
+        dcp.load(head.state_dict(), checkpoint_id=directory)
+    partly = dcp.default_planner.DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(head.state_dict(), checkpoint_id=directory, planner=partly)
     head.reset_parameters()
     assert int(head.sample_step) == 0
 
 
-def test_state(pool):
-    pool.run(2, state_with_and_without)
+def test_state(pool, tmp_path):
+    pool.run(2, state_with_and_without, tmp_path)
 
 
 def resumed_partial_fc():
