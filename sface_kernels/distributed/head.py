@@ -92,11 +92,11 @@ class ClassParallelSFaceLoss(nn.Module):
         self.filter_eps, self.backend, self.uneven_batches = filter_eps, backend, uneven_batches
         check_sample_rate(sample_rate)
         self.sample_rate, self.sample_seed = sample_rate, sample_seed
-        if sample_rate < 1:
-            self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device="cpu"))
         self._options().check(in_features)
         check_name(backend)
         mesh, device = _mesh_and_device(mesh, process_group, device)
+        if sample_rate < 1:
+            self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=device))
         first, count = class_range(num_classes, mesh.size(), mesh.get_local_rank())
         local = torch.empty(count, in_features, device=device, dtype=dtype)
         shard = Shard(local, first, num_classes, mesh.get_group())
