@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sface_kernels.bench import report
 from sface_kernels.bench.table import plain_table
-from sface_kernels.distributed.sampling import Sampling, draw, sampled_rows, split_classes
+from sface_kernels.distributed.sampling import Sampling, draw, sampled_rows, split_classes, take_classes
 from sface_kernels.distributed.shard import ShardRows, shard_rows
 from sface_kernels.testing.workloads import Case, Shape, make_workload
 from sface_kernels.validation import make_hyperparameters
@@ -49,7 +49,7 @@ def rows_of_table(geometry: str, shape: Shape, draws: int) -> list[dict[str, Any
         squares = torch.zeros(3, dtype=torch.float64)
         for step in range(draws):
             drawn = draw(others, Sampling(rate, 0, step), 0)
-            rows = sampled_rows(x, w, y, exact_hp, "auto", near, drawn)
+            rows = sampled_rows(x, take_classes(w, y, near, drawn), exact_hp, "auto")
             squares += errors(measured(rows, x, w), exact).square() / draws
         lines.append((f"sample rate {rate:g}", squares.sqrt()))
     lines.append(("all classes, filter 2⁻¹⁶", errors(measured(shard_rows(x, w, y, fast_hp, "auto"), x, w), exact)))

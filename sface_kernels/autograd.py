@@ -12,7 +12,7 @@ from .precision import without_autocast
 from .types import IGNORED, Forward, HyperParameters
 
 
-class _RaiseOnSecondBackward(torch.autograd.Function):
+class RaiseOnSecondBackward(torch.autograd.Function):
     """Identity on a gradient, whose own backward raises. What the gradient was computed from comes along, so that there
     is a graph to walk where the upstream gradient is a constant too; once_differentiable has none there."""
 
@@ -55,7 +55,8 @@ class _RowLoss(torch.autograd.Function):
         embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w = inputs
         _, _, _, _, row_grad_x, saved = Forward.of(output)
         for_weight = (weight, *saved) if ctx.need_w else (None,)
-        ctx.save_for_backward(target, embeddings, row_grad_x if ctx.need_x else None, *for_weight)
+        for_embeddings = row_grad_x if ctx.need_x and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(target, embeddings, for_embeddings, *for_weight)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -66,7 +67,7 @@ class _RowLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             _, embeddings, _, weight, *_ = ctx.saved_tensors
             grads = tuple(
-                g if g is None else _RaiseOnSecondBackward.apply(g, embeddings, weight, grad_row) for g in grads
+                g if g is None else RaiseOnSecondBackward.apply(g, embeddings, weight, grad_row) for g in grads
             )
         return *grads, None, None, None, None, None
 
@@ -109,3 +110,13 @@ def row_losses(
         embeddings, weight, target, backend, hp, need_x, need_w
     )
     return row_loss, row_stats, hardest_class, counts
+
+
+def row_losses_and_grad_x(
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`row_losses`, differentiable in the weight alone, and beside them ∂l_i/∂x_i `[N, D]`, at least float32."""
+    need_w = torch.is_grad_enabled() and weight.requires_grad
+    outputs = _RowLoss.apply(embeddings.detach(), weight, target, backend, hp, True, need_w)
+    row_loss, row_stats, hardest_class, counts, row_grad_x, *_ = outputs
+    return row_loss, row_stats, hardest_class, counts, row_grad_x

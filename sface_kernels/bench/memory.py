@@ -14,11 +14,13 @@ import contextlib
 import ctypes
 import gc
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..testing.failure import failure_text, out_of_memory
 from ..testing.workloads import Case, Shape, make_workload
@@ -72,15 +74,21 @@ def _measure_here(provider: Provider, case: Case, run: MemoryRun) -> dict[str, A
     n, c, d = case.shape
     run_once(timed(case.shape if provider.compiled else Shape(min(n, 64), min(c, 512), d)))
     whole = timed(case.shape)
+    peak = resident_peak(lambda: run_once(whole), whole.x, whole.w)
+    return {"peak_extra_bytes": peak, "method": "VmHWM reset before two runs"}
+
+
+def resident_peak(step: Callable[[], object], *leaves: Tensor) -> int:
+    """Bytes of this process's memory at the peak of two steps, beyond what was there and the gradients of `leaves`."""
     before = _resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    run_once(whole), run_once(whole)
+    step(), step()
     peak, after = _status_bytes("VmHWM"), _resident_bytes()
-    whole.x.grad = whole.w.grad = None
-    if provider.backend == "native":
-        torch.ops.sface.native_release_memory()  # it keeps the memory of ∂w for the next step
+    for leaf in leaves:
+        leaf.grad = None
+    torch.ops.sface.native_release_memory()  # it keeps the memory of ∂w for the next step
     gradients = after - _resident_bytes()
-    return {"peak_extra_bytes": max(0, peak - before - gradients), "method": "VmHWM reset before two runs"}
+    return max(0, peak - before - gradients)
 
 
 def cuda_peak(timed: TimedLoss) -> dict[str, Any]:

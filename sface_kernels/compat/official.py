@@ -198,8 +198,7 @@ class SFaceLoss(_loss.SFaceLoss):
         device_id: the GPUs of the reference's model parallelism: None, or a list of ids, empty or not. An
             attribute and nothing else here: one device computes the loss, the one that holds the input. Move
             the module there (`head.to(device)`) before building the optimizer.
-        s, k, a, b: as in `sface_kernels.sface_loss`.
-        filter_eps, backend: as in `sface_kernels.sface_loss`.
+        s, k, a, b, filter_eps, backend: as in `sface_kernels.sface_loss`.
         logits: return s·cos as a differentiable tensor `[N, C]`, at its cost in memory and time.
 
     Example, in the reference's own order of calls::

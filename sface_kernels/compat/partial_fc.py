@@ -32,7 +32,8 @@ class PartialFCSFace(nn.Module):
         embedding_size: D.
         num_classes: C, of all ranks together.
         sample_rate: below 1, training steps compare with the classes of the batch and this share of the others, whose
-            terms are divided by it.
+            terms are divided by it. The draws follow from the attribute `sample_step`, the number of steps so far. The
+            state dict has `weight` alone, as insightface's does: set the attribute to `global_step` when resuming.
         fp16: gather and multiply float32 embeddings as float16; sums, loss and gradients of the weight stay float32.
         s, k, a, b, k_inter, filter_eps, backend: as in `sface_loss`.
         init_std: as in `SFaceLoss`.

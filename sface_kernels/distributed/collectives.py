@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..autograd import RaiseOnSecondBackward
 
 Group = dist.ProcessGroup | None
 # torch 2.13 renamed them
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_without_reduce_scatter: set[str] = set()  # names of communication backends
+# gloo's reduce-scatter is an all-reduce of a copy, of which it takes a part: the same traffic, and twice the memory
+SCATTERS_A_COPY = {"gloo"}
 
 
 def group_size(group: Group) -> int:
@@ -33,77 +35,105 @@ def current_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def gather(rows: Tensor, group: Group) -> Tensor:
+class Pending(NamedTuple):
+    """The result of an exchange that goes on beside the computing. Reading `result` before `wait()` is a race."""
+
+    result: Tensor
+    sent: Tensor  # kept alive until it has left
+    work: dist.Work | None  # None: nothing was sent
+
+    def wait(self) -> Tensor:
+        """The result. With NCCL the current stream waits, not the process."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def start_gather(rows: Tensor, group: Group) -> Pending:
     """`[P·n, …]` from every process's `[n, …]`, in the order of ranks."""
     if group is None:
-        return rows
-    result = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
-    _all_gather(result, rows.contiguous(), group=group)
-    return result
-
-
-def sum_and_scatter(rows: Tensor, group: Group) -> Tensor:
-    """`[n, …]`: this process's part of the sum of every process's `[P·n, …]`."""
-    if group is None:
-        return rows
+        return Pending(rows, rows, None)
     rows = rows.contiguous()
-    count, backend = rows.shape[0] // group_size(group), str(dist.get_backend(group))
-    if backend not in _without_reduce_scatter:
-        result = rows.new_empty(count, *rows.shape[1:])
-        try:
-            _reduce_scatter(result, rows, group=group)
-            return result
-        except RuntimeError as error:  # gloo before torch 2.6 refuses before anything is sent, on every process alike
-            if "support" not in str(error).lower():
-                raise
-            _without_reduce_scatter.add(backend)
-    rows = rows.clone()
-    dist.all_reduce(rows, group=group)
-    return rows[group_rank(group) * count :][:count]
+    result = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
+    return Pending(result, rows, _all_gather(result, rows, group=group, async_op=True))
 
 
-class GatherRows(torch.autograd.Function):
-    """`gather` of embeddings. Backward: each process gets the gradient of its own rows, summed over the processes
-    and multiplied by their number, as DistributedDataParallel and FSDP2 divide the backbone's gradients by it."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return rows.view_as(rows) if group is None else gather(rows, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # half precision would round at every addition
-        total = sum_and_scatter(grad.to(torch.promote_types(grad.dtype, torch.float32)), ctx.group)
-        return (total * group_size(ctx.group)).to(grad.dtype), None
+def start_sum_and_scatter(rows: Tensor, group: Group) -> Pending:
+    """`[n, …]`: this process's part of the sum of every process's `[P·n, …]`, which it may overwrite."""
+    if group is None:
+        return Pending(rows, rows, None)
+    rows, count = rows.contiguous(), rows.shape[0] // group_size(group)
+    if dist.get_backend(group) in SCATTERS_A_COPY:
+        part = rows[group_rank(group) * count :][:count]
+        return Pending(part, rows, dist.all_reduce(rows, group=group, async_op=True))
+    result = rows.new_empty(count, *rows.shape[1:])
+    return Pending(result, rows, _reduce_scatter(result, rows, group=group, async_op=True))
 
 
-class SumOverShards(torch.autograd.Function):
-    """The sum over the processes of a 0-d loss, and of a vector of statistics beside it, as one message.
+def start_reduce(values: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Pending:
+    """The sum, or another reduction, of every process's `values`, which it overwrites."""
+    work = None if group is None else dist.all_reduce(values, op=op, group=group, async_op=True)
+    return Pending(values, values, work)
 
-    Backward: the gradient as it comes, as every process differentiates the same sum.
+
+class GradientOfRows:
+    """The gradient of this process's embeddings, which arrives after the forward has ended.
+
+    SFace's row gradients are complete in the forward, up to one number that the backward brings. So their sum over the
+    shards travels from then on, while this process computes ∂w, and the backward of the head exchanges nothing.
+    """
+
+    def __init__(self) -> None:
+        self._pending: Pending | None = None
+        self._processes, self._counted = 1, torch.ones(())
+
+    def send(self, grad_x: Tensor, counted: Tensor, group: Group) -> None:
+        """Start the sum of `[P·n, D]`, the gradients of row losses of which `counted` are averaged."""
+        self._processes, self._counted = group_size(group), counted
+        self._pending = start_sum_and_scatter(grad_x, group)
+
+    def take(self, upstream: Tensor) -> Tensor:
+        """`[n, D]`, multiplied by the number of processes, as DistributedDataParallel and FSDP2 divide the backbone's
+        gradients by it."""
+        assert self._pending is not None
+        total = self._pending.wait()
+        self._pending = Pending(total, total, None)  # a second backward finds the same
+        return total * (upstream * self._processes / self._counted)
+
+
+class AttachRows(torch.autograd.Function):
+    """A 0-d zero beside the loss, whose gradient becomes that of this process's embeddings, by `GradientOfRows`.
+
+    Applied before the shard's own pass: autograd takes the youngest node first, and so computes ∂w before it waits.
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, statistics: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        packed = torch.cat([loss.double().reshape(1), statistics.double()])
-        if group is not None:
-            dist.all_reduce(packed, group=group)
-        total = packed[1:].clone()
-        ctx.mark_non_differentiable(total)
-        return packed[0].to(loss.dtype), total
+    def forward(ctx: Any, rows: Tensor, arriving: GradientOfRows, dtype: torch.dtype) -> Tensor:
+        ctx.arriving = arriving
+        ctx.save_for_backward(rows)
+        return torch.zeros((), dtype=dtype, device=rows.device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
-        return grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        with torch.no_grad():
+            grad_rows = ctx.arriving.take(grad)[: len(rows)].to(rows.dtype)  # the rest is padding
+        if torch.is_grad_enabled():  # create_graph=True
+            grad_rows = RaiseOnSecondBackward.apply(grad_rows, rows)
+        return grad_rows, None, None
 
 
-def maximum_over_shards(values: Tensor, group: Group) -> Tensor:
-    if group is not None:
-        values = values.clone()
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-    return values
+class SumOverShards(torch.autograd.Function):
+    """The sum of every process's 0-d loss, once it has arrived. Backward: the gradient as it comes, as every process
+    differentiates the same sum."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, rows: Tensor | None, total: Tensor) -> Tensor:
+        return total.to(loss.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return grad, grad if ctx.needs_input_grad[1] else None, None
 
 
 def check_agreement(settings: dict[str, Any], group: Group) -> None:

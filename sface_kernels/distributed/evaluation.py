@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import cosines, validation
 from ..summary import describe_rows
 from ..types import RowStats, SFaceRowStats
-from .collectives import Group, gather, group_rank, group_size, maximum_over_shards
+from .collectives import Group, group_rank, group_size, start_gather, start_reduce
 from .shard import ShardRows, check_shard_tensors
 
 
@@ -24,12 +24,13 @@ def class_parallel_topk(
     nearest to all: P·k numbers and classes a row.
     """
     count = _agreed_count(embeddings, weight, k, num_classes, group)
-    x = gather(F.pad(embeddings.detach(), (0, 0, 0, count - len(embeddings))), group)  # [P·count, D]
+    x = start_gather(F.pad(embeddings.detach(), (0, 0, 0, count - len(embeddings))), group).wait()  # [P·count, D]
     values, classes = cosines.topk(x, weight, min(k, len(weight)))  # [P·count, ≤ k]
     missing = (0, k - values.shape[1])
     values, classes = F.pad(values, missing, value=-torch.inf), F.pad(classes + first, missing, value=-1)
     mine = slice(group_rank(group) * count, group_rank(group) * count + len(embeddings))
-    parts = [gather(t, group).view(group_size(group), -1, k)[:, mine] for t in (values, classes)]  # [P, n, k]
+    gathered = [start_gather(t, group).wait() for t in (values, classes)]
+    parts = [t.view(group_size(group), -1, k)[:, mine] for t in gathered]  # [P, n, k]
     values, classes = (part.transpose(0, 1).flatten(1) for part in parts)  # [n, P·k]
     values, order = values.topk(k, 1)
     return values.clamp_(-1, 1), classes.gather(1, order)
@@ -45,7 +46,7 @@ def _agreed_count(embeddings: Tensor, weight: Tensor, k: int, num_classes: int, 
         mine = [len(embeddings), cosines.check_k(k, num_classes), validation.FLOAT_DTYPES.index(embeddings.dtype)]
     except (TypeError, ValueError) as raised:
         error = raised
-    everyone = gather(torch.tensor([mine], device=weight.device), group).tolist()  # [P, 3]
+    everyone = start_gather(torch.tensor([mine], device=weight.device), group).wait().tolist()  # [P, 3]
     if error is not None:
         raise error
     for rank, (rows, theirs, dtype) in enumerate(everyone):
@@ -66,13 +67,12 @@ def class_parallel_rows(rows: ShardRows, target: Tensor, mine: slice, group: Gro
     """
     s = rows.stats
     sums = torch.stack([s.intra, s.inter, s.cos_target, s.cos_other_sum, s.dropped])  # [5, N]
-    if group is not None:
-        dist.all_reduce(sums, group=group)
-    hardest = maximum_over_shards(s.hardest, group)  # [N]
+    summing = start_reduce(sums, group)
+    hardest = start_reduce(s.hardest.clone(), group, dist.ReduceOp.MAX).wait()  # [N]
     last = torch.iinfo(torch.int64).max
     here = (s.hardest == hardest) & (rows.hardest_class >= 0)
-    lowest = -maximum_over_shards(torch.where(here, -rows.hardest_class, -last), group)  # [N]
+    lowest = start_reduce(torch.where(here, rows.hardest_class, last), group, dist.ReduceOp.MIN).wait()  # [N]
     hardest_class = torch.where(lowest == last, -1, lowest)
-    intra, inter, cos_target, cos_other_sum, dropped = sums[:, mine].unbind(0)
+    intra, inter, cos_target, cos_other_sum, dropped = summing.wait()[:, mine].unbind(0)
     total = RowStats(intra, inter, cos_target, cos_other_sum, hardest[mine], dropped)
     return describe_rows(total, hardest_class[mine], target[mine])

@@ -31,7 +31,7 @@ class ClassParallelSFaceLoss(nn.Module):
 
     `loss = head(embeddings, labels)` takes this process's rows with labels in [0, num_classes), and returns on every
     process the loss of all rows against all classes, equal to that of `SFaceLoss` on the concatenated batch. Every
-    process must call it, and its backward, equally often.
+    process must call it equally often; the backward exchanges nothing.
 
     The only parameter, `weight`, is a `DTensor` sharded by rows (`Shard(0)`: `torch.chunk`'s parts, the last ones
     smaller or empty). Optimizers, `torch.distributed.checkpoint` and `clip_grad_norm_` treat it as any DTensor. Leave
@@ -54,7 +54,8 @@ class ClassParallelSFaceLoss(nn.Module):
             whose terms are divided by that share: the expected loss and gradient stay those of all classes. Rows that
             were not drawn get zeros as gradient. `eval()` compares with all.
         init_std: of a new weight, as in `SFaceLoss`; 2·√(2/C) with the C of all processes if None.
-        sample_seed: of the draws, with the counter `sample_step`; set that to resume a sequence of draws.
+        sample_seed: of the draws, with `sample_step`, the number of sampled steps. It is in the state dict, and a
+            resumed run goes on with the draws of the one that stopped, on the same number of processes.
         device: of the weight; by default that of `mesh`, or the current GPU for a group on NCCL.
         dtype: of the weight; float32 by default.
 
@@ -64,6 +65,7 @@ class ClassParallelSFaceLoss(nn.Module):
     """
 
     weight: nn.Parameter
+    sample_step: Tensor  # 0-d int64, with a sample_rate below 1 only
 
     def __init__(
         self,
@@ -95,10 +97,12 @@ class ClassParallelSFaceLoss(nn.Module):
         self.reduction, self.ignore_index = reduction, ignore_index
         self.filter_eps, self.backend, self.uneven_batches = filter_eps, backend, uneven_batches
         check_sample_rate(sample_rate)
-        self.sample_rate, self.sample_seed, self.sample_step = sample_rate, sample_seed, 0
+        self.sample_rate, self.sample_seed = sample_rate, sample_seed
         self._options().check(in_features)
         check_name(backend)
         mesh, device = _mesh_and_device(mesh, process_group, device)
+        if sample_rate < 1:
+            self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=device))
         first, count = class_range(num_classes, mesh.size(), mesh.get_local_rank())
         local = torch.empty(count, in_features, device=device, dtype=dtype)
         shard = Shard(local, first, num_classes, mesh.get_group())
@@ -139,6 +143,8 @@ class ClassParallelSFaceLoss(nn.Module):
         The seed comes from rank 0's default generator, and the rows of a class depend on the seed and its number alone:
         the whole weight is the same whatever the number of processes.
         """
+        if self.sample_rate < 1:
+            self.sample_step.zero_()
         assert isinstance(self.weight, DTensor)
         local = self.weight.to_local()
         if local.is_meta:
@@ -198,7 +204,7 @@ class ClassParallelSFaceLoss(nn.Module):
         if not self.training or self.sample_rate == 1:
             return None
         self.sample_step += 1
-        return Sampling(self.sample_rate, self.sample_seed, self.sample_step)
+        return Sampling(self.sample_rate, self.sample_seed, int(self.sample_step))
 
     def _first_batch(self, embeddings: Tensor, shard: Shard) -> bool:
         """Without `uneven_batches`: compare the processes' first batches, and hold every later one to that."""
@@ -251,7 +257,15 @@ class ClassParallelSFaceLoss(nn.Module):
         return whole.clone() if self._mesh.size() == 1 else whole
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the rows of this process where a plain `weight` `[C, D]` comes, as `SFaceLoss` and others save it."""
+        """Take the rows of this process where a plain `weight` `[C, D]` comes, as `SFaceLoss` and others save it.
+
+        The count of sampled steps may be missing, or be of no use here.
+        """
+        step = prefix + "sample_step"
+        if self.sample_rate == 1:
+            state_dict.pop(step, None)
+        else:
+            state_dict.setdefault(step, self.sample_step)
         whole = state_dict.get(prefix + "weight")
         if isinstance(whole, Tensor) and not isinstance(whole, DTensor) and whole.shape == self.weight.shape:
             first, count = self.class_range

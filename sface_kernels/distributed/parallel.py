@@ -1,6 +1,7 @@
 """The loss of a batch and a weight that are both spread over a group: gather rows → this process's classes → sum.
 
-Two gathers and one sum of a few numbers forward, one reduce-scatter of ∂x backward; ∂w stays where it is.
+The forward starts every exchange, in the order in which results are needed: labels, embeddings, the loss, ∂x. Labels
+become targets while the embeddings travel, and ∂x travels while the backward computes ∂w, which stays where it is.
 """
 
 from __future__ import annotations
@@ -9,24 +10,26 @@ import zlib
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import validation
 from ..dispatch import select
-from ..ops import prepare_labels
+from ..ops import compute_dtype, prepare_labels
 from ..types import IGNORED, Request, SFaceRowStats, SFaceStats
 from .collectives import (
-    GatherRows,
+    AttachRows,
+    GradientOfRows,
     Group,
     SumOverShards,
     check_agreement,
-    gather,
     group_rank,
-    maximum_over_shards,
+    start_gather,
+    start_reduce,
 )
 from .evaluation import class_parallel_rows
-from .sampling import Sampling, draw, sampled_rows, split_classes
+from .sampling import Sampling, sample_classes, sampled_rows
 from .shard import ShardRows, check_shard_tensors, checks_labels, shard_rows
 
 REDUCTIONS = ("mean", "sum")
@@ -103,34 +106,54 @@ def class_parallel_loss(
     else:
         check_shard_tensors(embeddings, shard.weight, labels)
         count, need_x = len(embeddings), embeddings.requires_grad
-    if need_x and torch.is_grad_enabled() and not embeddings.requires_grad:
-        embeddings = embeddings.detach().requires_grad_()  # the backward's collective needs every process
-    own_rows = slice(group_rank(shard.group) * count, group_rank(shard.group) * count + len(embeddings))
-    padding, labels = count - len(embeddings), labels.reshape(-1).to(torch.int64)
-    labels = gather(F.pad(labels, (0, padding), value=options.ignore_index), shard.group)  # [N]
-    x = GatherRows.apply(F.pad(embeddings, (0, 0, 0, padding)), shard.group)  # [N, D]
+    group, padding = shard.group, count - len(embeddings)
+    arriving, attached = GradientOfRows(), None
+    need_x = need_x and torch.is_grad_enabled()
+    if need_x:
+        # a process whose own rows want no gradient has a loss to differentiate all the same, as the others have
+        own_rows = embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
+        attached = AttachRows.apply(own_rows, arriving, compute_dtype(embeddings, shard.weight))
+    labels = F.pad(labels.reshape(-1).to(torch.int64), (0, padding), value=options.ignore_index)
+    rows_to_send = F.pad(embeddings.detach(), (0, 0, 0, padding)) if padding else embeddings.detach()
+    gathering_labels = start_gather(labels, group)
+    gathering_rows = start_gather(rows_to_send, group)
 
-    target = prepare_labels(
-        labels, shard.num_classes, options.ignore_index, checks_labels(x), shard.first, len(shard.weight)
-    )  # [N]
-    hp = options.hyperparameters(x.dtype, x.shape[1])
-    if sampling is None:
-        rows = shard_rows(x, shard.weight, target, hp, options.backend, shard.first)
-    else:
-        near, others = split_classes(target, len(shard.weight))
-        drawn = draw(others, sampling, shard.first)
-        rows = sampled_rows(x, shard.weight, target, hp, options.backend, near, drawn, shard.first)
+    labels, check = gathering_labels.wait(), checks_labels(embeddings)  # [N]
+    first, held = shard.first, len(shard.weight)
+    target = prepare_labels(labels, shard.num_classes, options.ignore_index, check, first, held)  # [N]
     counted = (target != IGNORED).sum().clamp_min(1)  # the same everywhere: all labels are here
+    classes = None if sampling is None else sample_classes(shard.weight, target, sampling, first)
+    x = gathering_rows.wait()  # [N, D]
+    del gathering_rows, rows_to_send
+    hp = options.hyperparameters(x.dtype, x.shape[1])
+    if classes is None:
+        rows = shard_rows(x, shard.weight, target, hp, options.backend, first, need_x)
+    else:
+        rows = sampled_rows(x, classes, hp, options.backend, need_x)
+
     loss = rows.loss.sum()
     if options.reduction == "mean":
         loss = loss / counted
-    sums = _sums(rows) if return_stats and return_stats != "rows" else loss.new_empty(0)
-    loss, sums = SumOverShards.apply(loss, sums, shard.group)
-    if return_stats == "rows":
-        return loss, class_parallel_rows(rows, target, own_rows, shard.group)
-    if not return_stats:
+    sums = _sums(rows) if return_stats is True else loss.new_empty(0, dtype=torch.float64)
+    summing = start_reduce(torch.cat([loss.detach().double().reshape(1), sums]), group)
+    cosines = None
+    if return_stats is True:
+        cosines = start_reduce(_target_and_hardest(rows, target), group, dist.ReduceOp.MAX)
+    if rows.grad_x is not None:
+        arriving.send(rows.grad_x, counted if options.reduction == "mean" else torch.ones_like(counted), group)
+    rows = rows._replace(grad_x=None)  # ∂x `[N, D]` is held until it has left, no longer
+    mine = slice(group_rank(group) * count, group_rank(group) * count + len(embeddings))
+    row_stats = class_parallel_rows(rows, target, mine, group) if return_stats == "rows" else None
+
+    total = summing.wait()
+    loss = SumOverShards.apply(loss, attached, total[0])
+    if row_stats is not None:
+        return loss, row_stats
+    if cosines is None:
         return loss
-    return loss, _statistics(sums.to(loss.dtype), sums, _correct(rows, target, shard.group), counted, shard.num_classes)
+    own, hardest = cosines.wait()  # [N], [N]
+    correct = ((own > hardest) & (target != IGNORED)).sum()
+    return loss, _statistics(total[1:], correct, counted, shard.num_classes, loss.dtype)
 
 
 def _exchange_sizes(
@@ -155,7 +178,7 @@ def _exchange_sizes(
         mine = [0, len(embeddings), embeddings.requires_grad, dtype, zlib.crc32(repr(settings).encode())]
     else:
         mine = [1, 0, 0, 0, 0]
-    everyone = gather(torch.tensor([mine], device=shard.weight.device), shard.group).tolist()  # [P, 5]
+    everyone = start_gather(torch.tensor([mine], device=shard.weight.device), shard.group).wait().tolist()  # [P, 5]
     if error is not None:
         raise error
     failed = [rank for rank, (code, *_) in enumerate(everyone) if code]
@@ -174,23 +197,22 @@ def _sums(rows: ShardRows) -> Tensor:
     return torch.cat([over_rows, rows.counts.double()])
 
 
-def _correct(rows: ShardRows, target: Tensor, group: Group) -> Tensor:
-    """How many rows' own centre is strictly nearer than every other shard's and this one's others."""
+def _target_and_hardest(rows: ShardRows, target: Tensor) -> Tensor:
+    """`[2, N]`, of which the maximum over shards says whether a row's own centre is strictly the nearest."""
     own = torch.where(target >= 0, rows.stats.cos_target, -torch.inf)
-    own, hardest = maximum_over_shards(torch.stack([own, rows.stats.hardest]), group)  # [N], [N]
-    return ((own > hardest) & (target != IGNORED)).sum()
+    return torch.stack([own, rows.stats.hardest])
 
 
-def _statistics(means: Tensor, sums: Tensor, correct: Tensor, counted: Tensor, num_classes: int) -> SFaceStats:
-    intra, inter, cos_target, cos_other, dropped = (means[:5] / counted).unbind(0)
+def _statistics(sums: Tensor, correct: Tensor, counted: Tensor, num_classes: int, dtype: torch.dtype) -> SFaceStats:
+    intra, inter, cos_target, cos_other, dropped = (sums[:5].to(dtype) / counted).unbind(0)
     active_pairs, dense_pairs = sums[5:].unbind(0)
     return SFaceStats(
         intra=intra,
         inter=inter,
         cos_target=cos_target,
         cos_other=cos_other / num_classes,
-        accuracy=correct.to(means.dtype) / counted,
+        accuracy=correct.to(dtype) / counted,
         active_pairs=active_pairs.round().to(torch.int64),
         dropped=dropped,
-        dense_share=(dense_pairs / (counted * num_classes)).to(means.dtype),
+        dense_share=(dense_pairs / (counted * num_classes)).to(dtype),
     )

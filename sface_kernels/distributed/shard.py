@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import validation
-from ..autograd import row_losses
+from ..autograd import row_losses, row_losses_and_grad_x
 from ..dispatch import select
 from ..ops import prepare_labels
 from ..types import DEFAULTS, HyperParameters, Request, RowStats
@@ -28,6 +28,7 @@ class ShardRows(NamedTuple):
     stats: RowStats  # six [N]
     hardest_class: Tensor  # [N] int64, the class of `stats.hardest` among all `num_classes`; −1 where there is none
     counts: Tensor  # [2] int64: pairs with a gradient; pairs computed by dense products
+    grad_x: Tensor | None = None  # [N, D], ∂loss_i/∂x_i, where the class-parallel head wants it before the backward
 
 
 def sface_shard_loss(
@@ -101,15 +102,26 @@ def checks_labels(embeddings: Tensor) -> bool:
 
 
 def shard_rows(
-    embeddings: Tensor, weight: Tensor, target: Tensor, hp: HyperParameters, backend: str, first: int = 0
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    hp: HyperParameters,
+    backend: str,
+    first: int = 0,
+    with_grad_x: bool = False,
 ) -> ShardRows:
-    """`sface_shard_loss` after its checks, with the targets of `ops.prepare_labels`."""
+    """`sface_shard_loss` after its checks, with the targets of `ops.prepare_labels`.
+
+    With `with_grad_x` there is `grad_x`, and the loss is differentiable in the weight alone.
+    """
     chosen = select(backend, Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1]))
     if len(weight) == 0:
-        return _no_classes(embeddings, weight)
-    row_loss, row_stats, hardest_class, counts = row_losses(embeddings, weight, target, chosen, hp)
+        rows = _no_classes(embeddings, weight)
+        return rows._replace(grad_x=rows.loss.new_zeros(embeddings.shape)) if with_grad_x else rows
+    losses = row_losses_and_grad_x if with_grad_x else row_losses
+    row_loss, row_stats, hardest_class, counts, *grad_x = losses(embeddings, weight, target, chosen, hp)
     hardest_class = torch.where(hardest_class < 0, -1, hardest_class + first)
-    return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), hardest_class, counts)
+    return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), hardest_class, counts, *grad_x)
 
 
 def _no_classes(embeddings: Tensor, weight: Tensor) -> ShardRows:

@@ -175,7 +175,13 @@ def ranks_that_disagree():
     rank, _ = rank_and_size()
     with pytest.raises(ValueError, match=r"^fp16: expected the same on every process"):
         PartialFCSFace(FEATURES, CLASSES, fp16=rank == 1)
+    with pytest.raises(
+        ValueError, match=r"^s: expected the same on every process, got 64.0 on rank 0 and 32.0 on rank 1"
+    ):
+        PartialFCSFace(FEATURES, CLASSES, s=32.0 if rank == 1 else 64.0)
     head = PartialFCSFace(FEATURES, CLASSES)
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):  # of another number of ranks or classes
+        head.load_state_dict({"weight": torch.zeros(CLASSES, FEATURES)})
     labels = torch.tensor([0, CLASSES if rank == 1 else 0])
     with pytest.raises(
         ValueError if rank == 1 else RuntimeError, match=r"got 7 in row 1" if rank == 1 else "rank 1 raised"

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from sface_kernels.distributed import ClassParallelSFaceLoss
+from sface_kernels.distributed import ClassParallelSFaceLoss, parallel
 from tests.distributed.batches import make_head, split
 from tests.distributed.pool import GROUP_TIMEOUT
 from tests.support.cases import f32, f64
@@ -23,7 +23,10 @@ DISAGREE: dict[str, tuple[dict, dict]] = {
     "b": (dict(b=1.23), dict(b=1.2)),
     "filter_eps": (dict(filter_eps=0.0), dict(filter_eps=None)),
     "reduction": (dict(reduction="mean"), dict(reduction="sum")),
+    "k_inter": (dict(k_inter=None), dict(k_inter=70.0)),
+    "ignore_index": (dict(ignore_index=-100), dict(ignore_index=-1)),
     "uneven_batches": (dict(uneven_batches=True), dict(uneven_batches=False)),
+    "sample_rate": (dict(sample_rate=1.0), dict(sample_rate=0.5)),
 }
 
 
@@ -122,15 +125,17 @@ def dies_in(moment):
     start = time.monotonic()
     try:
         loss.backward()
-        if dying:
+        if dying and moment == "between two steps":
             os._exit(1)
+        if dying:
+            parallel.shard_rows = lambda *_: os._exit(1)
         head(x, batch.labels[batch.mine])
     except RuntimeError:
         return time.monotonic() - start
     raise AssertionError("nobody noticed")
 
 
-@pytest.mark.parametrize("moment", ["before the backward", "between two steps"])
+@pytest.mark.parametrize("moment", ["before the backward", "between two steps", "within the forward"])
 def test_a_process_that_dies(pool, moment):
     """The others end with an error within the group's timeout."""
     outcomes = pool.outcomes(3, dies_in, moment)

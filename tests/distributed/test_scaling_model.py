@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from benchmarks.scaling_model import EXCHANGES, H100, Problem, communication, partial_fc, published_head_seconds, sface
-from sface_kernels.distributed import ClassParallelSFaceLoss, collectives
+from sface_kernels.distributed import ClassParallelSFaceLoss
+from tests.distributed.recording import recording
 
 
 def recorded(rows, dtype):
     head = ClassParallelSFaceLoss(16, 40)
-    sizes = []
-
-    def watch(function, buffer):
-        def call(*tensors, **options):
-            sizes.append(tensors[buffer].numel() * tensors[buffer].element_size())
-            return function(*tensors, **options)
-
-        return call
-
-    kept = collectives._all_gather, collectives._reduce_scatter, dist.all_reduce
-    collectives._all_gather = watch(kept[0], 0)
-    collectives._reduce_scatter = watch(kept[1], 1)
-    dist.all_reduce = watch(kept[2], 0)
-    try:
-        x = torch.randn(rows, 16, dtype=dtype, requires_grad=True)
+    x = torch.randn(rows, 16, dtype=dtype, requires_grad=True)
+    with recording() as record:
         head(x, torch.arange(rows)).backward()
-    finally:
-        collectives._all_gather, collectives._reduce_scatter, dist.all_reduce = kept
-    return sizes
+    return [exchange.bytes for exchange in record.exchanges]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
