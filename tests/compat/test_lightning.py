@@ -19,6 +19,7 @@ from tests.support.published_script import (
     PIXELS,
     RECIPE,
     ROWS,
+    UNIT,
     PlainHead,
     assert_same_curve,
     batches,
@@ -33,8 +34,11 @@ HALF_UNIT = 2.0**-9  # one bf16 rounding
 
 
 class PlainLoss(PlainHead):
+    """The published arithmetic, in float32 whatever the embeddings are, as somebody careful writes it under autocast."""
+
     def forward(self, x, label):
-        return super().forward(x, label)[1]
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype), label)[1]
 
 
 class Faces(pl.LightningModule):
@@ -119,10 +123,13 @@ def test_same_losses(automatic):
 
 
 def test_bf16_mixed():
-    """Beside the fp64 curve, ours strays like the published arithmetic does under the same autocast."""
+    """Beside the fp64 curve, ours strays like the published arithmetic in float32 does after the same bf16 backbone."""
     head = new_head(SFaceLoss)
-    ours = curve(Faces(head), precision="bf16-mixed")
-    assert_same_curve(ours, original("bf16-mixed"), original("64-true"), unit=HALF_UNIT)
+    ours, plain = curve(Faces(head), precision="bf16-mixed"), original("bf16-mixed")
+    assert_same_curve(ours, plain, original("64-true"), unit=HALF_UNIT)
+    # Before the first step the embeddings are the same bits: D roundings of a cosine, times the steepest slope of (4).
+    # With its products in bf16 the published arithmetic is off by 1.
+    assert abs(ours[0] - plain[0]) <= FEATURES * UNIT * RECIPE["k"] * RECIPE["s"] / 4
     assert head.weight.dtype == torch.float32
     assert not torch.equal(ours, original("32-true"))
 
