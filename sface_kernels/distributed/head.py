@@ -50,8 +50,8 @@ class ClassParallelSFaceLoss(nn.Module):
         sample_rate: below 1, a training step compares with the classes of the batch and a random share of the others,
             whose terms are divided by that share: the expected loss and gradient stay those of all classes. Rows that
             were not drawn get zeros as gradient. `eval()` compares with all.
-        init_std: of a new weight, as in `SFaceLoss`; 2·√(2/C) with the C of all processes if None.
         sample_seed: of the draws, with the counter `sample_step`; set that to resume a sequence of draws.
+        init_std: of a new weight, as in `SFaceLoss`; 2·√(2/C) with the C of all processes if None.
         device: of the weight; by default that of `mesh`, or the current GPU for a group on NCCL.
         dtype: of the weight; float32 by default.
 
