@@ -5,7 +5,7 @@
     loss_func = SFaceLoss(num_classes, embedding_size)
     loss = loss_func(embeddings, labels, miner(embeddings, labels))
 
-It needs `pip install 'sface-kernels[metric-learning]'`. Where it differs from that library's own classification losses:
+The extra `metric-learning` installs that library. Where it differs from that library's own classification losses:
 
 - No N×C tensor, except in `get_logits`.
 - `W` `[D, C]` keeps its dtype: with float16 or bfloat16 embeddings it stays the float32 master weight.
@@ -34,8 +34,8 @@ try:
     from pytorch_metric_learning.utils import common_functions, loss_and_miner_utils
 except ImportError as error:
     raise ImportError(
-        "sface_kernels.compat.metric_learning: expected pytorch-metric-learning 2.x "
-        f"(pip install 'sface-kernels[metric-learning]'), got: {error}"
+        "sface_kernels.compat.metric_learning: expected pytorch-metric-learning 2.x to be installed "
+        f"(pip install 'pytorch-metric-learning>=2,<3'), got: {error}"
     ) from error
 
 from .. import validation
@@ -116,13 +116,13 @@ class SFaceLoss(WeightRegularizerMixin, BaseMetricLossFunction):
                 warnings.warn(
                     f"reducer: {type(part).__name__} drops rows whose loss is below {part.low}. Row losses of SFace "
                     "turn negative as rows come near their class, and still have to be pulled: take MeanReducer.",
-                    stacklevel=3,
+                    stacklevel=8,  # past the library's constructors, the line that makes the loss
                 )
 
     def compute_loss(
         self,
         embeddings: Tensor,
-        labels: Tensor | None,
+        labels: Any,
         indices_tuple: Any,
         ref_emb: Tensor | None,
         ref_labels: Tensor | None,
@@ -130,7 +130,6 @@ class SFaceLoss(WeightRegularizerMixin, BaseMetricLossFunction):
         """The library's record of row losses `[N]`, each times the miner's weight of its row."""
         common_functions.labels_required(labels)
         common_functions.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
-        assert labels is not None
         if self.W.device != embeddings.device:  # the library's losses follow the embeddings, too
             self.W.data = self.W.data.to(embeddings.device)
         result = sface_loss(

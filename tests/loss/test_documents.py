@@ -68,14 +68,14 @@ def test_environment_variables():
 
 
 def snippets(text: str) -> list[tuple[int, str]]:
-    """Indented blocks of Python with the number of their first line; a block that begins with a shell's command is none."""
+    """Indented blocks with the number of their first line, without those that hold nothing but a shell's commands."""
     found: list[tuple[int, str]] = []
     block: list[str] = []
     for number, line in enumerate([*text.splitlines(), "end"], 1):
         if line.startswith("    ") or (block and not line):
             block.append(line[4:])
         elif block:
-            if not block[0].startswith(("pip ", "python ", "sface-kernels ", "make ")):
+            if not all(part.startswith(("pip ", "python ", "sface-kernels ", "make ", "#")) for part in block if part):
                 found.append((number - len(block), "\n".join(block)))
             block = []
     return found
@@ -107,3 +107,5 @@ def test_a_snippet_that_fails_is_seen():
     ((first, code),) = snippets(text)
     assert first == 3 and code.startswith("x = 1\n\nassert")
     assert snippets("    pip install\n\nText\n    y = 1\n") == [(4, "y = 1")]
+    with pytest.raises(SyntaxError):
+        ast.parse(snippets("    pip install\n\n    y = 1\n")[0][1])
