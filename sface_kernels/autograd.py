@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dispatch import BACKENDS
+from .precision import without_autocast
 from .types import IGNORED, HyperParameters
 
 
@@ -29,13 +29,6 @@ class _RaiseOnSecondBackward(torch.autograd.Function):
         raise RuntimeError("sface_loss: differentiable once, its gradient was differentiated again")
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The products of a backend choose their own precision. Devices such as meta have no autocast to turn off."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 class _RowLoss(torch.autograd.Function):
     """A backend's `types.Forward` as a flat tuple, of which the row losses are differentiable.
 
@@ -53,7 +46,7 @@ class _RowLoss(torch.autograd.Function):
         need_x: bool,
         need_w: bool,
     ) -> tuple[Tensor, ...]:
-        with _without_autocast(embeddings.device):
+        with without_autocast(embeddings.device):
             *results, saved = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
         return (*results, *saved)
 
@@ -85,7 +78,7 @@ class _RowLoss(torch.autograd.Function):
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         grad_row = torch.where(target == IGNORED, 0, grad_row)
         grad_x = grad_w = None
-        with _without_autocast(grad_row.device):
+        with without_autocast(grad_row.device):
             if ctx.need_x and ctx.needs_input_grad[0]:
                 grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
             if ctx.need_w and ctx.needs_input_grad[1]:

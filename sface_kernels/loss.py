@@ -13,6 +13,7 @@ from . import validation
 from .autograd import row_losses
 from .dispatch import check_name, select
 from .growing import replace_parameter
+from .histograms import AngleCounter
 from .ops import prepare_labels
 from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceStats
 
@@ -32,6 +33,7 @@ class _Options(TypedDict, total=False):
     ignore_index: int
     filter_eps: float | None
     backend: str
+    angle_counter: AngleCounter | None
 
 
 @overload
@@ -65,6 +67,7 @@ def sface_loss(
     ignore_index: int = -100,
     filter_eps: float | None = None,
     backend: str = "auto",
+    angle_counter: AngleCounter | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, SFaceStats]:
     """SFace, the sigmoid-constrained hypersphere loss, without any N×C tensor.
@@ -98,6 +101,7 @@ def sface_loss(
             size (Adam, AdamW, Adagrad, RMSprop) give 0: a class row whose every entry was dropped gets a gradient of
             exactly 0 and stands still where such an optimizer would move it. SGD is linear: the default is safe.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
+        angle_counter: counts the angles of this call (`sface_kernels.angles`).
         return_stats: also return `SFaceStats`.
 
     Returns:
@@ -121,6 +125,8 @@ def sface_loss(
     check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
     target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
     row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)  # [N], [6, N], [2]
+    if angle_counter is not None:
+        angle_counter(embeddings, weight, target, RowStats(*row_stats.unbind(0)))
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 
     loss = row_loss
@@ -159,6 +165,8 @@ class SFaceLoss(nn.Module):
         out_features: C, number of classes.
         device, dtype: of the weight; dtype float32 by default.
         s, k, a, b, k_inter, reduction, ignore_index, filter_eps, backend: as in `sface_loss`.
+        angle_histogram: in training mode, count the angles of every batch into `angle_counter`;
+            `head.angle_counter.histograms()` gives them, and `sface_kernels.angles` reads a and b from them.
 
     Example::
 
@@ -183,6 +191,7 @@ class SFaceLoss(nn.Module):
         ignore_index: int = -100,
         filter_eps: float | None = None,
         backend: str = "auto",
+        angle_histogram: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -198,11 +207,14 @@ class SFaceLoss(nn.Module):
         self.reduction, self.ignore_index = reduction, ignore_index
         self.filter_eps, self.backend = filter_eps, backend
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.angle_counter = AngleCounter(device=device) if angle_histogram else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """N(0, 2·√(2/C)): xavier normal with gain 2 over the fan-out, the reference module's."""
         nn.init.normal_(self.weight, std=2 * math.sqrt(2 / self.out_features))
+        if self.angle_counter is not None:
+            self.angle_counter.reset_parameters()
 
     @torch.no_grad()
     def add_classes(self, count: int, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -221,6 +233,8 @@ class SFaceLoss(nn.Module):
         if optimizer is not None:
             replace_parameter(optimizer, old, new, lambda t: torch.cat([t, t.new_zeros(count, *t.shape[1:])]))
         self.weight, self.out_features = new, total
+        if self.angle_counter is not None:
+            self.angle_counter.reset()  # its counts are shares of another number of classes
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
@@ -239,6 +253,7 @@ class SFaceLoss(nn.Module):
             ignore_index=self.ignore_index,
             filter_eps=self.filter_eps,
             backend=self.backend,
+            angle_counter=self.angle_counter if self.training else None,
             return_stats=return_stats,
         )
 
