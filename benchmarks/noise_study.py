@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -27,11 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import train_faces
 from faces import backbone, cartoon, data, folder, heads, options, verification, watch
 
-HEADS = ("default", "CASIA-WebFace", "MS1MV2", "suggested", "ArcFace")  # of angles.RECIPES, but the last two
+HEADS = ("default", "CASIA-WebFace", "suggested", "ArcFace")  # of angles.RECIPES, but the last two
 NOISE, SEEDS, FAR = (0.0, 0.1, 0.2), range(5), "1e-02"
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's, two-sided 95 %, by the number of seeds
-IDENTITIES, IMAGES = 120, 12  # generated; a quarter of the identities is never trained on
-EPOCHS, BATCH = {"generated": 14, "real": 40}, 32
+IDENTITIES, IMAGES = 64, 12  # generated; a quarter of the identities is never trained on
+EPOCHS, BATCH = {"generated": 10, "real": 20}, 32
+# Scale and learning rate: the best mean AUC on both data sets, right labels, seed 99 (which no run has), of those tried
+TUNED = {"ArcFace": [16.0, 0.02], "SFace": [64.0, 0.005]}
+SETTINGS = {"identities": IDENTITIES, "images": IMAGES, "epochs": EPOCHS, "batch": BATCH, "scale_and_lr": TUNED}
 KEY = ("data", "noise", "seed", "head")  # tells one training from another
 
 
@@ -49,7 +53,8 @@ def trained(key: tuple[Any, ...], faces: data.FaceSet, a: float, b: float) -> di
     kind, noise, seed, name = key
     split = data.split_identities(faces, 0.25, seed)
     images, labels = split.train.images, mislabelled(split.train.labels, noise, seed)
-    cpu, epochs, given = torch.device("cpu"), EPOCHS[kind], options.TrainOptions(a=a, b=b)
+    s, lr = TUNED["ArcFace" if name == "ArcFace" else "SFace"]
+    cpu, epochs, given = torch.device("cpu"), EPOCHS[kind], options.TrainOptions(s=s, lr=lr, a=a, b=b)
     torch.manual_seed(seed)
     network = backbone.FaceNet(given.embedding_size).to(memory_format=torch.channels_last)
     head = heads.build_head("arcface" if name == "ArcFace" else "fused", given, split.classes)
@@ -100,10 +105,9 @@ def main() -> None:
     given = parser.parse_args()
     faces = {"generated": data.FaceSet(*cartoon.generate_faces(IDENTITIES, IMAGES, 0), "generated")}
     faces |= {"real": folder.load_folder(given.data)[0]} if given.data else {}
-    settings = {"epochs": EPOCHS, "batch": BATCH, "identities": IDENTITIES, "images_each": IMAGES}
-    result = report.load(given.out) if given.out.exists() else report.new_report("table", settings, torch.device("cpu"))
-    if result["settings"] != settings:
-        parser.error(f"--out: {given.out} has runs with the settings {result['settings']}, and now they are {settings}")
+    result = report.load(given.out) if given.out.exists() else report.new_report("table", SETTINGS, torch.device("cpu"))
+    if result["settings"] != SETTINGS:
+        parser.error(f"--out: {given.out} has runs with the settings {result['settings']}, and now they are {SETTINGS}")
     done = {tuple(row[name] for name in KEY): row for row in result.setdefault("runs", [])}
     wanted = [(kind, noise, seed, name) for seed, noise, kind, name in itertools.product(SEEDS, NOISE, faces, HEADS)]
     for key in [key for key in wanted if key not in done][: given.runs]:

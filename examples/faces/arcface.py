@@ -55,7 +55,7 @@ class ArcFaceLoss(nn.Module):
             inter=loss - intra,
             cos_target=target.mean(),
             cos_other=others.mean(),
-            accuracy=(target > hardest).float().mean(),
+            accuracy=(target > hardest).to(cos.dtype).mean(),
             active_pairs=(~own).sum(),
             dropped=zero,
             dense_share=zero + 1,
