@@ -1,17 +1,15 @@
 """`python -m benchmarks.noise_study`: are a and b worth choosing, and does SFace stand wrong labels better than ArcFace?
 
-Small trainings with the example's faces, backbone and recipe: generated identities, and those of --data, a share of whose
-training images is given another identity's label; verification on identities never seen, with right labels. Each seed is
-another split, other wrong labels, other weights, the same for every head. "suggested" trains with what `angles.suggest`
-makes of the last epoch of the seed's run with the default a and b. Finished runs stay in --out and are not made again,
-so that --runs makes the study in pieces.
+Small trainings with the example's faces, backbone and recipe, on generated identities and on those of --data. A share of
+the training images gets another identity's label; verification is on identities never seen. Each seed is another split,
+other wrong labels, other weights, the same for every head. "suggested" trains with what `angles.suggest` makes of the last
+epoch of the seed's run with the default a and b. Finished runs stay in --out, so that --runs makes the study in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -31,8 +29,7 @@ from faces import backbone, cartoon, data, folder, heads, options, verification,
 HEADS = ("default", "CASIA-WebFace", "suggested", "ArcFace")  # of angles.RECIPES, but the last two
 NOISE, SEEDS, FAR = (0.0, 0.1, 0.2), range(5), "1e-02"
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's, two-sided 95 %, by the number of seeds
-IDENTITIES, IMAGES = 64, 12  # generated; a quarter of the identities is never trained on
-EPOCHS, BATCH = {"generated": 10, "real": 20}, 32
+IDENTITIES, IMAGES, BATCH, EPOCHS = 64, 12, 32, {"generated": 10, "real": 20}
 # Scale and learning rate: the best mean AUC on both data sets, right labels, seed 99 (which no run has), of those tried
 TUNED = {"ArcFace": [16.0, 0.02], "SFace": [64.0, 0.005]}
 SETTINGS = {"identities": IDENTITIES, "images": IMAGES, "epochs": EPOCHS, "batch": BATCH, "scale_and_lr": TUNED}
@@ -58,8 +55,7 @@ def trained(key: tuple[Any, ...], faces: data.FaceSet, a: float, b: float) -> di
     torch.manual_seed(seed)
     network = backbone.FaceNet(given.embedding_size).to(memory_format=torch.channels_last)
     head = heads.build_head("arcface" if name == "ArcFace" else "fused", given, split.classes)
-    parameters = [*network.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=given.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], lr=lr, momentum=0.9, weight_decay=5e-4)
     generator, step, steps = torch.Generator().manual_seed(seed), 0, epochs * data.steps_per_epoch(len(images), BATCH)
     for _ in range(epochs):
         watch.forget_angles(head)
@@ -70,8 +66,8 @@ def trained(key: tuple[Any, ...], faces: data.FaceSet, a: float, b: float) -> di
             train_faces.training_step(network, head, optimizer, inputs, labels[rows])
     found, counted = verification.verify(network, split.unseen, cpu), watch.batch_angles(head)
     suggested = None if counted is None else angles.suggest(counted)[:2]
-    about = dict(zip(KEY, key, strict=True)) | {"a": a, "b": b, "suggested": suggested}
-    return about | {"auc": found.auc, "tar": found.tar}
+    about = {"a": a, "b": b, "suggested": suggested, "auc": found.auc, "tar": found.tar}
+    return {**dict(zip(KEY, key, strict=True)), **about}
 
 
 def interval(values: list[float]) -> str:
@@ -83,13 +79,12 @@ def interval(values: list[float]) -> str:
 def summary(done: dict[tuple[Any, ...], dict[str, Any]]) -> list[dict[str, Any]]:
     """A line for each data set, share of wrong labels and head; differences are taken seed by seed."""
     lines = []
-    cases = dict.fromkeys((kind, noise, name) for kind, noise, _, name in done)
-    for kind, noise, name in sorted(cases, key=lambda case: case[:2]):
+    for kind, noise, name in sorted(dict.fromkeys((k, n, h) for k, n, _, h in done), key=lambda case: case[:2]):
         rows = {seed: done[kind, noise, seed, name] for seed in SEEDS if (kind, noise, seed, name) in done}
         pairs = [(row, done.get((kind, noise, seed, "ArcFace"))) for seed, row in rows.items()]
         a, b = (statistics.fmean(row[name] for row in rows.values()) for name in "ab")
-        line = {"data": kind, "wrong labels": f"{noise:.0%}", "head": name}
-        line["a, b"] = "–" if name == "ArcFace" else f"{a:.2f}, {b:.2f}"
+        recipe = "–" if name == "ArcFace" else f"{a:.2f}, {b:.2f}"
+        line = {"data": kind, "wrong labels": f"{noise:.0%}", "head": name, "a, b": recipe}
         line["AUC"] = interval([row["auc"] for row in rows.values()])
         line[f"TAR at FAR {FAR}"] = interval([row["tar"][FAR] for row in rows.values()])
         line["AUC less ArcFace's"] = interval([row["auc"] - other["auc"] for row, other in pairs if other])
@@ -111,10 +106,9 @@ def main() -> None:
     done = {tuple(row[name] for name in KEY): row for row in result.setdefault("runs", [])}
     wanted = [(kind, noise, seed, name) for seed, noise, kind, name in itertools.product(SEEDS, NOISE, faces, HEADS)]
     for key in [key for key in wanted if key not in done][: given.runs]:
-        recipe = angles.RECIPES.get(key[-1], angles.RECIPES["default"])
-        if key[-1] == "suggested":
-            recipe = done[(*key[:-1], "default")]["suggested"]
-        done[key] = trained(key, faces[key[0]], *recipe)
+        kind, noise, seed, name = key
+        suggested = name == "suggested" and done[kind, noise, seed, "default"]["suggested"]
+        done[key] = trained(key, faces[kind], *(suggested or angles.RECIPES.get(name, angles.RECIPES["default"])))
         result.update(runs=list(done.values()), rows=summary(done))
         report.save(result, given.out)
         print(*key, f"AUC {done[key]['auc']:.4f}", flush=True)
