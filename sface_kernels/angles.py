@@ -224,8 +224,9 @@ def draw_histograms(
 def finish_axis(axis: Axes) -> None:
     """Labels, degrees along the top and a legend, once the histograms are drawn."""
     axis.set(xlabel="angle θ to a class centre (rad)", ylabel="density of pairs (1/rad)", xlim=(0, math.pi))
-    axis.set_ylim(0, axis.get_ylim()[1] * 1.3)  # room for the legend
-    axis.legend(loc="upper right", title="angle to the", frameon=False, fontsize=9)
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.3)  # room for the names of a and b
+    # below the rescale curves' 1, at the far side, where hardly an angle is
+    axis.legend(loc="upper right", bbox_to_anchor=(1, 0.74), title="angle to the", frameon=False, fontsize=9)
     degrees = axis.secondary_xaxis("top", functions=(_to_degrees, _to_radians))
     degrees.set_xlabel("θ (degrees)")
 
