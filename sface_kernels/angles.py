@@ -21,6 +21,7 @@ from torch import Tensor
 from . import validation
 from .histograms import BINS, NOWHERE, AngleCounter, AngleHistograms, add_to_bins, bin_of
 from .ops import compute_dtype, prepare_labels
+from .precision import without_autocast
 from .types import DEFAULTS
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def count_angles(embeddings: Tensor, weight: Tensor, labels: Tensor, ignore_inde
     nearest = unit.new_full([len(unit)], -torch.inf)  # [N], largest cosine to another class
     block = max(1, BLOCK_ELEMENTS // max(1, *embeddings.shape))
     for first in range(0, weight.shape[0], block):
-        cos = unit @ F.normalize(weight[first : first + block].to(dtype)).t()  # [N, block]
+        with without_autocast(unit.device):
+            cos = unit @ F.normalize(weight[first : first + block].to(dtype)).t()  # [N, block]
         is_own = target.unsqueeze(1) == torch.arange(first, first + cos.shape[1], device=unit.device)
         add_to_bins(own, bin_of(cos, is_own))
         add_to_bins(other, bin_of(cos, counted.unsqueeze(1) & ~is_own))
@@ -144,7 +146,7 @@ def suggest(histograms: AngleHistograms) -> Suggestion:
         raise ValueError("histograms: expected counts of targets and of other classes, got none: train a step first")
     nearest, own = _quantile(hardest, 0.5), _quantile(target, 0.5)
     b = round(nearest, 2)
-    a = round(min(own, b - SMALLEST_GAP), 2)
+    a = round(max(0.0, min(own, b - SMALLEST_GAP)), 2)
     reasons = [
         f"b: half of the rows have another class nearer than {nearest:.2f} rad, and are pushed from it",
         f"a: half of the targets are farther than {own:.2f} rad from their class, and go on being pulled",
@@ -169,7 +171,7 @@ def _quantile(counts: Tensor, share: float) -> float:
 
 
 def _sigmoid_of_bins(k: float, middle: float) -> Tensor:
-    """Mean of sigmoid(k (θ − middle)) over each bin, `[BINS]` float64: the integral is ln(1 + exp(k (θ − middle))) / k."""
+    """Mean of sigmoid(k (θ − middle)) over the bins, `[BINS]` float64. Its integral is ln(1 + e^{k (θ − middle)}) / k."""
     edges = torch.linspace(0, math.pi, BINS + 1, dtype=torch.float64)
     integral = torch.logaddexp(torch.zeros_like(edges), k * (edges - middle)) / k
     return integral.diff() * (BINS / math.pi)

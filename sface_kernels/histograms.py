@@ -106,7 +106,12 @@ class AngleCounter(nn.Module):
             weight: `[C, D]`, on the same device.
             target: `[N]`, of `ops.prepare_labels`.
             rows: of the backend's forward; its `cos_target` and `hardest` are read.
+
+        Raises:
+            ValueError: the counter is on another device.
         """
+        if self.counts.device != weight.device:
+            raise ValueError(f"angle_counter: expected it on {weight.device}, as the weight, got {self.counts.device}")
         counted = (target != IGNORED) & (target != INVALID)  # [N]
         own, drawn, hardest = self.counts
         add_to_bins(own, bin_of(rows.cos_target, target >= 0))

@@ -126,6 +126,8 @@ def sface_loss(
     target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
     row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)  # [N], [6, N], [2]
     if angle_counter is not None:
+        if not isinstance(angle_counter, AngleCounter):
+            raise TypeError(f"angle_counter: expected an AngleCounter, got {type(angle_counter).__name__}")
         angle_counter(embeddings, weight, target, RowStats(*row_stats.unbind(0)))
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import nn
 
 from sface_kernels.angles import AngleHistograms
@@ -22,13 +23,18 @@ SHORTEST_BAR = 6  # characters
 SECONDS_BETWEEN_PLOTS = 15.0
 
 
+class TimeLeft(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        return super().render(task) + Text(" left")
+
+
 def training_progress(console: Console) -> Progress:
-    """A bar that takes one line whatever the terminal's width: what does not fit is left out, the bar last but two."""
+    """A bar that takes one line whatever the terminal's width: what does not fit is left out."""
     columns: list[tuple[int, ProgressColumn]] = [  # with their widths; the first ones matter most
         (9, TextColumn("{task.description}")),
         (5, TextColumn("{task.percentage:3.0f} %")),
-        (7, TimeRemainingColumn(compact=True)),
         (12, TextColumn("loss {task.fields[loss]:7.2f}")),
+        (12, TimeLeft(compact=True)),
         (SHORTEST_BAR, BarColumn()),
         (16, TextColumn("{task.fields[rate]:6.0f} samples/s")),
         (7, TimeElapsedColumn()),

@@ -110,7 +110,8 @@ def test_progress_takes_one_line_at_any_width(width):
     line = shown.getvalue()
     assert line.count("\n") == 1 and len(line) <= width + 1 and "refer" in line
     assert "…" not in line or width < 20
-    assert ("loss -137.25" in line) == (width >= 40) and ("123456 samples/s" in line) == (width >= 80)
+    assert ("loss -137.25" in line) == (width >= 30) and (" left" in line) == (width >= 60)
+    assert ("123456 samples/s" in line) == (width >= 80)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "autograd": {"types", "dispatch", "precision"},
     "histograms": {"types", "ops", "validation", "precision"},
     "loss": {"types", "ops", "dispatch", "validation", "autograd", "growing", "histograms"},
-    "angles": {"types", "ops", "validation", "histograms", "loss"},
+    "angles": {"types", "ops", "validation", "precision", "histograms"},
     "__init__": {"_version", "types", "dispatch", "loss"},
     "distributed": {"distributed", "types", "ops", "dispatch", "validation", "autograd", "growing", "loss"},
     "compat": {"types", "ops", "loss", "dispatch", "distributed", "validation"},
