@@ -171,7 +171,7 @@ def _quantile(counts: Tensor, share: float) -> float:
 
 
 def _sigmoid_of_bins(k: float, middle: float) -> Tensor:
-    """Mean of sigmoid(k (θ − middle)) over the bins, `[BINS]` float64. Its integral is ln(1 + e^{k (θ − middle)}) / k."""
+    """Mean of sigmoid(k (θ − middle)) in each bin, `[BINS]` float64; the integral is softplus(k (θ − middle)) / k."""
     edges = torch.linspace(0, math.pi, BINS + 1, dtype=torch.float64)
     integral = torch.logaddexp(torch.zeros_like(edges), k * (edges - middle)) / k
     return integral.diff() * (BINS / math.pi)

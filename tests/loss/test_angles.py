@@ -93,9 +93,9 @@ def test_a_large_problem_is_estimated_without_bias_and_within_the_stated_error()
     found, exact = head.angle_counter.histograms(), count_angles(x, head.weight, labels)
     assert torch.equal(found.target, exact.target * steps) and torch.equal(found.hardest, exact.hardest * steps)
     assert found.other.sum() == pytest.approx(steps * n * (c - 1), rel=1e-12)
-    drawn = exact.other * steps * 256 / c  # pairs that are expected to be drawn
+    drawn = exact.other * steps * 64 / c  # pairs that are expected to be drawn
     crowd = 2.0  # rows of a batch that one class has in a bin, at the most likely: 16 rows over some 100 bins
-    assert bool(((found.other / steps - exact.other).abs() * (256 / c) * steps <= 5 * (crowd * drawn).sqrt() + 5).all())
+    assert bool(((found.other / steps - exact.other).abs() * (64 / c) * steps <= 5 * (crowd * drawn).sqrt() + 5).all())
 
 
 def test_every_class_is_drawn_equally_often_and_from_the_whole_range():
@@ -110,7 +110,7 @@ def test_every_class_is_drawn_equally_often_and_from_the_whole_range():
     assert bool(((seen - expected).abs() < 6 * expected**0.5).all())
     large = AngleCounter(classes_per_step=4096)._draw(16_000_000)
     assert bool((large >= 0).all()) and bool((large < 16_000_000).all()) and len(large.unique()) == 4096
-    assert torch.equal(AngleCounter()._draw(200), torch.arange(200))
+    assert torch.equal(AngleCounter()._draw(60), torch.arange(60))
 
 
 def test_counting_changes_nothing_else():
