@@ -25,7 +25,6 @@ import torch
 import typer
 from faces.angles import angle_histograms
 from faces.backbone import FaceNet
-from faces.cartoon import generate_faces
 from faces.checkpoint import (
     CHECKPOINT,
     CheckpointError,
@@ -38,21 +37,18 @@ from faces.checkpoint import (
     save_checkpoint,
 )
 from faces.comparison import HeadRun, compare
-from faces.data import DataError, FaceSet, Split, augment, batches, split_identities, steps_per_epoch
+from faces.data import DataError, Split, augment, batches, split_identities, steps_per_epoch
 from faces.files import OutputError, output_folders, printable
-from faces.folder import load_folder, shortened
-from faces.heads import BACKENDS, build_head
+from faces.heads import about, build_head
 from faces.options import OptionError, TrainOptions
 from faces.plots import PLOTS, Curves, draw_all
 from faces.processes import averaged, own_rows, process_group, whole
 from faces.record import BACKBONE, EVENTS, HEAD, METRICS, STATISTICS, Recorder
+from faces.source import load_faces
 from faces.verification import embed, verify
-from faces.watch import epoch_line, training_progress
+from faces.watch import LIVE, LivePlot, batch_angles, epoch_line, forget_angles, training_progress
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
-
-from sface_kernels import explain
 
 WARMUP = 0.05  # share of the steps over which the learning rate rises
 
@@ -82,7 +78,7 @@ def train_into_folders(options: TrainOptions, saved: dict[str, Any], console: Co
     """`train`, once the options are known to be sound. `saved` has the checkpoints to go on from, by head."""
     heads = options.folders.values()
     folders = dict.fromkeys((options.out, *heads, *(folder / EVENTS for folder in heads)))
-    with output_folders(folders, (CHECKPOINT, METRICS, BACKBONE, HEAD, *(f"{plot}.png" for plot in PLOTS))):
+    with output_folders(folders, (CHECKPOINT, METRICS, BACKBONE, HEAD, LIVE, *(f"{plot}.png" for plot in PLOTS))):
         return train_heads(options, saved, console)
 
 
@@ -106,22 +102,9 @@ def train_heads(options: TrainOptions, saved: dict[str, Any], console: Console) 
     if len(runs) > 1:
         plots = compare(runs, options, console)
     console.print("Plots: " + ", ".join(map(printable, plots)), soft_wrap=True)
-    console.print(f"Curves: tensorboard --logdir {shlex.quote(printable(options.out))}", soft_wrap=True)
+    if options.tensorboard:
+        console.print(f"Curves: tensorboard --logdir {shlex.quote(printable(options.out))}", soft_wrap=True)
     return runs
-
-
-def load_faces(options: TrainOptions, console: Console) -> tuple[FaceSet, list[str]]:
-    """The faces of --data, or generated ones, and what was left out of the folder: the first of it is printed too."""
-    if options.data is None:
-        identities, each = options.identities or 400, options.images_per_identity or 20
-        console.print(f"Drawing {identities} identities with {each} images each (seed {options.seed})")
-        return FaceSet(*generate_faces(identities, each, options.seed), f"{identities} generated identities"), []
-    faces, left_out = load_folder(options.data, lambda files: track(files, "Reading faces", console=console))
-    if left_out:
-        console.print(
-            f"Files and folders left out: {len(left_out)}, listed in {METRICS}: {shortened(left_out)}", soft_wrap=True
-        )
-    return faces, left_out
 
 
 def train_head(
@@ -150,16 +133,18 @@ def train_head(
         metrics.update(steps=state["metrics"]["steps"], epochs=state["metrics"]["epochs"])
         recorder.save(backbone, head)  # an interrupt may have left what they were before the checkpoint
         console.print(f"{name}: going on after epoch {len(metrics['epochs'])}")
-    console.print(explain(device, backend=BACKENDS[name]).splitlines()[0])
+    console.print(about(name, device))
     images, epochs, done = len(split.train.images), options.epochs or 1, len(metrics["epochs"])
     total_steps = epochs * steps_per_epoch(images, options.batch_size or 1)
-    result = None
+    result, live = None, LivePlot(folder / LIVE if options.live_plot else None, name, options)
     try:
-        recorder.open_events()
+        if options.tensorboard:
+            recorder.open_events()
         with training_progress(console) as progress:
             bar = progress.add_task(name, total=epochs * images, completed=done * images, loss=math.nan, rate=0.0)
             for epoch in range(done + 1, epochs + 1):
                 start = time.perf_counter()
+                forget_angles(head)
                 for rows in batches(images, options.batch_size or 1, generator):
                     began, step = time.perf_counter(), len(metrics["steps"]) + 1
                     set_learning_rate(optimizer, options.lr, step, total_steps)
@@ -171,9 +156,11 @@ def train_head(
                     if not math.isfinite(values["loss"]):
                         raise DivergedError(f"the loss is {values['loss']} at step {step}: try a lower --lr")
                     progress.update(bar, advance=len(rows), loss=values["loss"], rate=len(rows) / seconds)
+                    live.update(metrics["steps"], head)
                 seconds = time.perf_counter() - start
                 result = verify(backbone, split.unseen, device)
-                recorder.epoch(epoch, seconds, result)
+                recorder.epoch(epoch, seconds, result, batch_angles(head))
+                live.update(metrics["steps"], head, now=True)
                 save_checkpoint(folder, training, metrics)
                 recorder.save(backbone, head)
                 progress.console.print(epoch_line(name, epoch, epochs, metrics, images / seconds, result))
@@ -189,10 +176,10 @@ def train_head(
         recorder.close()
     result = result or verify(backbone, split.unseen, device)
     weight = whole(head.weight.detach())
-    own, others = angle_histograms(backbone, weight, split.train, device)
+    angles = angle_histograms(backbone, weight, split.train, device)
     batch = slice(0, options.batch_size)
     embeddings = embed(backbone, split.train.images[batch], device).to(device)
-    curves = Curves(metrics["steps"], result, own, others)
+    curves = Curves(metrics["steps"], result, angles)
     return HeadRun(curves, metrics, weight, embeddings, split.train.labels[batch].to(device))
 
 
@@ -230,12 +217,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
 class HeadChoice(str, Enum):
     fused = "fused"
     reference = "reference"
+    arcface = "arcface"
     both = "both"
 
 
 def command(
     data: Annotated[Path | None, typer.Option(help="Folder with one sub-folder of images per identity. Left out: generated cartoon faces.")] = None,
-    head: Annotated[HeadChoice, typer.Option(help="fused: the fastest backend here; reference: plain PyTorch; both: one after the other, compared.")] = HeadChoice.fused,
+    head: Annotated[HeadChoice, typer.Option(help="fused: the fastest backend here; reference: plain PyTorch; both: these two, compared; arcface: plain ArcFace.")] = HeadChoice.fused,
     out: Annotated[Path, typer.Option(help="Where metrics.json, plots, TensorBoard events and weights go.")] = Path("runs/faces"),
     epochs: Annotated[int | None, typer.Option(help="Left out: below 10 000 training images 30 (generated: 8), else 20.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Left out: below 10 000 training images 32 (generated: 64), else 128.")] = None,
@@ -252,6 +240,8 @@ def command(
     identities: Annotated[int | None, typer.Option(help="Number of generated identities (400).")] = None,
     images_per_identity: Annotated[int | None, typer.Option(help="Images of each generated identity (20).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, with the same options.")] = False,
+    live_plot: Annotated[bool, typer.Option("--live-plot", help="Rewrite live.png in --out every 15 seconds: the loss, and where the angles are.")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard events; needs the package tensorboard.")] = True,
     class_parallel: Annotated[bool, typer.Option("--class-parallel", help="Under torchrun: every process takes its rows of a batch and its classes of the head.")] = False,
 ) -> None:  # fmt: skip
     """Train a small face recogniser with the SFace loss and verify it on identities it has never seen.

@@ -13,6 +13,7 @@ from . import cosines, validation
 from .autograd import row_losses
 from .dispatch import check_name, select
 from .growing import replace_parameter
+from .histograms import AngleCounter
 from .ops import prepare_labels
 from .summary import describe_rows, row_weights, summarise
 from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceRowStats, SFaceStats
@@ -34,6 +35,7 @@ class _Options(TypedDict, total=False):
     sample_weight: Tensor | None
     filter_eps: float | None
     backend: str
+    angle_counter: AngleCounter | None
 
 
 @overload
@@ -72,6 +74,7 @@ def sface_loss(
     sample_weight: Tensor | None = None,
     filter_eps: float | None = None,
     backend: str = "auto",
+    angle_counter: AngleCounter | None = None,
     return_stats: bool | str = False,
 ) -> Tensor | tuple[Tensor, SFaceStats | SFaceRowStats]:
     """SFace, the sigmoid-constrained hypersphere loss, without any N×C tensor.
@@ -108,6 +111,7 @@ def sface_loss(
             size (Adam, AdamW, Adagrad, RMSprop) give 0: a class row whose every entry was dropped gets a gradient of
             exactly 0 and stands still where such an optimizer would move it. SGD is linear: the default is safe.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
+        angle_counter: counts the angles of this call (`sface_kernels.angles`).
         return_stats: True returns `SFaceStats` too, means and counts of the batch; "rows" `SFaceRowStats`, a number for
             each row. On the device, detached, whatever the reduction.
 
@@ -132,6 +136,10 @@ def sface_loss(
 
     target = prepare_labels(labels, weight.shape[0], ignore_index, validation.checks_labels(embeddings.device))  # [N]
     row_loss, row_stats, hardest_class, counts = row_losses(embeddings, weight, target, chosen, hp)
+    if angle_counter is not None:
+        if not isinstance(angle_counter, AngleCounter):
+            raise TypeError(f"angle_counter: expected an AngleCounter, got {type(angle_counter).__name__}")
+        angle_counter(embeddings, weight, target, RowStats(*row_stats.unbind(0)))
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 
     loss, total = row_loss, counted
@@ -168,6 +176,8 @@ class SFaceLoss(nn.Module):
         init_std: standard deviation of the initial weight, > 0; 2·√(2/C) if None. An SGD step turns a row by an angle
             that goes with 1/‖row‖², so the default makes the first steps larger the more classes there are;
             D**-0.5 makes rows of length about 1 whatever C is (docs/training.md).
+        angle_histogram: in training mode, count the angles of every batch into `angle_counter`;
+            `head.angle_counter.histograms()` gives them, and `sface_kernels.angles` reads a and b from them.
 
     Example::
 
@@ -195,6 +205,7 @@ class SFaceLoss(nn.Module):
         filter_eps: float | None = None,
         backend: str = "auto",
         init_std: float | None = None,
+        angle_histogram: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -211,11 +222,14 @@ class SFaceLoss(nn.Module):
         self.filter_eps, self.backend = filter_eps, backend
         self.init_std = None if init_std is None else validation.positive("init_std", init_std)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.angle_counter = AngleCounter(device=device) if angle_histogram else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """N(0, init_std), or N(0, 2·√(2/C)) where that is None."""
         nn.init.normal_(self.weight, std=initial_std(self.out_features, self.init_std))
+        if self.angle_counter is not None:
+            self.angle_counter.reset_parameters()
 
     @torch.no_grad()
     def add_classes(self, count: int, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -234,6 +248,8 @@ class SFaceLoss(nn.Module):
         if optimizer is not None:
             replace_parameter(optimizer, old, new, lambda t: torch.cat([t, t.new_zeros(count, *t.shape[1:])]))
         self.weight, self.out_features = new, total
+        if self.angle_counter is not None:
+            self.angle_counter.reset()  # its counts are shares of another number of classes
 
     def forward(
         self,
@@ -258,6 +274,7 @@ class SFaceLoss(nn.Module):
             sample_weight=sample_weight,
             filter_eps=self.filter_eps,
             backend=self.backend,
+            angle_counter=self.angle_counter if self.training else None,
             return_stats=return_stats,
         )
 

@@ -22,7 +22,10 @@ PARTS: dict[str, Any] = {
 METRICS: dict[str, Any] = {"options": dict, "head": str, "data": dict, "steps": list, "epochs": list}
 EPOCH: dict[str, Any] = {"epoch": int, "seconds": float, "verification": dict}
 # A run may go on elsewhere: on another machine, from another folder with the same images, into another one.
-FREE_ON_RESUME = {"data", "head", "device", "threads", "out", "resume", "class_parallel", "source", "left_out"}
+FREE_ON_RESUME = {
+    *("data", "head", "device", "threads", "out", "resume", "class_parallel", "source", "left_out"),
+    *("live_plot", "tensorboard"),
+}
 
 
 class CheckpointError(ValueError):
@@ -65,13 +68,13 @@ def save_checkpoint(folder: Path, training: Training, metrics: dict[str, Any]) -
     write_file(folder / CHECKPOINT, packed(state))
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
+def read_checkpoint(folder: Path, name: str = CHECKPOINT) -> dict[str, Any]:
     """The state that `save_checkpoint` wrote into the folder.
 
     Raises:
         CheckpointError: there is none, or it is something else.
     """
-    path = folder / CHECKPOINT
+    path = folder / name
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +53,8 @@ class TrainOptions:
     images_per_identity: int | None = None
     resume: bool = False
     class_parallel: bool = False
+    live_plot: bool = False
+    tensorboard: bool = True
 
     @property
     def heads(self) -> list[str]:
@@ -91,6 +94,10 @@ class TrainOptions:
         if self.class_parallel and not started_by_torchrun():
             raise OptionError(
                 "--class-parallel: expected to be started by torchrun --nproc-per-node=2 train_faces.py …"
+            )
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise OptionError(
+                "--tensorboard: tensorboard is not installed: pip install tensorboard, or go without by --no-tensorboard"
             )
         self._check_device()
         if self.data is not None:

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .angles import BINS
+from sface_kernels.angles import AngleHistograms, draw_histograms, draw_rescale, finish_axis
+
 from .files import write_file
 from .verification import Verification
 
@@ -35,7 +36,11 @@ STYLE = {
     "legend.frameon": False,
 }
 # Drawn in this order; dashes let the curve below show through where two agree.
-HEADS = {"fused": ("#2563eb", "-", 2.2), "reference": ("#f97316", (0, (4, 3)), 1.5)}
+HEADS = {
+    "fused": ("#2563eb", "-", 2.2),
+    "reference": ("#f97316", (0, (4, 3)), 1.5),
+    "arcface": ("#7c3aed", "-", 2.2),
+}
 
 
 class Curves(NamedTuple):
@@ -43,8 +48,7 @@ class Curves(NamedTuple):
 
     steps: list[dict[str, float]]  # metrics["steps"]
     verification: Verification
-    target_angles: Tensor  # [BINS] counts over 0 … π
-    other_angles: Tensor  # [BINS]
+    angles: AngleHistograms
 
 
 def draw_all(runs: dict[str, Curves], options: dict[str, Any], folder: Path) -> list[Path]:
@@ -74,10 +78,14 @@ def draw_all(runs: dict[str, Curves], options: dict[str, Any], folder: Path) -> 
         )
         paths = [folder / f"{name}.png" for name in PLOTS]
         for path, figure in zip(paths, figures, strict=True):
-            content = io.BytesIO()
-            figure.savefig(content, format="png")
-            write_file(path, content.getbuffer())
+            _write(figure, path)
     return paths
+
+
+def _write(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_file(path, content.getbuffer())
 
 
 def _smooth(values: Tensor, window: int) -> Tensor:
@@ -88,19 +96,22 @@ def _smooth(values: Tensor, window: int) -> Tensor:
     return (total[end] - total[start]) / (end - start)
 
 
+def _curve(axis: Axes, steps: list[dict[str, float]], key: str, name: str) -> None:
+    colour, dash, width = HEADS[name]
+    step = torch.tensor([values["step"] for values in steps])
+    values = torch.tensor([values[key] for values in steps], dtype=torch.float64)
+    axis.plot(step, values, color=colour, alpha=0.18, linewidth=0.8)
+    smooth = _smooth(values, max(1, len(values) // 40))
+    axis.plot(step, smooth, color=colour, linestyle=dash, linewidth=width, label=name)
+
+
 def _over_steps(runs: dict[str, Curves], panels: dict[str, str], ylabel: str) -> Figure:
     figure = Figure(figsize=(4.6 * len(panels), 3.7), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for name, run in runs.items():
-            if not run.steps:
-                continue
-            colour, dash, width = HEADS[name]
-            step = torch.tensor([values["step"] for values in run.steps])
-            values = torch.tensor([values[key] for values in run.steps], dtype=torch.float64)
-            window = max(1, len(values) // 40)
-            axis.plot(step, values, color=colour, alpha=0.18, linewidth=0.8)
-            axis.plot(step, _smooth(values, window), color=colour, linestyle=dash, linewidth=width, label=name)
+            if run.steps:
+                _curve(axis, run.steps, key, name)
         axis.set(title=title, xlabel="training step")
         axis.margins(x=0.01)
     axes[0].set_ylabel(ylabel)
@@ -135,42 +146,33 @@ def _roc(runs: dict[str, Curves]) -> Figure:
 def _angles(runs: dict[str, Curves], options: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(8.2, 4.4), layout="constrained")
     axis = figure.subplots()
-    theta = (torch.arange(BINS) + 0.5) * (math.pi / BINS)
     for name, run in runs.items():
-        _, dash, _ = HEADS[name]
         of_head = f" ({name})" if len(runs) > 1 else ""
-        kinds = (("own centre", run.target_angles, "#16a34a"), ("other centres", run.other_angles, "#64748b"))
-        for label, counts, colour in kinds:
-            density = counts / counts.sum().clamp_min(1) / (math.pi / BINS)
-            if name == next(iter(runs)):
-                axis.fill_between(theta, density, step="mid", color=colour, alpha=0.22, linewidth=0)
-            axis.step(theta, density, where="mid", color=colour, linestyle=dash, linewidth=1.4, label=label + of_head)
-    axis.set(xlabel="angle θ to a class centre (rad)", ylabel="density of pairs (1/rad)", xlim=(0, math.pi))
-    axis.set_ylim(0, axis.get_ylim()[1] * 1.25)  # room for the legend
-    axis.legend(loc="upper right", ncols=2, title="training images, angle to the")
-    _draw_rescale(axis, options)
-    degrees = axis.secondary_xaxis("top", functions=(_to_degrees, _to_radians))
-    degrees.set_xlabel("θ (degrees)")
+        draw_histograms(axis, run.angles, of_head, HEADS[name][1], fill=name == next(iter(runs)))
+    finish_axis(axis)
+    if "arcface" not in runs:
+        draw_rescale(axis, *(options[name] for name in "kab"))
     return figure
 
 
-def _to_degrees(radians: Any) -> Any:
-    return radians * (180 / math.pi)
+def draw_live(
+    steps: list[dict[str, float]], angles: AngleHistograms | None, name: str, options: dict[str, Any], path: Path
+) -> None:
+    """Writes one picture of a training that goes on: the loss, and the angles of this epoch's batches or else cosines.
 
-
-def _to_radians(degrees: Any) -> Any:
-    return degrees * (math.pi / 180)
-
-
-def _draw_rescale(axis: Axes, options: dict[str, Any]) -> None:
-    """The two rescale functions, equations (3) and (4), as shares of s on a right-hand axis."""
-    k, a, b = (options[name] for name in "kab")
-    theta = torch.linspace(0, math.pi, 1000, dtype=torch.float64)
-    right = axis.twinx()
-    right.grid(False)
-    right.spines["right"].set_visible(True)
-    right.plot(theta, torch.sigmoid(k * (theta - a)), color="#15803d", linewidth=1.8)
-    right.plot(theta, torch.sigmoid(-k * (theta - b)), color="#b91c1c", linewidth=1.8)
-    right.set(ylabel="rescale, as a share of s", ylim=(0, 1.25), yticks=[0, 0.25, 0.5, 0.75, 1])
-    right.text(a + 0.02, 1.03, f"intra, a = {a:g}", color="#15803d", fontsize=9)
-    right.text(b - 0.02, 1.09, f"inter, b = {b:g}", color="#b91c1c", fontsize=9, ha="right")
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+        _curve(left, steps, "loss", name)
+        left.set(title=f"{name}: loss", xlabel="training step")
+        if angles is None:
+            _curve(right, steps, "cos_target", name)
+            right.set(title="mean cosine to the own centre", xlabel="training step")
+        else:
+            draw_histograms(right, angles)
+            finish_axis(right)
+            draw_rescale(right, *(options[key] for key in "kab"))
+        _write(figure, path)

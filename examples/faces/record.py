@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sface_kernels.angles import AngleHistograms
+
 from .events import Events
 from .files import write_file, write_json, writing
 from .options import TrainOptions
@@ -43,11 +45,17 @@ class Recorder:
         self.metrics["steps"].append(values)
         self._curves({f"train/{name}": value for name, value in values.items() if name not in ("step", "epoch")})
 
-    def epoch(self, epoch: int, seconds: float, result: Verification) -> None:
+    def epoch(self, epoch: int, seconds: float, result: Verification, angles: AngleHistograms | None = None) -> None:
+        """The end of an epoch. `angles` are those of its batches, which go to TensorBoard."""
         verification = verification_json(result)
         self.metrics["epochs"].append({"epoch": epoch, "seconds": seconds, "verification": verification})
         curves = {f"unseen/{name}": verification[name] for name in ("auc", "accuracy")}
         self._curves(curves | {f"unseen/tar_at_far_{far}": tar for far, tar in result.tar.items()}, flush=True)
+        if self._events is not None and angles is not None:
+            with writing(self.folder / EVENTS):
+                for name, counts in angles._asdict().items():
+                    self._events.add_angles(f"angles/{name}", counts, len(self.metrics["steps"]))
+                self._events.flush()
 
     def _curves(self, values: dict[str, float], flush: bool = False) -> None:
         if self._events is None:

@@ -12,6 +12,7 @@ import typer
 
 from .._version import __version__
 from ..bench import report
+from .angles import angles
 from .bench import INTERRUPTED, bench
 from .check import check
 from .info import info
@@ -20,7 +21,7 @@ from .plot import plot
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-for command in (info, check, bench, plot):
+for command in (info, check, bench, plot, angles):
     app.command()(command)
 
 

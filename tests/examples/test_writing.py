@@ -15,7 +15,8 @@ import torch
 from tests.examples.running import TINY, failed, metrics, run, strict_json, train_faces, write_faces
 
 import matplotlib.figure  # isort: skip
-from faces import events, files  # isort: skip
+from faces import files  # isort: skip
+from tensorboard.summary.writer import record_writer  # isort: skip
 from faces.checkpoint import CHECKPOINT, read_checkpoint  # isort: skip
 from faces.files import OutputError, printable, write_file, write_json  # isort: skip
 
@@ -162,7 +163,7 @@ def test_a_failing_picture_leaves_no_half_of_it(tmp_path, monkeypatch):
 
 def test_a_full_disk_under_the_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(train_faces, "draw_all", lambda *_: [])
-    writes, plain = [], events.RecordWriter.write
+    writes, plain = [], record_writer.RecordWriter.write
 
     def write(self, record):
         writes.append(record)
@@ -170,7 +171,7 @@ def test_a_full_disk_under_the_curves(tmp_path, monkeypatch):
             raise full()
         plain(self, record)
 
-    monkeypatch.setattr(events.RecordWriter, "write", write)
+    monkeypatch.setattr(record_writer.RecordWriter, "write", write)
     result = run(*TINY, "--epochs", 2, "--out", tmp_path)
     failed(result, 1, str(tmp_path / "tensorboard"), "No space left on device")
     assert promised(result.output) == is_sound(tmp_path) == 1
@@ -181,12 +182,16 @@ def test_curves_can_be_read_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_faces, "draw_all", lambda *_: [])
     assert run(*TINY, "--epochs", 3, "--out", tmp_path).exit_code == 0
-    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    curves = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0}).Reload()  # 0: all of them
     steps = metrics(tmp_path)["steps"]
     shown = curves.Scalars("train/loss")
     assert [point.step for point in shown] == [step["step"] for step in steps]
     assert [point.value for point in shown] == pytest.approx([step["loss"] for step in steps], rel=1e-6)
     assert [point.step for point in curves.Scalars("unseen/auc")] == [1, 2, 3]
+    for kind in ("target", "other", "hardest"):
+        assert [point.step for point in curves.Histograms(f"angles/{kind}")] == [1, 2, 3]
+    # an epoch has one step of 4 rows and 2 classes
+    assert [point.histogram_value.num for point in curves.Histograms("angles/target")] == [4, 4, 4]
 
 
 def test_json_is_strict_whatever_is_in_it(tmp_path):

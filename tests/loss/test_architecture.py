@@ -37,7 +37,12 @@ MAY_IMPORT = {
     "autograd": {"types", "dispatch", "precision"},
     "cosines": {"ops", "precision", "validation"},
     "summary": {"types"},
-    "loss": {"types", "ops", "dispatch", "validation", "autograd", "growing", "cosines", "summary"},
+    "histograms": {"types", "ops", "validation", "precision"},
+    "loss": {
+        *{"types", "ops", "dispatch", "validation", "autograd", "growing"},
+        *{"cosines", "histograms", "summary"},
+    },
+    "angles": {"types", "ops", "validation", "precision", "histograms"},
     "__init__": {"_version", "types", "dispatch", "loss"},
     "distributed": {
         *{"distributed", "types", "ops", "dispatch", "validation", "autograd", "growing", "loss"},
@@ -47,7 +52,7 @@ MAY_IMPORT = {
     "testing": {"testing", "loss", "dispatch", "validation", "types"},
     "bench": {"bench", "testing", "loss", "dispatch", "validation", "types", "precision", "_version"},
     "bench.plots": {"bench"},
-    "cli": {"cli", "bench", "testing", "dispatch", "types", "_version"},
+    "cli": {"cli", "bench", "testing", "angles", "dispatch", "types", "_version"},
     "__main__": {"cli"},
 }
 
@@ -124,7 +129,7 @@ def test_only_the_triton_backend_imports_triton():
 def test_leaves_need_torch_and_the_standard_library_only():
     """The package imports, traces and tests without numpy or anything else. PyTorch brings typing_extensions."""
     for name, tree in modules():
-        if name.startswith("backends.triton") or layer(name) in ("cli", "compat", "bench.plots"):
+        if name.startswith("backends.triton") or layer(name) in ("cli", "compat", "bench.plots", "angles"):
             continue
         foreign = (
             {target.split(".")[0] for target in imports(name, tree)}
@@ -208,7 +213,7 @@ def test_import_is_light():
     new = in_a_process(before + after).split()
     heavy = {"triton", "numpy", "torch._inductor", "torch._dynamo", "torch.utils.cpp_extension", "setuptools"}
     assert not heavy & set(new), heavy & set(new)
-    assert not {f"sface_kernels.{part}" for part in ("compat", "cli", "bench", "testing")} & set(new)
+    assert not {f"sface_kernels.{part}" for part in ("compat", "cli", "bench", "testing", "angles")} & set(new)
 
 
 def test_one_openmp_runtime(native):

@@ -1,0 +1,322 @@
+"""Angle histograms against brute force, what they cost in tensors, and what is read off them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sface_kernels import SFaceLoss, angles, sface_loss
+from sface_kernels.angles import BINS, RECIPES, AngleCounter, AngleHistograms, count_angles, shares, suggest
+from tests.loss.test_architecture import Sizes
+from tests.support.cases import ROOT
+
+WIDTH = math.pi / BINS
+
+
+class Brute(NamedTuple):
+    """Angles of all pairs in float64, by kind."""
+
+    target: Tensor
+    other: Tensor
+    hardest: Tensor
+
+
+def brute_force(x: Tensor, w: Tensor, labels: Tensor) -> Brute:
+    kept = labels != -100
+    cos = (F.normalize(x.detach().double()) @ F.normalize(w.detach().double()).t())[kept].clamp(-1, 1)
+    own = F.one_hot(labels[kept].reshape(-1), len(w)).bool()
+    others = cos.masked_fill(own, -torch.inf)
+    hardest = others.amax(1) if len(w) > 1 else cos.new_empty(0)
+    return Brute(cos[own].acos(), cos[~own].acos(), hardest.acos())
+
+
+def assert_counts(counts: Tensor, found: Tensor, error: float) -> None:
+    """`counts` are those of the angles, where each may be off by `error`: up to every edge of a bin as many."""
+    edges = torch.arange(1, BINS, dtype=torch.float64) * WIDTH
+    below = counts.cumsum(0)[:-1]
+    at_least = (found.unsqueeze(1) <= edges - error).sum(0)
+    at_most = (found.unsqueeze(1) < edges + error).sum(0)
+    assert counts.sum() == len(found) and bool((at_least <= below).all()) and bool((below <= at_most).all())
+
+
+# A cosine in float32 errs by some roundings, D·2⁻²⁴ at most, and near ±1 an error e of the cosine is √(2e) of the angle.
+ERROR = math.sqrt(2 * 16 * 2.0**-24) + 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(0, 9), c=st.integers(1, 40), d=st.integers(1, 16), seed=st.integers(0, 99), near=st.booleans())
+def test_small_problems_are_counted_exactly(n, c, d, seed, near):
+    generator = torch.Generator().manual_seed(seed)
+    head = SFaceLoss(d, c, angle_histogram=True)
+    labels = torch.randint(0, c, (n,), generator=generator)
+    x = torch.randn(n, d, generator=generator)
+    if near:  # samples on their centres and opposite others
+        x = head.weight.detach()[labels] * torch.tensor([1.0, -2.0])[torch.arange(n) % 2].unsqueeze(1)
+    labels[::4] = -100
+    head(x, labels)
+    expected = brute_force(x, head.weight, labels)
+    for histograms in (head.angle_counter.histograms(), count_angles(x, head.weight, labels)):
+        for counts, found in zip(histograms, expected, strict=True):
+            assert counts.dtype == torch.float64
+            assert_counts(counts, found, ERROR)
+
+
+def test_every_backend_and_dtype_counts_alike(case):
+    x = torch.randn(12, 16, device=case.device, dtype=case.dtype)
+    labels = torch.arange(12, device=case.device)
+    head = SFaceLoss(16, 30, angle_histogram=True, backend=case.backend, device=case.device, dtype=case.weight_dtype)
+    head(x, labels)
+    found = head.angle_counter.histograms()
+    for counts, exact in zip(found, brute_force(x, head.weight, labels), strict=True):
+        assert_counts(counts.cpu(), exact.cpu(), ERROR)
+
+
+def test_a_large_problem_is_estimated_without_bias_and_within_the_stated_error():
+    """C far above the classes drawn: each bin within five of its standard deviations, and the nearest still exact."""
+    n, c, d, steps = 16, 20_000, 8, 300
+    head = SFaceLoss(d, c, angle_histogram=True)
+    labels = torch.arange(n)
+    x = torch.randn(n, d)
+    for _ in range(steps):
+        sface_loss(x, head.weight.detach(), labels, angle_counter=head.angle_counter, backend="chunked")
+    found, exact = head.angle_counter.histograms(), count_angles(x, head.weight, labels)
+    assert torch.equal(found.target, exact.target * steps) and torch.equal(found.hardest, exact.hardest * steps)
+    assert found.other.sum() == pytest.approx(steps * n * (c - 1), rel=1e-12)
+    drawn = exact.other * steps * 64 / c  # pairs that are expected to be drawn
+    crowd = 2.0  # rows of a batch that one class has in a bin, at the most likely: 16 rows over some 100 bins
+    assert bool(((found.other / steps - exact.other).abs() * (64 / c) * steps <= 5 * (crowd * drawn).sqrt() + 5).all())
+
+
+def test_every_class_is_drawn_equally_often_and_from_the_whole_range():
+    counter = AngleCounter(classes_per_step=64)
+    seen = torch.zeros(1000)
+    for _ in range(2000):
+        drawn = counter._draw(1000)
+        assert len(drawn) == 64 and bool((drawn.diff() >= 0).all())
+        seen[drawn] += 1
+        counter.steps += 1
+    expected = 2000 * 64 / 1000
+    assert bool(((seen - expected).abs() < 6 * expected**0.5).all())
+    large = AngleCounter(classes_per_step=4096)._draw(16_000_000)
+    assert bool((large >= 0).all()) and bool((large < 16_000_000).all()) and len(large.unique()) == 4096
+    assert torch.equal(AngleCounter()._draw(60), torch.arange(60))
+
+
+def test_counting_changes_nothing_else():
+    x, labels = torch.randn(8, 16), torch.arange(8)
+    plain, counting = SFaceLoss(16, 600), SFaceLoss(16, 600, angle_histogram=True)
+    counting.load_state_dict(plain.state_dict())  # strict, both ways
+    plain.load_state_dict(counting.state_dict())
+    before = torch.get_rng_state()
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    losses = [head(leaf, labels) for head, leaf in zip((plain, counting), leaves, strict=True)]
+    torch.stack(losses).sum().backward()
+    assert torch.equal(losses[0], losses[1]) and torch.equal(leaves[0].grad, leaves[1].grad)
+    assert torch.equal(plain.weight.grad, counting.weight.grad) and torch.equal(before, torch.get_rng_state())
+    assert [name for name, _ in counting.named_parameters()] == ["weight"]
+
+
+def test_when_it_counts():
+    head = SFaceLoss(16, 30, angle_histogram=True)
+    x, labels = torch.randn(8, 16), torch.arange(8)
+
+    def rows() -> float:
+        return float(head.angle_counter.histograms().target.sum())
+
+    head(x, labels)
+    head(x, labels)
+    assert rows() == 16
+    head.eval()
+    head(x, labels)
+    assert rows() == 16
+    copied = copy.deepcopy(head).half()
+    assert float(copied.angle_counter.histograms().target.sum()) == 16
+    steps = head.angle_counter.steps.clone()
+    head.angle_counter.reset()
+    assert rows() == 0 and torch.equal(head.angle_counter.steps, steps)
+    head.train()(x, labels)
+    head.add_classes(5)
+    assert rows() == 0
+    meta = SFaceLoss(16, 30, angle_histogram=True, device="meta").to_empty(device="cpu")
+    meta.reset_parameters()
+    assert float(meta.angle_counter.histograms().target.sum()) == 0
+    assert SFaceLoss(16, 30).angle_counter is None
+
+
+def test_nan_and_labels_of_no_row_are_not_counted():
+    head = SFaceLoss(16, 30, angle_histogram=True)
+    x, labels = torch.randn(4, 16), torch.tensor([0, 1, -100, 2])
+    x[1] = math.nan
+    head(x, labels)
+    assert [float(counts.sum()) for counts in head.angle_counter.histograms()] == [2, 3 * 29, 2]
+
+
+def test_autocast_does_not_round_the_angles():
+    head = SFaceLoss(16, 30, angle_histogram=True)
+    x, labels = torch.randn(40, 16), torch.arange(40) % 30
+    with torch.autocast("cpu", torch.bfloat16):
+        head(x, labels)
+        exact = count_angles(x, head.weight, labels)
+    for histograms in (head.angle_counter.histograms(), exact):
+        assert_counts(histograms.other, brute_force(x, head.weight, labels).other, ERROR)
+
+
+def test_it_counts_in_a_compiled_graph():
+    torch._dynamo.reset()
+    eager = SFaceLoss(16, 500, angle_histogram=True)
+    traced = copy.deepcopy(eager)
+    compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        x, labels = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)), torch.arange(8)
+        assert torch.equal(eager(x, labels), compiled(x, labels))
+    for ours, theirs in zip(traced.angle_counter.histograms(), eager.angle_counter.histograms(), strict=True):
+        assert torch.equal(ours, theirs) and float(ours.sum()) >= 24
+    torch._dynamo.reset()
+
+
+def test_no_tensor_of_all_pairs():
+    head = SFaceLoss(8, 20_011, angle_histogram=True, backend="chunked")
+    with Sizes() as sizes:
+        head(torch.randn(1024, 8), torch.arange(1024)).backward()
+    assert sizes.largest < 1024 * 20_011, sizes.where
+    with Sizes() as sizes:
+        count_angles(torch.randn(1024, 8), head.weight, torch.arange(1024))
+    assert sizes.largest < 1024 * 20_011 // 8, sizes.where
+
+
+def test_no_operation_waits_for_a_device():
+    """What reads numbers back goes through _local_scalar_dense, nonzero or an output of unknown size."""
+    head = SFaceLoss(8, 500, angle_histogram=True)
+    with Sizes() as sizes:
+        head(torch.randn(10, 8), torch.arange(10))
+        head.angle_counter.histograms()
+    inside = {str(func) for func in sizes.seen}
+    assert any("index_add_" in name for name in inside)
+    waits = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "bincount", "aten.item", "aten.is_nonzero")
+    assert not [name for name in inside if any(word in name for word in waits)]
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, None])
+def test_classes_per_step_is_checked(value):
+    with pytest.raises((TypeError, ValueError), match="classes_per_step: expected an int"):
+        AngleCounter(value)
+
+
+def test_the_counter_is_checked():
+    x, w, labels = torch.randn(3, 8), torch.randn(5, 8), torch.arange(3)
+    with pytest.raises(TypeError, match="angle_counter: expected an AngleCounter, got bool"):
+        sface_loss(x, w, labels, angle_counter=True)
+    with pytest.raises(ValueError, match="angle_counter: expected it on cpu, as the weight, got meta"):
+        sface_loss(x, w, labels, angle_counter=AngleCounter(device="meta"))
+
+
+def test_count_angles_checks_as_the_loss_does():
+    x, w = torch.randn(3, 8), torch.randn(5, 8)
+    with pytest.raises(ValueError, match=r"labels: expected values in \[0, 5\)"):
+        count_angles(x, w, torch.tensor([0, 1, 5]))
+    with pytest.raises(ValueError, match=r"weight: expected \[C, 8\]"):
+        count_angles(x, torch.randn(5, 7), torch.arange(3))
+
+
+def heap(*angles_and_numbers: tuple[float, float]) -> Tensor:
+    counts = torch.zeros(BINS, dtype=torch.float64)
+    for angle, number in angles_and_numbers:
+        counts[int(angle / WIDTH)] += number
+    return counts
+
+
+def test_shares_by_hand():
+    """All pairs of a kind in one bin: the mean of the sigmoid over it, by numerical integration."""
+    histograms = AngleHistograms(heap((0.8, 10)), heap((1.2, 4), (1.6, 96)), heap((1.2, 1)))
+    found = shares(histograms, a=0.8, b=1.23, k=80)
+
+    def mean(k: float, middle: float, angle: float) -> float:
+        low = int(angle / WIDTH) * WIDTH
+        theta = low + (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000 * WIDTH
+        return float(torch.sigmoid(k * (theta - middle)).mean())
+
+    assert found.pulled == pytest.approx(mean(80, 0.8, 0.8), rel=1e-7)
+    assert found.rows_pushed == pytest.approx(mean(-80, 1.23, 1.2), rel=1e-7)
+    assert found.pushed == pytest.approx(0.04 * mean(-80, 1.23, 1.2) + 0.96 * mean(-80, 1.23, 1.6), rel=1e-7)
+    assert shares(histograms, a=0.5, k=80).pulled > 0.999 and shares(histograms, a=1.1, k=80).pulled < 0.001
+
+
+def test_the_nearest_classes_are_a_floor_of_the_estimate():
+    """No drawn pair fell to the tail, but the nearest classes of three rows lie there for certain."""
+    histograms = AngleHistograms(heap((0.5, 3)), heap((1.6, 1000)), heap((1.0, 3)))
+    assert shares(histograms, b=1.23).pushed == pytest.approx(3 / 1000, rel=1e-6)
+
+
+def test_nothing_counted_is_nan_and_no_suggestion():
+    empty = AngleHistograms(*[torch.zeros(BINS, dtype=torch.float64)] * 3)
+    assert all(math.isnan(share) for share in shares(empty))
+    with pytest.raises(ValueError, match="got none: train a step first"):
+        suggest(empty)
+
+
+def test_suggestion_on_synthetic_histograms():
+    trained = AngleHistograms(
+        target=heap((0.60, 49), (0.85, 2), (1.0, 49)),
+        other=heap((1.5, 9900)),
+        hardest=heap((1.1, 30), (1.22, 40), (1.4, 30)),
+    )
+    found = suggest(trained)
+    assert found.a == pytest.approx(0.85, abs=WIDTH) and found.b == pytest.approx(1.22, abs=WIDTH)
+    assert len(found.reasons) == 3 and "0.0% of the targets" in found.reasons[-1]
+    half = shares(trained, found.a, found.b, k=1e4)
+    assert half.pulled == pytest.approx(0.5, abs=0.02) and half.rows_pushed == pytest.approx(0.5, abs=0.21)
+    noisy = suggest(trained._replace(target=trained.target + heap((1.55, 25))))
+    assert noisy.a > found.a and "20.0% of the targets" in noisy.reasons[-1]
+    untrained = suggest(trained._replace(target=heap((1.57, 100))))
+    assert untrained.a == pytest.approx(untrained.b - 0.30) and "look again later" in untrained.text()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_suggestion_is_never_nonsense(data):
+    counts = [
+        heap(*data.draw(st.lists(st.tuples(st.floats(0, 3.14), st.integers(1, 9)), min_size=1, max_size=9)))
+        for _ in range(3)
+    ]
+    found = suggest(AngleHistograms(*counts))
+    assert 0 <= found.b <= 3.15 and 0 <= found.a <= max(0.0, found.b - 0.299)
+    below = [float(one.cumsum(0)[min(BINS - 1, int(found.b / WIDTH + 0.6))]) / float(one.sum()) for one in counts]
+    assert below[2] >= 0.5  # the median of the nearest classes
+
+
+def test_recipes_are_the_published_ones():
+    assert RECIPES["default"] == (0.80, 1.23) and len(RECIPES) == 4
+    assert all(b - a >= angles.SMALLEST_GAP - 1e-9 for a, b in RECIPES.values())
+
+
+def test_the_plot_shows_what_it_is_given():
+    pytest.importorskip("matplotlib")
+    histograms = AngleHistograms(heap((0.6, 9)), heap((1.5, 99)), heap((1.2, 9)))
+    figure = angles.plot(histograms, a=0.9, b=1.2, suggestion=suggest(histograms))
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "own class",
+        "nearest other class",
+        "other classes",
+    ]
+    assert len(right.lines) == 4
+    theta, pull = right.lines[0].get_data()
+    assert float(torch.as_tensor(pull)[(torch.as_tensor(theta) - 0.9).abs().argmin()]) == pytest.approx(0.5, abs=0.04)
+    figure.savefig(io.BytesIO(), format="png")
+
+
+def test_matplotlib_waits_for_the_plot():
+    code = "import sys, sface_kernels.angles; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
