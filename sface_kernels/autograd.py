@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dispatch import BACKENDS
+from .pending import PendingGradient, WeightGradient, pending_of
+from .precision import without_autocast
 from .types import IGNORED, HyperParameters
 
 
@@ -29,13 +30,6 @@ class _RaiseOnSecondBackward(torch.autograd.Function):
         raise RuntimeError("sface_loss: differentiable once, its gradient was differentiated again")
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The products of a backend choose their own precision. Devices such as meta have no autocast to turn off."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 class _RowLoss(torch.autograd.Function):
     """A backend's `types.Forward` as a flat tuple, of which the row losses are differentiable.
 
@@ -52,14 +46,16 @@ class _RowLoss(torch.autograd.Function):
         hp: HyperParameters,
         need_x: bool,
         need_w: bool,
+        sparse: bool,
+        pending: PendingGradient | None,
     ) -> tuple[Tensor, ...]:
-        with _without_autocast(embeddings.device):
+        with without_autocast(embeddings.device):
             *results, saved = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
         return (*results, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w = inputs
+        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w, ctx.sparse, ctx.pending = inputs
         _, _, _, row_grad_x, *saved = output
         for_weight = (weight, *saved) if ctx.need_w else (None,)
         ctx.save_for_backward(target, embeddings, row_grad_x if ctx.need_x else None, *for_weight)
@@ -75,7 +71,7 @@ class _RowLoss(torch.autograd.Function):
             grads = tuple(
                 g if g is None else _RaiseOnSecondBackward.apply(g, embeddings, weight, grad_row) for g in grads
             )
-        return *grads, None, None, None, None, None
+        return *grads, *[None] * 7
 
     @staticmethod
     def _gradients(ctx: Any, grad_row: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -85,14 +81,14 @@ class _RowLoss(torch.autograd.Function):
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         grad_row = torch.where(target == IGNORED, 0, grad_row)
         grad_x = grad_w = None
-        with _without_autocast(grad_row.device):
-            if ctx.need_x and ctx.needs_input_grad[0]:
-                grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
-            if ctx.need_w and ctx.needs_input_grad[1]:
-                grad_w = BACKENDS[ctx.backend].grad_weight(
-                    embeddings, weight, target, ctx.hp, grad_row, tuple(saved)
-                )  # [C, D], (8)
-                grad_w = grad_w.to(weight.dtype)
+        if ctx.need_x and ctx.needs_input_grad[0]:
+            grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
+        if ctx.need_w and ctx.needs_input_grad[1]:
+            found = WeightGradient(ctx.backend, ctx.hp, embeddings, weight, target, grad_row, tuple(saved))
+            if ctx.pending is not None:
+                ctx.pending.add(found)
+            else:
+                grad_w = found.sparse() if ctx.sparse else found.dense()  # [C, D], (8)
         return grad_x, grad_w
 
     @staticmethod
@@ -104,13 +100,18 @@ class _RowLoss(torch.autograd.Function):
 
 
 def row_losses(
-    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, sparse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses `[N]` of equation (5), differentiable in the embeddings `[N, D]` and the weight `[C, D]`; beside them
     row statistics `[6, N]` (`types.RowStats`) and counts `[2]` (`types.Forward`).
 
-    `target` `[N]` is what `ops.prepare_labels` makes of labels.
+    `target` `[N]` is what `ops.prepare_labels` makes of labels. The gradient of the weight waits in
+    `pending.pending_of(weight)` where there is one, and is else a COO tensor with `sparse`, or a dense one.
     """
     need_x, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (embeddings, weight))
-    row_loss, row_stats, counts, *_ = _RowLoss.apply(embeddings, weight, target, backend, hp, need_x, need_w)
+    # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
+    pending = None if torch.compiler.is_compiling() else pending_of(weight)
+    row_loss, row_stats, counts, *_ = _RowLoss.apply(
+        embeddings, weight, target, backend, hp, need_x, need_w, sparse, pending
+    )
     return row_loss, row_stats, counts

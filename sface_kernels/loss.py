@@ -31,6 +31,7 @@ class _Options(TypedDict, total=False):
     reduction: str
     ignore_index: int
     filter_eps: float | None
+    sparse_grad: bool
     backend: str
 
 
@@ -64,6 +65,7 @@ def sface_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     filter_eps: float | None = None,
+    sparse_grad: bool = False,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, SFaceStats]:
@@ -97,6 +99,10 @@ def sface_loss(
             `SFaceStats.dropped` bounds what is missing in every step. With an optimizer that divides by the gradient's
             size (Adam, AdamW, Adagrad, RMSprop) give 0: a class row whose every entry was dropped gets a gradient of
             exactly 0 and stands still where such an optimizer would move it. SGD is linear: the default is safe.
+        sparse_grad: the gradient of the weight is a COO tensor of the rows that have one, as of
+            `nn.Embedding(sparse=True)`, for `torch.optim.SGD` and `SparseAdam`. Rows without one then stay as they are:
+            momentum and weight decay do not reach them. Waits for the device. To save the dense gradient's memory with
+            an optimizer that moves every row take `sface_kernels.optim`.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
         return_stats: also return `SFaceStats`.
 
@@ -120,7 +126,7 @@ def sface_loss(
 
     check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
     target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
-    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)  # [N], [6, N], [2]
+    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp, sparse_grad)  # [N], [6, N], [2]
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 
     loss = row_loss
@@ -158,7 +164,7 @@ class SFaceLoss(nn.Module):
         in_features: D, size of an embedding.
         out_features: C, number of classes.
         device, dtype: of the weight; dtype float32 by default.
-        s, k, a, b, k_inter, reduction, ignore_index, filter_eps, backend: as in `sface_loss`.
+        s, k, a, b, k_inter, reduction, ignore_index, filter_eps, sparse_grad, backend: as in `sface_loss`.
 
     Example::
 
@@ -182,6 +188,7 @@ class SFaceLoss(nn.Module):
         reduction: str = "mean",
         ignore_index: int = -100,
         filter_eps: float | None = None,
+        sparse_grad: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -196,7 +203,7 @@ class SFaceLoss(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.s, self.k, self.a, self.b, self.k_inter = s, k, a, b, k_inter
         self.reduction, self.ignore_index = reduction, ignore_index
-        self.filter_eps, self.backend = filter_eps, backend
+        self.filter_eps, self.sparse_grad, self.backend = filter_eps, sparse_grad, backend
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -238,6 +245,7 @@ class SFaceLoss(nn.Module):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             filter_eps=self.filter_eps,
+            sparse_grad=self.sparse_grad,
             backend=self.backend,
             return_stats=return_stats,
         )

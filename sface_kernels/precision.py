@@ -1,4 +1,4 @@
-"""Full float32 precision of matrix products, whatever the process-wide switches say. A leaf: imports torch only."""
+"""Precision that a call chooses itself, whatever process-wide switches and autocast say. A leaf: imports torch only."""
 
 from __future__ import annotations
 
@@ -48,3 +48,10 @@ def full_float32() -> Iterator[None]:
     finally:
         for switch, value in reduced:
             _put_back(switch, value)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The products of a backend choose their own precision. Devices such as meta have no autocast to turn off."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard as ShardedBy
 from .. import validation
 from ..dispatch import check_name
 from ..growing import replace_parameter
+from ..pending import let_wait, pending_of
 from ..types import DEFAULTS, SFaceStats
 from .collectives import check_agreement, current_gpu, uses_nccl
 from .layout import class_range, fill_normal, initial_std, move_rows, shared_seed
@@ -172,9 +173,8 @@ class ClassParallelSFaceLoss(nn.Module):
 
         With `return_stats` (on every process or on none), (loss, SFaceStats) with the statistics of all rows.
         """
-        assert isinstance(self.weight, DTensor)
-        local = self.weight.to_local(grad_placements=[ShardedBy(0)])
-        shard = Shard(local, self.class_range[0], self.num_classes, self._mesh.get_group())
+        sampling = self._next_sample()
+        shard = Shard(self._local_weight(sampling), self.class_range[0], self.num_classes, self._mesh.get_group())
         return class_parallel_loss(
             embeddings,
             labels,
@@ -182,8 +182,18 @@ class ClassParallelSFaceLoss(nn.Module):
             self._options(),
             exchange_sizes=self.uneven_batches or self._first_batch(embeddings, shard),
             return_stats=return_stats,
-            sampling=self._next_sample(),
+            sampling=sampling,
         )
+
+    def _local_weight(self, sampling: Sampling | None) -> Tensor:
+        """This process's rows. What waits for an optimizer is no gradient that could go through `to_local`."""
+        assert isinstance(self.weight, DTensor)
+        pending = pending_of(self.weight)
+        if pending is None or sampling is not None or not self.weight.requires_grad:
+            return self.weight.to_local(grad_placements=[ShardedBy(0)])
+        local = self.weight.detach().to_local().requires_grad_()
+        let_wait(local, pending)
+        return local
 
     def _next_sample(self) -> Sampling | None:
         if not self.training or self.sample_rate == 1:
