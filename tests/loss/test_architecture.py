@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "distributed": {"distributed", "types", "ops", "dispatch", "validation", "autograd", "growing", "pending", "loss"},
     "compat": {"types", "ops", "loss", "dispatch", "distributed", "validation"},
     "testing": {"testing", "loss", "dispatch", "validation", "types"},
-    "bench": {"bench", "testing", "loss", "optim", "dispatch", "validation", "types", "_version"},
+    "bench": {"bench", "testing", "loss", "optim", "precision", "dispatch", "validation", "types", "_version"},
     "bench.plots": {"bench"},
     "cli": {"cli", "bench", "testing", "dispatch", "types", "_version"},
     "__main__": {"cli"},
