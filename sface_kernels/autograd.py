@@ -30,6 +30,26 @@ class _RaiseOnSecondBackward(torch.autograd.Function):
         raise RuntimeError("sface_loss: differentiable once, its gradient was differentiated again")
 
 
+class _LetWait(torch.autograd.Function):
+    """Identity on a weight. Autograd runs its backward only where the weight's gradient is asked for: what `_RowLoss`
+    found joins the gradients that wait then. No tensor passes through it backwards."""
+
+    @staticmethod
+    def forward(weight: Tensor, pending: PendingGradient, found: list[WeightGradient]) -> Tensor:
+        return weight.detach()  # no view that autograd would track: steps change the weight in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.pending, ctx.found = inputs
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
+        while ctx.found:
+            ctx.pending.add(ctx.found.pop())
+        return None, None, None
+
+
 class _RowLoss(torch.autograd.Function):
     """A backend's `types.Forward` as a flat tuple, of which the row losses are differentiable.
 
@@ -47,7 +67,7 @@ class _RowLoss(torch.autograd.Function):
         need_x: bool,
         need_w: bool,
         sparse: bool,
-        pending: PendingGradient | None,
+        found: list[WeightGradient] | None,
     ) -> tuple[Tensor, ...]:
         with without_autocast(embeddings.device):
             *results, saved = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
@@ -55,7 +75,7 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w, ctx.sparse, ctx.pending = inputs
+        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w, ctx.sparse, ctx.found = inputs
         _, _, _, row_grad_x, *saved = output
         for_weight = (weight, *saved) if ctx.need_w else (None,)
         ctx.save_for_backward(target, embeddings, row_grad_x if ctx.need_x else None, *for_weight)
@@ -84,11 +104,13 @@ class _RowLoss(torch.autograd.Function):
         if ctx.need_x and ctx.needs_input_grad[0]:
             grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
         if ctx.need_w and ctx.needs_input_grad[1]:
-            found = WeightGradient(ctx.backend, ctx.hp, embeddings, weight, target, grad_row, tuple(saved))
-            if ctx.pending is not None:
-                ctx.pending.add(found)
+            # detached: what waits must not keep the graph
+            leaves = embeddings.detach(), weight.detach()
+            gradient = WeightGradient(ctx.backend, ctx.hp, *leaves, target, grad_row, tuple(saved))
+            if ctx.found is not None:
+                ctx.found[:] = [gradient]
             else:
-                grad_w = found.sparse() if ctx.sparse else found.dense()  # [C, D], (8)
+                grad_w = gradient.sparse() if ctx.sparse else gradient.dense()  # [C, D], (8)
         return grad_x, grad_w
 
     @staticmethod
@@ -110,8 +132,12 @@ def row_losses(
     """
     need_x, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (embeddings, weight))
     # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
-    pending = None if torch.compiler.is_compiling() else pending_of(weight)
+    pending = None if torch.compiler.is_compiling() or not need_w else pending_of(weight)
+    found: list[WeightGradient] | None = None
+    if pending is not None:
+        found = []
+        weight = _LetWait.apply(weight, pending, found)
     row_loss, row_stats, counts, *_ = _RowLoss.apply(
-        embeddings, weight, target, backend, hp, need_x, need_w, sparse, pending
+        embeddings, weight, target, backend, hp, need_x, need_w, sparse, found
     )
     return row_loss, row_stats, counts

@@ -95,8 +95,8 @@ void native_sgd_step(const Tensor& w, const std::optional<Tensor>& momentum_buff
 }
 
 void native_adamw_step(const Tensor& w, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                       const std::vector<Tensor>& saved, const std::vector<double>& hyper, double lr, double beta1, double beta2, double eps,
-                       double weight_decay, double step, bool maximize) {
+                       const std::vector<Tensor>& saved, const std::vector<double>& hyper, double lr, double beta1,
+                       double beta2, double eps, double weight_decay, double step, bool maximize) {
   const int64_t c = w.size(0), d = w.size(1);
   float* rows = float_rows("w", w, c, d);
   float *mean = float_rows("exp_avg", exp_avg, c, d), *square = float_rows("exp_avg_sq", exp_avg_sq, c, d);

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "autograd": {"types", "dispatch", "pending", "precision"},
     "loss": {"types", "ops", "dispatch", "validation", "autograd", "growing"},
     "__init__": {"_version", "types", "dispatch", "loss"},
-    "optim": {"loss", "pending"},
+    "optim": {"optim", "loss", "pending"},
     "distributed": {"distributed", "types", "ops", "dispatch", "validation", "autograd", "growing", "pending", "loss"},
     "compat": {"types", "ops", "loss", "dispatch", "distributed", "validation"},
     "testing": {"testing", "loss", "dispatch", "validation", "types"},

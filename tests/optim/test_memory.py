@@ -10,7 +10,9 @@ from tests.loss.test_memory import D, extra, pytestmark  # noqa: F401
 N, C = 128, 85_742
 
 
-@pytest.mark.parametrize("provider", ["native+head-sgd", "native@0+head-sgd", "native@0+head-adamw", "chunked+head-sgd"])
+@pytest.mark.parametrize(
+    "provider", ["native+head-sgd", "native@0+head-sgd", "native@0+head-adamw", "chunked+head-sgd"]
+)
 def test_peak_of_a_step(provider):
     allowed = (64 << 20) + 16 * C + 16 * N * D
     size = extra(provider, N, C)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sface_kernels.optim import _native_arguments
+from sface_kernels.optim.base import native_arguments
 from sface_kernels.pending import WeightGradient
 from sface_kernels.types import HyperParameters
 from tests.support.problems import trained_problem
@@ -23,7 +23,7 @@ def backward(problem):
 
 def test_refuses(native):
     problem = trained_problem(30, 100, 16)
-    saved, hyper = _native_arguments([backward(problem)])
+    saved, hyper = native_arguments([backward(problem)])
     w, state = problem.w, torch.zeros(100, 16)
     sgd, adamw = torch.ops.sface.native_sgd_step, torch.ops.sface.native_adamw_step
     for call, message in (
@@ -48,7 +48,7 @@ def test_the_number_of_threads_changes_no_bit(native):
     results = []
     for threads in (1, 3):
         problem = trained_problem(300, 3000, 64)
-        arguments = _native_arguments([backward(problem), backward(trained_problem(70, 3000, 64)._replace(w=problem.w))])
+        arguments = native_arguments([backward(problem), backward(trained_problem(70, 3000, 64)._replace(w=problem.w))])
         state = torch.randn(3000, 64, generator=torch.Generator().manual_seed(1))
         before = torch.get_num_threads()
         torch.set_num_threads(threads)

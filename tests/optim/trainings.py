@@ -19,15 +19,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SGD": dict(lr=1e-3, momentum=0.9, weight_decay=1e-2),
     "AdamW": dict(lr=1e-3, weight_decay=0.1),
 }
-Loop = Callable[[SFaceLoss, torch.optim.Optimizer, Problem], None]
+Loop = Callable[[SFaceLoss, torch.optim.Optimizer, Problem], torch.optim.Optimizer | None]  # the last optimizer
 
 
 def make(problem: Problem, rule: str, ours: bool, options: dict[str, Any], **head_options: Any):
     """A head with the problem's weight, and an optimizer of it."""
-    head = SFaceLoss(problem.w.shape[1], len(problem.w), dtype=problem.w.dtype, **head_options)
-    head.load_state_dict({"weight": problem.w})
+    head = make_head(problem, dtype=problem.w.dtype, **head_options)
     kind = RULES[rule][0 if ours else 1]
     return head, kind(head if ours else head.parameters(), **{**OPTIONS[rule], **options})
+
+
+SHAPE = (30, 205, 17)
+
+
+def make_head(problem: Problem, **options: Any) -> SFaceLoss:
+    head = SFaceLoss(problem.w.shape[1], len(problem.w), **options)
+    head.load_state_dict({"weight": problem.w})
+    return head
+
+
+def waiting(problem: Problem, rule: str = "SGD", **options: Any):
+    """A head and its optimizer, with a gradient that waits."""
+    head = make_head(problem)
+    optimizer = RULES[rule][0](head, **{**OPTIONS[rule], **options})
+    head(*batch(problem, 0)).backward()
+    return head, optimizer
 
 
 def batch(problem: Problem, step: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +63,7 @@ def train(loop: Loop, problem: Problem, rule: str, options: dict[str, Any] | Non
         theirs = problem._replace(x=problem.x.to(dtype), w=problem.w.to(dtype))
         backend = head_options.get("backend", "auto") if dtype == f32 else "chunked"
         head, optimizer = make(theirs, rule, ours, options or {}, **{**head_options, "backend": backend})
-        loop(head, optimizer, theirs)
+        optimizer = loop(head, optimizer, theirs) or optimizer
         (state,) = optimizer.state.values() or [{}]
         results.append({"weight": head.weight.detach(), **state})
     assert_same(problem.w, *results)

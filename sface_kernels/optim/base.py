@@ -1,21 +1,4 @@
-"""Optimizers of a head's weight that need no ∂w `[C, D]`: they take the lists of active pairs that say what it is.
-
-    head = SFaceLoss(512, 85_742)
-    optimizer = HeadSGD(head, lr=0.1, momentum=0.9, weight_decay=5e-4)
-
-From here on a backward through the head leaves its lists with the optimizer, and `head.weight.grad` None. `step()` goes
-through the classes once, block by block: it adds up a block's gradient and moves the block's rows and their state. The
-update is torch.optim's on the dense gradient up to rounding, and so are arguments, `param_groups` and `state_dict()`:
-load one's state into the other to change over at any step (`release()` before the change back).
-
-- Several backwards before a step add up, each keeping its embeddings and lists until then. A step takes them all;
-  nothing waits after it. `zero_grad()` of this optimizer drops what waits, `zero_grad()` of a module cannot.
-- Clip by `max_norm`, or by `grad_norm()` and `scale_grad()` where the norm has to count other parameters too.
-  `torch.nn.utils.clip_grad_norm_` sees no gradient; a weight that is a plain parameter warns it.
-- `GradScaler.step` works. `GradScaler.unscale_` has nothing to divide, and the step after it raises: leave it out.
-- Under torch.compile, with class sampling, or where the weight has other losses too, gradients come as `.grad`, dense;
-  the step counts them.
-"""
+"""What the optimizers have in common: where gradients wait, and when, how scaled and in which pieces they are taken."""
 
 from __future__ import annotations
 
@@ -28,46 +11,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
-from .loss import SFaceLoss
-from .pending import PendingGradient, WeightGradient, class_ranges, gradient_of, let_wait, pending_of
-
-__all__ = ["HeadAdamW", "HeadSGD"]
+from ..loss import SFaceLoss
+from ..pending import PendingGradient, WeightGradient, class_ranges, gradient_of, let_wait, pending_of
 
 Bounds = tuple[int, int]
 
 
-def _local(t: Tensor) -> Tensor:
+def local_rows(t: Tensor) -> Tensor:
     """The rows that this process holds."""
-    return t.to_local() if hasattr(t, "to_local") else t
+    return t.tolocal_rows() if hasattr(t, "to_local") else t
 
 
-def _weight_of(head: nn.Module) -> nn.Parameter:
+def weight_of(head: nn.Module) -> nn.Parameter:
     weight = getattr(head, "weight", None)
     if not isinstance(head, nn.Module) or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         raise TypeError(f"head: expected a module with a Parameter weight [C, D], got {type(head).__name__}")
     placements = getattr(weight, "placements", None)
     if placements is not None and not (len(placements) == 1 and placements[0].is_shard(0)):
         raise ValueError(f"head: expected a weight that is sharded by rows over one mesh dimension, got {placements}")
-    if isinstance(head, SFaceLoss) and placements is None and dist.is_available() and dist.is_initialized():
-        if dist.get_world_size() > 1:
-            warnings.warn(
-                f"head: an SFaceLoss in {dist.get_world_size()} processes: nothing averages the gradients that wait "
-                "for this optimizer, DistributedDataParallel neither; take distributed.ClassParallelSFaceLoss",
-                stacklevel=4,
-            )
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if processes > 1 and placements is None and isinstance(head, SFaceLoss):
+        warnings.warn(
+            f"head: an SFaceLoss in {processes} processes: nothing averages the gradients that wait for this "
+            "optimizer, DistributedDataParallel neither; take distributed.ClassParallelSFaceLoss",
+            stacklevel=3,
+        )
     return weight
 
 
-def _native_arguments(gradients: list[WeightGradient]) -> tuple[list[Tensor], list[float]]:
+def native_arguments(gradients: list[WeightGradient]) -> tuple[list[Tensor], list[float]]:
     """`saved` and `hyper` of the native operators."""
     saved = [(g.x.float().contiguous(), g.target, g.grad_row.float().contiguous(), *g.saved) for g in gradients]
     return list(itertools.chain(*saved)), list(itertools.chain(*(g.hp for g in gradients)))
 
 
-class _HeadOptimizer(torch.optim.Optimizer):
+class HeadOptimizer(torch.optim.Optimizer):
     """What both have in common. The torch.optim class beside it checks the arguments and keeps the state."""
 
     head: nn.Module
@@ -79,7 +58,7 @@ class _HeadOptimizer(torch.optim.Optimizer):
         self.head, self.max_norm = head, max_norm
         self._stand_in: Tensor | None = None
         self._pending = PendingGradient()
-        let_wait(_weight_of(head), self._pending)
+        let_wait(self.param_groups[0]["params"][0], self._pending)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "head": self.head, "max_norm": self.max_norm}
@@ -108,13 +87,13 @@ class _HeadOptimizer(torch.optim.Optimizer):
 
     @property
     def _rows(self) -> Tensor:
-        return _local(self._weight.detach())
+        return local_rows(self._weight.detach())
 
     @property
     def _dense(self) -> Tensor | None:
         """The gradient that did not wait, of this process's rows."""
         grad = gradient_of(self._weight)
-        return None if grad is None or grad is self._stand_in else _local(grad)
+        return None if grad is None or grad is self._stand_in else local_rows(grad)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -229,119 +208,3 @@ class _HeadOptimizer(torch.optim.Optimizer):
 
     def _move(self, group: dict[str, Any], gradients: list[WeightGradient]) -> None:
         raise NotImplementedError
-
-
-class HeadSGD(_HeadOptimizer, torch.optim.SGD):
-    """`torch.optim.SGD` for a head's weight, without ∂w.
-
-    Args:
-        head: an `SFaceLoss`, a `distributed.ClassParallelSFaceLoss`, or a head of `compat`. Making the optimizer is the
-            switch: from now on the head's gradient waits here.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`.
-        max_norm: clip the gradient to this 2-norm before each step (one more pass over the lists), as
-            `torch.nn.utils.clip_grad_norm_` on the head alone does. No part of `state_dict()`.
-
-    Raises:
-        TypeError, ValueError: an argument is off.
-    """
-
-    def __init__(
-        self,
-        head: nn.Module,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        max_norm: float | None = None,
-    ) -> None:
-        super().__init__(
-            [_weight_of(head)], lr, momentum, dampening, weight_decay, nesterov, maximize=maximize
-        )
-        self._attach(head, max_norm)
-
-    def _move(self, group: dict[str, Any], gradients: list[WeightGradient]) -> None:
-        weight, rows, buffer, dampening = self._weight, self._rows, None, group["dampening"]
-        if group["momentum"] != 0:
-            state = self.state[weight]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-                dampening = 0  # the first gradient becomes the buffer
-            buffer = _local(state["momentum_buffer"])
-        rule = {
-            "lr": float(group["lr"]),
-            "momentum": float(group["momentum"]),
-            "dampening": float(dampening),
-            "weight_decay": float(group["weight_decay"]),
-            "nesterov": group["nesterov"],
-            "maximize": group["maximize"],
-        }
-        moved = [rows] if buffer is None else [rows, buffer]
-        if self._goes_native(gradients, *moved):
-            torch.ops.sface.native_sgd_step(rows, buffer, *_native_arguments(gradients), **rule)
-            torch.autograd.graph.increment_version(moved)
-            return
-        for (first, end), gradient in self._ranges():
-            part = None if buffer is None else buffer[first:end]
-            sgd([rows[first:end]], [gradient], [part], foreach=False, **rule)
-
-
-class HeadAdamW(_HeadOptimizer, torch.optim.AdamW):
-    """`torch.optim.AdamW` for a head's weight, without ∂w. Give the head `filter_eps=0`, as for any Adam.
-
-    Args:
-        head: as in `HeadSGD`.
-        lr, betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`; there is no amsgrad.
-        max_norm: as in `HeadSGD`.
-
-    Raises:
-        TypeError, ValueError: an argument is off, or a loaded state has amsgrad.
-    """
-
-    def __init__(
-        self,
-        head: nn.Module,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        max_norm: float | None = None,
-    ) -> None:
-        super().__init__([_weight_of(head)], lr, betas, eps, weight_decay, maximize=maximize)
-        self._attach(head, max_norm)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise ValueError("state_dict: expected one without amsgrad, which HeadAdamW does not have")
-        super().load_state_dict(state_dict)
-
-    def _move(self, group: dict[str, Any], gradients: list[WeightGradient]) -> None:
-        weight, rows, state = self._weight, self._rows, self.state[self._weight]
-        if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-        mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
-        rule = {
-            "lr": float(group["lr"]),
-            "beta1": float(group["betas"][0]),
-            "beta2": float(group["betas"][1]),
-            "eps": float(group["eps"]),
-            "weight_decay": float(group["weight_decay"]),
-            "maximize": group["maximize"],
-        }
-        if self._goes_native(gradients, rows, mean, square):
-            arguments = _native_arguments(gradients)
-            torch.ops.sface.native_adamw_step(rows, mean, square, *arguments, step=float(state["step"]) + 1, **rule)
-            torch.autograd.graph.increment_version([rows, mean, square])
-        else:
-            for (first, end), gradient in self._ranges():
-                parts = [[t[first:end]] for t in (mean, square)]
-                adamw(
-                    [rows[first:end]], [gradient], *parts, [], [state["step"].clone()],
-                    foreach=False, amsgrad=False, **rule,
-                )
-        state["step"] += 1
