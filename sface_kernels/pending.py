@@ -6,7 +6,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,9 +127,12 @@ def let_wait(weight: Tensor, pending: PendingGradient | None) -> None:
         weight.__class__ = nn.Parameter if pending is None else WatchedParameter
 
 
+_grad: Any = Tensor.grad  # the attribute of every tensor
+
+
 def gradient_of(weight: Tensor) -> Tensor | None:
     """`weight.grad`, without a warning."""
-    return Tensor.grad.__get__(weight)  # type: ignore[attr-defined]
+    return _grad.__get__(weight)
 
 
 class WatchedParameter(nn.Parameter):
@@ -137,7 +140,7 @@ class WatchedParameter(nn.Parameter):
     optimizer, which take None for nothing to do."""
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         grad = gradient_of(self)
         if grad is None and pending_of(self):
             warnings.warn(
@@ -149,8 +152,8 @@ class WatchedParameter(nn.Parameter):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
+        _grad.__set__(self, value)
 
     @grad.deleter
     def grad(self) -> None:
-        Tensor.grad.__delete__(self)  # type: ignore[attr-defined]
+        _grad.__delete__(self)

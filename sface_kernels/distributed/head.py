@@ -186,12 +186,15 @@ class ClassParallelSFaceLoss(nn.Module):
         )
 
     def _local_weight(self, sampling: Sampling | None) -> Tensor:
-        """This process's rows. What waits for an optimizer is no gradient that could go through `to_local`."""
+        """This process's rows. What waits for an optimizer is no gradient that could go through `to_local`; where there
+        are no rows, an empty one tells the optimizer that there was a backward."""
         assert isinstance(self.weight, DTensor)
         pending = pending_of(self.weight)
-        if pending is None or sampling is not None or not self.weight.requires_grad:
+        if pending is None or sampling is not None or not self.weight.requires_grad or self.class_range[1] == 0:
             return self.weight.to_local(grad_placements=[ShardedBy(0)])
-        local = self.weight.detach().to_local().requires_grad_()
+        detached = self.weight.detach()
+        assert isinstance(detached, DTensor)
+        local = detached.to_local().requires_grad_()
         let_wait(local, pending)
         return local
 

@@ -20,11 +20,11 @@ Bounds = tuple[int, int]
 
 def local_rows(t: Tensor) -> Tensor:
     """The rows that this process holds."""
-    return t.tolocal_rows() if hasattr(t, "to_local") else t
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def weight_of(head: nn.Module) -> nn.Parameter:
-    weight = getattr(head, "weight", None)
+    weight: Any = getattr(head, "weight", None)
     if not isinstance(head, nn.Module) or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         raise TypeError(f"head: expected a module with a Parameter weight [C, D], got {type(head).__name__}")
     placements = getattr(weight, "placements", None)
@@ -75,8 +75,8 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     @property
     def _weight(self) -> nn.Parameter:
-        weight = self.param_groups[0]["params"][0]
-        if self.head.weight is not weight:
+        weight, of_head = self.param_groups[0]["params"][0], id(self.head.weight)
+        if of_head != id(weight):
             raise RuntimeError(
                 "head.weight: expected the Parameter that the optimizer holds, got another one; "
                 "give add_classes() the optimizer, or make a new optimizer"
@@ -90,6 +90,11 @@ class HeadOptimizer(torch.optim.Optimizer):
         return local_rows(self._weight.detach())
 
     @property
+    def _mesh(self) -> Any:
+        """The processes that the weight is spread over; None for a plain one."""
+        return getattr(self._weight, "device_mesh", None)
+
+    @property
     def _dense(self) -> Tensor | None:
         """The gradient that did not wait, of this process's rows."""
         grad = gradient_of(self._weight)
@@ -99,18 +104,22 @@ class HeadOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """GradScaler.step asks this just before it looks for infinities in `.grad`, and GradScaler.update raises where
         no optimizer had one. A sparse stand-in of one row, until `step` begins, shows it what it looks for."""
-        weight = self._weight
-        if self._pending:
-            with torch.no_grad():
-                finite = torch.stack([rows.isfinite().all() for _, rows in self._ranges()]).all()
+        weight, mesh = self._weight, self._mesh
+        if not self._pending and mesh is None:
+            return True
+        with torch.no_grad():
+            infinite = self._rows.new_zeros((), dtype=torch.float32)
+            for _, rows in self._ranges():
+                infinite += ~rows.isfinite().all()
+            if mesh is not None:
+                dist.all_reduce(infinite, group=mesh.get_group())
             if self._dense is not None:
-                self._dense[:1].masked_fill_(~finite, torch.inf)
-            else:
-                row = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-                row.masked_fill_(~finite, torch.inf)
-                place = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
-                self._stand_in = torch.sparse_coo_tensor(place, row, weight.shape, is_coalesced=True)
-                weight.grad = self._stand_in
+                self._dense[:1].masked_fill_(infinite > 0, torch.inf)
+                return True
+            row = self._rows.new_zeros(1, weight.shape[1]).masked_fill_(infinite > 0, torch.inf)
+            place = torch.zeros(1, 1, dtype=torch.int64, device=row.device)
+            self._stand_in = torch.sparse_coo_tensor(place, row, weight.shape, is_coalesced=True)
+            weight.grad = self._stand_in
         return True
 
     def _remove_stand_in(self) -> None:
@@ -140,15 +149,14 @@ class HeadOptimizer(torch.optim.Optimizer):
 
         Of a sharded weight that of all processes, each of which must call it.
         """
-        rows = self._rows
-        parts = [torch.linalg.vector_norm(gradient) for _, gradient in self._ranges()]
-        norm = torch.linalg.vector_norm(torch.stack(parts)) if parts else rows.new_zeros(())
-        mesh = getattr(self._weight, "device_mesh", None)
-        if mesh is None:
+        dtype = torch.promote_types(self._rows.dtype, torch.float32)
+        parts = [torch.linalg.vector_norm(gradient, dtype=dtype) for _, gradient in self._ranges()]
+        norm = torch.linalg.vector_norm(torch.stack(parts)) if parts else self._rows.new_zeros((), dtype=dtype)
+        if self._mesh is None:
             return norm
         square = norm.double() ** 2
-        dist.all_reduce(square, group=mesh.get_group())
-        return square.sqrt().to(norm.dtype)
+        dist.all_reduce(square, group=self._mesh.get_group())
+        return square.sqrt().to(dtype)
 
     @torch.no_grad()
     def scale_grad(self, factor: float | Tensor) -> None:
@@ -160,9 +168,11 @@ class HeadOptimizer(torch.optim.Optimizer):
     def _ranges(self) -> Iterator[tuple[Bounds, Tensor]]:
         """The whole gradient, a range of classes at a time, in the dtype of the weight."""
         rows, dense, waiting = self._rows, self._dense, self._pending.gradients()
+        if not waiting and dense is None:
+            return
         dtype = torch.promote_types(rows.dtype, torch.float32)
         block = max((one.class_block for one in waiting), default=1)
-        for first, end in class_ranges(*rows.shape, block):
+        for first, end in class_ranges(len(rows), rows.shape[1], block):
             parts = [one.rows(first, end).to(dtype) for one in waiting]
             if dense is not None:
                 parts.append(dense[first:end].to(dtype))
@@ -179,22 +189,21 @@ class HeadOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("closure: expected None, got one; the gradient of several backwards adds up anyway")
         self._remove_stand_in()
-        weight = self._weight
         scaled, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._pending and found_inf is not None and scaled is None:
             raise RuntimeError(
                 "GradScaler.unscale_: it divides .grad, and this gradient waits elsewhere; leave unscale_ out for this "
                 "optimizer, whose step divides by the scale, and clip by max_norm"
             )
-        idle = not self._pending and self._dense is None and len(self._rows) > 0
+        idle = not self._pending and self._dense is None
         if not idle and not (found_inf is not None and bool(found_inf)):
             if scaled is not None:
-                self.scale_grad(scaled.double().reciprocal())
+                self.scale_grad(scaled.reciprocal())
             if self.max_norm is not None:
                 self.scale_grad((self.max_norm / (self.grad_norm() + 1e-6)).clamp_max(1))
             self._move(self.param_groups[0], self._pending.gradients())
-            if hasattr(weight, "to_local"):  # what moved is inside of it
-                torch.autograd.graph.increment_version(weight)
+            if self._mesh is not None:  # what moved is inside of it
+                torch.autograd.graph.increment_version(self._weight)
         self._pending.clear()
 
     def _goes_native(self, gradients: list[WeightGradient], *moved: Tensor) -> bool:

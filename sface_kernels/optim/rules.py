@@ -13,7 +13,7 @@ from ..pending import WeightGradient
 from .base import HeadOptimizer, local_rows, native_arguments, weight_of
 
 
-class HeadSGD(HeadOptimizer, torch.optim.SGD):
+class HeadSGD(HeadOptimizer, torch.optim.SGD):  # type: ignore[override]
     """`torch.optim.SGD` for a head's weight, without ∂w.
 
     Args:
@@ -50,7 +50,7 @@ class HeadSGD(HeadOptimizer, torch.optim.SGD):
                 state["momentum_buffer"] = torch.zeros_like(weight)
                 dampening = 0  # the first gradient becomes the buffer
             buffer = local_rows(state["momentum_buffer"])
-        rule = {
+        rule: dict[str, Any] = {
             "lr": float(group["lr"]),
             "momentum": float(group["momentum"]),
             "dampening": float(dampening),
@@ -68,7 +68,7 @@ class HeadSGD(HeadOptimizer, torch.optim.SGD):
             sgd([rows[first:end]], [gradient], [part], foreach=False, **rule)
 
 
-class HeadAdamW(HeadOptimizer, torch.optim.AdamW):
+class HeadAdamW(HeadOptimizer, torch.optim.AdamW):  # type: ignore[override]
     """`torch.optim.AdamW` for a head's weight, without ∂w. Give the head `filter_eps=0`, as for any Adam.
 
     Args:
@@ -105,7 +105,7 @@ class HeadAdamW(HeadOptimizer, torch.optim.AdamW):
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         mean, square = local_rows(state["exp_avg"]), local_rows(state["exp_avg_sq"])
-        rule = {
+        rule: dict[str, Any] = {
             "lr": float(group["lr"]),
             "beta1": float(group["betas"][0]),
             "beta2": float(group["betas"][1]),
@@ -119,15 +119,7 @@ class HeadAdamW(HeadOptimizer, torch.optim.AdamW):
             torch.autograd.graph.increment_version([rows, mean, square])
         else:
             for (first, end), gradient in self._ranges():
-                parts = [[t[first:end]] for t in (mean, square)]
-                adamw(
-                    [rows[first:end]],
-                    [gradient],
-                    *parts,
-                    [],
-                    [state["step"].clone()],
-                    foreach=False,
-                    amsgrad=False,
-                    **rule,
-                )
+                w, m, v = ([t[first:end]] for t in (rows, mean, square))
+                step = [state["step"].clone()]  # which counts the ranges too
+                adamw(w, [gradient], m, v, [], step, foreach=False, amsgrad=False, **rule)
         state["step"] += 1
