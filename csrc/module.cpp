@@ -21,6 +21,8 @@ std::tuple<int64_t, int64_t, int64_t, int64_t, double, double> native_constants(
 STABLE_TORCH_LIBRARY_IMPL(sface, CPU, m) {
   m.impl("native_forward", TORCH_BOX(&sface::native_forward));
   m.impl("native_grad_weight", TORCH_BOX(&sface::native_grad_weight));
+  m.impl("native_sgd_step", TORCH_BOX(&sface::native_sgd_step));
+  m.impl("native_adamw_step", TORCH_BOX(&sface::native_adamw_step));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sface, CompositeExplicitAutograd, m) {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import BACKENDS
+from .pending import PendingGradient, WeightGradient, pending_of
 from .precision import without_autocast
 from .types import IGNORED, Forward, HyperParameters
 
@@ -29,6 +30,26 @@ class RaiseOnSecondBackward(torch.autograd.Function):
         raise RuntimeError("sface_loss: differentiable once, its gradient was differentiated again")
 
 
+class _LetWait(torch.autograd.Function):
+    """Identity on a weight. Autograd runs its backward only where the weight's gradient is asked for: what `_RowLoss`
+    found joins the gradients that wait then. No tensor passes through it backwards."""
+
+    @staticmethod
+    def forward(weight: Tensor, pending: PendingGradient, found: list[WeightGradient]) -> Tensor:
+        return weight.detach()  # no view that autograd would track: steps change the weight in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.pending, ctx.found = inputs
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
+        while ctx.found:
+            ctx.pending.add(ctx.found.pop())
+        return None, None, None
+
+
 class _RowLoss(torch.autograd.Function):
     """A backend's `types.Forward` as a flat tuple, of which the row losses are differentiable.
 
@@ -45,6 +66,8 @@ class _RowLoss(torch.autograd.Function):
         hp: HyperParameters,
         need_x: bool,
         need_w: bool,
+        sparse: bool,
+        found: list[WeightGradient] | None,
     ) -> tuple[Tensor, ...]:
         with without_autocast(embeddings.device):
             *results, saved = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
@@ -52,7 +75,7 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w = inputs
+        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w, ctx.sparse, ctx.found = inputs
         _, _, _, _, row_grad_x, saved = Forward.of(output)
         for_weight = (weight, *saved) if ctx.need_w else (None,)
         for_embeddings = row_grad_x if ctx.need_x and ctx.needs_input_grad[0] else None
@@ -69,7 +92,7 @@ class _RowLoss(torch.autograd.Function):
             grads = tuple(
                 g if g is None else RaiseOnSecondBackward.apply(g, embeddings, weight, grad_row) for g in grads
             )
-        return *grads, None, None, None, None, None
+        return *grads, *[None] * 7
 
     @staticmethod
     def _gradients(ctx: Any, grad_row: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -79,14 +102,16 @@ class _RowLoss(torch.autograd.Function):
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         grad_row = torch.where(target == IGNORED, 0, grad_row)
         grad_x = grad_w = None
-        with without_autocast(grad_row.device):
-            if ctx.need_x and ctx.needs_input_grad[0]:
-                grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
-            if ctx.need_w and ctx.needs_input_grad[1]:
-                grad_w = BACKENDS[ctx.backend].grad_weight(
-                    embeddings, weight, target, ctx.hp, grad_row, tuple(saved)
-                )  # [C, D], (8)
-                grad_w = grad_w.to(weight.dtype)
+        if ctx.need_x and ctx.needs_input_grad[0]:
+            grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
+        if ctx.need_w and ctx.needs_input_grad[1]:
+            # detached: what waits must not keep the graph
+            leaves = embeddings.detach(), weight.detach()
+            gradient = WeightGradient(ctx.backend, ctx.hp, *leaves, target, grad_row, tuple(saved))
+            if ctx.found is not None:
+                ctx.found[:] = [gradient]
+            else:
+                grad_w = gradient.sparse() if ctx.sparse else gradient.dense()  # [C, D], (8)
         return grad_x, grad_w
 
     @staticmethod
@@ -98,17 +123,16 @@ class _RowLoss(torch.autograd.Function):
 
 
 def row_losses(
-    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, sparse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row losses `[N]` of equation (5), differentiable in the embeddings `[N, D]` and the weight `[C, D]`; beside them
     row statistics `[6, N]` (`types.RowStats`), the hardest other class `[N]` and counts `[2]` (`types.Forward`).
 
-    `target` `[N]` is what `ops.prepare_labels` makes of labels.
+    `target` `[N]` is what `ops.prepare_labels` makes of labels. The gradient of the weight waits in
+    `pending.pending_of(weight)` where there is one, and is else a COO tensor with `sparse`, or a dense one.
     """
-    need_x, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (embeddings, weight))
-    row_loss, row_stats, hardest_class, counts, *_ = _RowLoss.apply(
-        embeddings, weight, target, backend, hp, need_x, need_w
-    )
+    need_x = torch.is_grad_enabled() and embeddings.requires_grad
+    row_loss, row_stats, hardest_class, counts, *_ = _apply(embeddings, weight, target, backend, hp, need_x, sparse)
     return row_loss, row_stats, hardest_class, counts
 
 
@@ -116,7 +140,19 @@ def row_losses_and_grad_x(
     embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`row_losses`, differentiable in the weight alone, and beside them ∂l_i/∂x_i `[N, D]`, at least float32."""
-    need_w = torch.is_grad_enabled() and weight.requires_grad
-    outputs = _RowLoss.apply(embeddings.detach(), weight, target, backend, hp, True, need_w)
+    outputs = _apply(embeddings.detach(), weight, target, backend, hp, True, False)
     row_loss, row_stats, hardest_class, counts, row_grad_x, *_ = outputs
     return row_loss, row_stats, hardest_class, counts, row_grad_x
+
+
+def _apply(
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, need_x: bool, sparse: bool
+) -> tuple[Tensor, ...]:
+    need_w = torch.is_grad_enabled() and weight.requires_grad
+    # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
+    pending = None if torch.compiler.is_compiling() or not need_w else pending_of(weight)
+    found: list[WeightGradient] | None = None
+    if pending is not None:
+        found = []
+        weight = _LetWait.apply(weight, pending, found)
+    return _RowLoss.apply(embeddings, weight, target, backend, hp, need_x, need_w, sparse, found)

@@ -15,16 +15,29 @@ from .types import Forward, HyperParameters, Request
 
 
 class Backend(NamedTuple):
-    """One implementation. `unavailable` says why it cannot run a request, or None where it can."""
+    """One implementation. `unavailable` says why it cannot run a request, or None where it can.
+
+    `narrow` is what `saved` of a forward with so many samples says of a range of classes, first and end, which begins
+    and ends at a multiple of `class_block`; None where only a forward on the range can say it.
+    """
 
     summary: str
     unavailable: Callable[[Request], str | None]
     forward: Callable[[Tensor, Tensor, Tensor, HyperParameters, bool, bool], Forward]
     grad_weight: Callable[[Tensor, Tensor, Tensor, HyperParameters, Tensor, tuple[Tensor, ...]], Tensor]
+    class_block: Callable[[int], int]
+    narrow: Callable[[tuple[Tensor, ...], int, int, int], tuple[Tensor, ...]] | None
 
 
 BACKENDS: dict[str, Backend] = {
-    name: Backend(summary, module.unavailable, module.forward, module.grad_weight)
+    name: Backend(
+        summary,
+        module.unavailable,
+        module.forward,
+        module.grad_weight,
+        getattr(module, "class_block", lambda rows: 1),
+        getattr(module, "narrow", None),
+    )
     for name, summary, module in (
         ("native", "C++ on the CPU: one streamed pass over the weight", native),
         ("triton", "Triton kernels on a GPU: one screened pass over the weight, no synchronisation", triton),

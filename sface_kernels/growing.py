@@ -7,11 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .pending import let_wait, pending_of
+
 
 def replace_parameter(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, grow: Callable[[Tensor], Tensor]
 ) -> None:
-    """Put `new` in the place of `old`, with the state of `old`: what has its shape goes through `grow`.
+    """Put `new` in the place of `old`, with the state of `old`: what has its shape goes through `grow`. `new` has no
+    gradient, and none that waits.
 
     Raises:
         ValueError: the optimizer does not hold `old`.
@@ -26,6 +29,11 @@ def replace_parameter(
         raise ValueError("optimizer: expected one that holds the head's weight")
     for group, index in places:
         group["params"][index] = new
+    pending = pending_of(old)
+    if pending is not None:
+        pending.clear()
+        let_wait(old, None)
+        let_wait(new, pending)
     if old in optimizer.state:
         optimizer.state[new] = {
             name: grow(value) if isinstance(value, Tensor) and value.shape == old.shape else value

@@ -34,6 +34,7 @@ class _Options(TypedDict, total=False):
     ignore_index: int
     sample_weight: Tensor | None
     filter_eps: float | None
+    sparse_grad: bool
     backend: str
     angle_counter: AngleCounter | None
 
@@ -73,6 +74,7 @@ def sface_loss(
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
     filter_eps: float | None = None,
+    sparse_grad: bool = False,
     backend: str = "auto",
     angle_counter: AngleCounter | None = None,
     return_stats: bool | str = False,
@@ -110,6 +112,10 @@ def sface_loss(
             `SFaceStats.dropped` bounds what is missing in every step. With an optimizer that divides by the gradient's
             size (Adam, AdamW, Adagrad, RMSprop) give 0: a class row whose every entry was dropped gets a gradient of
             exactly 0 and stands still where such an optimizer would move it. SGD is linear: the default is safe.
+        sparse_grad: the gradient of the weight is a COO tensor of the rows that have one, as of
+            `nn.Embedding(sparse=True)`, for `torch.optim.SGD` and `SparseAdam`. Rows without one then stay as they are:
+            momentum and weight decay do not reach them. Waits for the device. To save the dense gradient's memory with
+            an optimizer that moves every row take `sface_kernels.optim`.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
         angle_counter: counts the angles of this call (`sface_kernels.angles`).
         return_stats: True returns `SFaceStats` too, means and counts of the batch; "rows" `SFaceRowStats`, a number for
@@ -135,7 +141,7 @@ def sface_loss(
     chosen = select(backend, request)
 
     target = prepare_labels(labels, weight.shape[0], ignore_index, validation.checks_labels(embeddings.device))  # [N]
-    row_loss, row_stats, hardest_class, counts = row_losses(embeddings, weight, target, chosen, hp)
+    row_loss, row_stats, hardest_class, counts = row_losses(embeddings, weight, target, chosen, hp, sparse_grad)
     if angle_counter is not None:
         if not isinstance(angle_counter, AngleCounter):
             raise TypeError(f"angle_counter: expected an AngleCounter, got {type(angle_counter).__name__}")
@@ -172,7 +178,7 @@ class SFaceLoss(nn.Module):
         in_features: D, size of an embedding; `embedding_size` by its other name.
         out_features: C, number of classes; `num_classes` by its other name.
         device, dtype: of the weight; dtype float32 by default.
-        s, k, a, b, k_inter, reduction, ignore_index, filter_eps, backend: as in `sface_loss`.
+        s, k, a, b, k_inter, reduction, ignore_index, filter_eps, sparse_grad, backend: as in `sface_loss`.
         init_std: standard deviation of the initial weight, > 0; 2·√(2/C) if None. An SGD step turns a row by an angle
             that goes with 1/‖row‖², so the default makes the first steps larger the more classes there are;
             D**-0.5 makes rows of length about 1 whatever C is (docs/training.md).
@@ -203,6 +209,7 @@ class SFaceLoss(nn.Module):
         reduction: str = "mean",
         ignore_index: int = -100,
         filter_eps: float | None = None,
+        sparse_grad: bool = False,
         backend: str = "auto",
         init_std: float | None = None,
         angle_histogram: bool = False,
@@ -219,7 +226,7 @@ class SFaceLoss(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.s, self.k, self.a, self.b, self.k_inter = s, k, a, b, k_inter
         self.reduction, self.ignore_index = reduction, ignore_index
-        self.filter_eps, self.backend = filter_eps, backend
+        self.filter_eps, self.sparse_grad, self.backend = filter_eps, sparse_grad, backend
         self.init_std = None if init_std is None else validation.positive("init_std", init_std)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.angle_counter = AngleCounter(device=device) if angle_histogram else None
@@ -273,6 +280,7 @@ class SFaceLoss(nn.Module):
             ignore_index=self.ignore_index,
             sample_weight=sample_weight,
             filter_eps=self.filter_eps,
+            sparse_grad=self.sparse_grad,
             backend=self.backend,
             angle_counter=self.angle_counter if self.training else None,
             return_stats=return_stats,

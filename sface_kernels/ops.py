@@ -58,6 +58,16 @@ define(
     f"native_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, Tensor inv_norm,"
     " Tensor target_weight, Tensor arena, Tensor segments) -> Tensor"
 )
+# `saved` and `hyper`: seven tensors (x, target, grad_row and what the forward saved) and six numbers for each backward
+_BACKWARDS = "Tensor[] saved, float[] hyper"
+define(
+    f"native_sgd_step(Tensor(a!) w, Tensor(b!)? momentum_buffer, {_BACKWARDS}, float lr, float momentum,"
+    " float dampening, float weight_decay, bool nesterov, bool maximize) -> ()"
+)
+define(
+    f"native_adamw_step(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_BACKWARDS}, float lr, float beta1,"
+    " float beta2, float eps, float weight_decay, float step, bool maximize) -> ()"
+)
 define("native_empty_gradient(Tensor w) -> Tensor")
 define("native_instruction_sets() -> str[]")
 define(
@@ -147,6 +157,12 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
 @fake("native_grad_weight")
 def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_weight, arena, segments):  # type: ignore[no-untyped-def]
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
+
+
+@fake("native_sgd_step")
+@fake("native_adamw_step")
+def _(*_) -> None:  # type: ignore[no-untyped-def]
+    pass
 
 
 @fake("native_empty_gradient")

@@ -1,5 +1,4 @@
-"""Full float32 precision of matrix products, whatever autocast and the process-wide switches say. A leaf: imports torch
-only."""
+"""Precision that a call chooses itself, whatever process-wide switches and autocast say. A leaf: imports torch only."""
 
 from __future__ import annotations
 

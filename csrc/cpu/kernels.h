@@ -143,6 +143,30 @@ struct Workspace {
   std::vector<float> converted;            // [block][D] rows of a half-precision weight as fp32
 };
 
+// The gradient of a row of w that an optimizer takes: scale·raw + along·w.
+struct StepGradient {
+  const float* raw;
+  float scale, along;
+};
+
+// torch.optim.SGD's rule.
+struct SgdRule {
+  float lr, momentum;
+  float undamped;  // 1 − dampening, and 1 in the first step
+  float weight_decay;
+  bool nesterov;
+};
+
+// torch.optim.AdamW's rule of one step.
+struct AdamWRule {
+  float keep;                    // 1 − lr·weight_decay
+  float new_mean;                // 1 − β₁
+  float old_square, new_square;  // β₂, 1 − β₂
+  float step_size;               // lr / (1 − β₁ᵗ)
+  float unbias_root;             // 1 / √(1 − β₂ᵗ)
+  float eps;
+};
+
 struct Kernels {
   const char* name;
   int panel_samples;  // samples in a panel
@@ -174,6 +198,10 @@ struct Kernels {
   void (*zero)(float* out, int d);  // like combine, past the caches where that is possible
   void (*finish_stores)();          // after the last combine or zero, so that other threads see them
   void (*intra)(const Hyper&, float cosine, float* p);  // (3) without s
+
+  // One step on a row of w and of its state, in place; `buffer` is null without momentum.
+  void (*sgd)(const SgdRule&, const StepGradient&, float* w, float* buffer, int d);
+  void (*adamw)(const AdamWRule&, const StepGradient&, float* w, float* mean, float* square, int d);
 };
 
 // Of the instruction sets this build holds, those that this CPU runs, best first.

@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -42,6 +43,16 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
 Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, double s,
                           double k_intra, double k_inter, double a, double b, double filter_eps, const Tensor& inv_norm,
                           const Tensor& target_weight, const Tensor& arena, const Tensor& segments);
+
+// Seven tensors in `saved` and six numbers in `hyper` for each backward since the last step, none of them or more:
+// x, target, grad_row, inv_norm, target_weight, arena, segments, and native_forward's s … filter_eps.
+void native_sgd_step(const Tensor& w, const std::optional<Tensor>& momentum_buffer, const std::vector<Tensor>& saved,
+                     const std::vector<double>& hyper, double lr, double momentum, double dampening,
+                     double weight_decay, bool nesterov, bool maximize);
+
+void native_adamw_step(const Tensor& w, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                       const std::vector<Tensor>& saved, const std::vector<double>& hyper, double lr, double beta1,
+                       double beta2, double eps, double weight_decay, double step, bool maximize);
 
 // Uninitialised, of the shape and dtype of `w`, contiguous; in memory that an earlier gradient had, where there is
 // some.

@@ -47,6 +47,16 @@ def grad_weight(
     return torch.ops.sface.chunked_grad_weight(x, w, target, grad_row, *hp, chunk_size(x.shape[0]), *saved)
 
 
+class_block = chunk_size
+
+
+def narrow(saved: tuple[Tensor, ...], rows: int, first: int, end: int) -> tuple[Tensor, ...]:
+    pairs, coefficients, chunk_pairs = saved
+    chunk = chunk_size(rows)
+    before = int(chunk_pairs[: first // chunk].clamp_min(0).sum())
+    return pairs[before:], coefficients[before:], chunk_pairs[first // chunk : -(-end // chunk)]
+
+
 def _unit_rows(t: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(t, dim=1)  # [rows]
     return t / norm.clamp_min(NORM_EPS).unsqueeze(1), norm

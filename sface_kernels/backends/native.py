@@ -69,6 +69,17 @@ def grad_weight(
     )
 
 
+def class_block(rows: int) -> int:
+    return ops.CLASSES_PER_SEGMENT
+
+
+def narrow(saved: tuple[Tensor, ...], rows: int, first: int, end: int) -> tuple[Tensor, ...]:
+    inv_norm, target_weight, arena, segments = saved
+    blocks = slice(first // ops.CLASSES_PER_SEGMENT, -(-end // ops.CLASSES_PER_SEGMENT))
+    by_group = segments.view(-1, ops.native_segments(1, len(inv_norm)), 2)  # [groups, blocks, 2]
+    return inv_norm[first:end], target_weight, arena, by_group[:, blocks].reshape(-1)
+
+
 class GradientMemory:
     """The memory of large ∂w, kept for the next step: page faults of a fresh block cost more than the whole loss.
 

@@ -94,3 +94,8 @@ def grad_weight(
     x_unit, _ = _unit_rows(_counted_rows(x.to(g.dtype), target))
     w_unit, w_norm = _unit_rows(w.to(g.dtype))
     return _tangent((grad_row.unsqueeze(1) * g).t() @ x_unit, w_unit, w_norm)  # [C, D], (8)
+
+
+def narrow(saved: tuple[Tensor, ...], rows: int, first: int, end: int) -> tuple[Tensor, ...]:
+    (g,) = saved
+    return (g[:, first:end],)

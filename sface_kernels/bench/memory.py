@@ -1,5 +1,5 @@
 """Peak memory of one forward and backward: the most during two runs, less what was there before them (code and inputs),
-less the two gradients that are returned.
+less the gradients that are returned; with an optimizer of the head that of a whole step, less the optimizer's state.
 
 On a GPU that is what PyTorch's allocator handed out. On a CPU it is the resident memory of a process of its own, where
 the kernel's high-water mark can be reset before the runs (Linux, `/proc/self/clear_refs`), so that short peaks count.
@@ -67,13 +67,17 @@ def _child(pipe: Connection, provider: Provider, case: Case, run: MemoryRun) -> 
 def _measure_here(provider: Provider, case: Case, run: MemoryRun) -> dict[str, Any]:
     torch.set_num_threads(run.threads)
     function = build(provider, torch.device("cpu"), run.dtype)
+    mode = "step" if provider.optimizer.startswith("head-") else "both"
 
     def timed(shape: Shape) -> TimedLoss:
-        return TimedLoss(provider, make_workload(case._replace(shape=shape), "cpu", run.dtype), "both", function)
+        return TimedLoss(provider, make_workload(case._replace(shape=shape), "cpu", run.dtype), mode, function)
 
     n, c, d = case.shape
     run_once(timed(case.shape if provider.compiled else Shape(min(n, 64), min(c, 512), d)))
     whole = timed(case.shape)
+    if mode == "step":
+        run_once(whole)  # makes the optimizer's state
+        whole.x.grad = None
     peak = resident_peak(lambda: run_once(whole), whole.x, whole.w)
     return {"peak_extra_bytes": peak, "method": "VmHWM reset before two runs"}
 

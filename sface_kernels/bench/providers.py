@@ -1,7 +1,7 @@
 """The table of providers: a name, what it is, how to make the thing that is timed, and the work that it stands for.
 
 Names are those of PROVIDERS, or `<backend>@<filter_eps>` for a backend of the package with any filter, as in
-`native@2^-12` or `triton@0`.
+`native@2^-12` or `triton@0`; and such a name with `+<optimizer>` of OPTIMIZERS, which counts in mode "step".
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..loss import sface_loss
+from ..optim import HeadAdamW, HeadSGD
 from ..testing.published import reference
 from ..testing.selfcheck import unavailable
 from ..testing.workloads import FAST_EPS, A, B, K, S, Shape
@@ -71,6 +72,15 @@ def write(x: Tensor, w: Tensor, out: Tensor) -> None:
     out.zero_()
 
 
+# With learning rate 0: repeats do the work of an update on data that stay as they are.
+OPTIMIZERS: dict[str, Callable[[nn.Parameter], torch.optim.Optimizer]] = {
+    "sgd": lambda w: torch.optim.SGD([w], 0.0, 0.9, weight_decay=5e-4, fused=True),
+    "adamw": lambda w: torch.optim.AdamW([w], 0.0, fused=True),
+    "head-sgd": lambda w: HeadSGD(nn.ParameterDict({"weight": w}), 0.0, 0.9, weight_decay=5e-4),
+    "head-adamw": lambda w: HeadAdamW(nn.ParameterDict({"weight": w}), 0.0),
+}
+
+
 class Provider(NamedTuple):
     """One row of the table."""
 
@@ -84,6 +94,7 @@ class Provider(NamedTuple):
     filter_eps: float | None = None  # of a backend; None: its default
     dtype: torch.dtype = torch.float32  # of a bare operation
     precision: str = "highest"  # of float32 products
+    optimizer: str = "sgd"  # in mode "step"
 
     def filter_for(self, dtype: torch.dtype, features: int) -> float:
         """The filter in force, 0 for everything that drops nothing on purpose."""
@@ -130,10 +141,20 @@ DEFAULT = (
     *("reference", "careful", "careful-compiled", *FILTERED),
     *("native@2^-16", "triton@2^-16", "native@0", "triton@0", "mm-fp32", "mm-bf16", "read-w", "write-w"),
 )
+# whole steps, with PyTorch's optimizers and with the head's own
+STEPS = (
+    *("reference+sgd", "native+sgd", "native+head-sgd"),
+    *("reference+adamw", "native@0+adamw", "native@0+head-adamw", "mm-bf16"),
+)
 
 
 def resolve(name: str) -> Provider:
     """The provider of that name; ValueError in one line for an unknown one."""
+    loss, plus, optimizer = name.partition("+")
+    if plus:
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer in {name!r}: expected one of {', '.join(OPTIMIZERS)}")
+        return resolve(loss)._replace(name=name, optimizer=optimizer)
     if name in PROVIDERS:
         return PROVIDERS[name]
     match = re.fullmatch(rf"({'|'.join(FILTERED)})@(?:2\^(-[1-9]\d*)|(0|0?\.\d+|\d(?:\.\d+)?e-\d+))", name)

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..testing.workloads import Workload
 from . import machine
-from .providers import BARE, PACKAGE, LossFunction, Provider, build, read, write
+from .providers import BARE, OPTIMIZERS, PACKAGE, LossFunction, Provider, build, read, write
 
 MODES = ("forward", "backward", "both", "step", "graph")
 CACHE_FACTOR = 4  # rotated inputs are this many times the L2 cache, so that none is still in it
@@ -40,9 +40,8 @@ class TimedLoss:
     """A provider on copies of a workload that take turns: `prepare` before the clock starts, `run`, and at the end of a
     turn `rest`. A bare operation does the same in every mode; of a loss
 
-    "forward" builds the graph and frees it; "backward" is that of a forward made in `prepare`; "both"; "step" adds SGD
-    (momentum 0.9, weight decay 5e-4, fused) on w with learning rate 0, so that repeats do the work of an update on data
-    that stays as it is; "graph" replays both from a CUDA graph, without what launching takes on the host.
+    "forward" builds the graph and frees it; "backward" is that of a forward made in `prepare`; "both"; "step" adds
+    the provider's optimizer on w; "graph" replays both from a CUDA graph, without what launching takes on the host.
 
     Where there is a backward, the timed region begins with freeing the last gradients (`zero_grad(set_to_none)`), which
     every training step pays for; the upstream gradient is made beforehand. Opponents get half embeddings as a training
@@ -63,11 +62,10 @@ class TimedLoss:
             # zeros, so that its pages are there before the first run
             self.y = torch.zeros(size, dtype=provider.dtype, device=device)
         else:
-            for leaf in itertools.chain(*self.leaves):
-                leaf.requires_grad_()
+            self.leaves = [[x.requires_grad_(), torch.nn.Parameter(w)] for x, w in self.leaves]
         self.turns = itertools.cycle(range(copies))
-        optimized = [w for _, w in self.leaves] if mode == "step" and provider.kind != BARE else []
-        self.optimizers = [torch.optim.SGD([w], 0.0, 0.9, weight_decay=5e-4, fused=True) for w in optimized]
+        steps = mode == "step" and provider.kind != BARE
+        self.optimizers = [OPTIMIZERS[provider.optimizer](w) for _, w in self.leaves if steps]  # type: ignore[arg-type]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.ready: tuple[Tensor, Any] | None = None  # the forward of which "backward" times the rest
         self.seconds: list[float] = []  # of each timed run

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from ..bench import machine, report
-from ..bench.providers import DEFAULT, PACKAGE, PROVIDERS, Provider, resolve
+from ..bench.providers import DEFAULT, PACKAGE, PROVIDERS, STEPS, Provider, resolve
 from ..bench.runner import RunSettings, run_case
 from ..bench.table import bench_table, kernel_table
 from ..bench.timing import MODES
@@ -35,7 +35,7 @@ def _modes(text: str) -> list[str]:
 
 
 def _providers(text: str) -> list[Provider]:
-    names = {"default": DEFAULT, "all": PROVIDERS}.get(text)
+    names = {"default": DEFAULT, "all": PROVIDERS, "steps": STEPS}.get(text)
     return several(resolve)(",".join(names) if names else text)
 
 
@@ -47,10 +47,10 @@ def bench(
     d: Annotated[Any, option(several(options.positive), "Features; several with commas.")] = "512",
     geometry: Annotated[Any, option(options.one_of(GEOMETRIES), "random: an untrained head; trained: look-alikes; dense: --density of the pairs active.", "NAME")] = "random",
     density: Annotated[Any, option(several(float), "Share of active pairs at 2^-16, for dense (0.05); several with commas.")] = None,
-    mode: Annotated[Any, option(_modes, "forward, backward, both, step (with SGD), all (of these), graph (both, replayed from a CUDA graph); several with commas.")] = "both",
+    mode: Annotated[Any, option(_modes, "forward, backward, both, step (with an optimizer, SGD by default), all (of these), graph (both, replayed from a CUDA graph); several with commas.")] = "both",
     device: Annotated[Any, options.DEVICE] = "auto",
     dtype: Annotated[Any, option(options.one_of(HALF_AND_FULL), "Of the embeddings; the weights are float32.", "NAME")] = "float32",
-    providers: Annotated[Any, option(_providers, "default, or all, or names (a wrong one lists them). A filter: native@2^-12.")] = "default",
+    providers: Annotated[Any, option(_providers, "default, all, steps (for --mode step), or names (a wrong one lists them). A filter: native@2^-12; an optimizer: native+head-sgd.")] = "default",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all take their turn.")] = 15,
     budget_seconds: Annotated[float, typer.Option(min=0, help="Timing of one workload and mode; at least 3 rounds.")] = 60.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if left out.")] = None,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..pending import pending_of
+
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -18,9 +20,17 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
 
     Returns:
         The norm before clipping, 0-d, the same on every process.
+
+    Raises:
+        RuntimeError: a gradient waits in an optimizer of `sface_kernels.optim`, which clips it itself.
     """
     kinds: dict[object, list[Tensor]] = {}
     for parameter in parameters:
+        if pending_of(parameter):
+            raise RuntimeError(
+                "parameters: expected gradients, got a head's weight whose gradient waits in its optimizer; give that "
+                "optimizer max_norm, or its scale_grad the factor that its grad_norm() and the others' norm make"
+            )
         if parameter.grad is not None:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             kinds.setdefault(mesh, []).append(parameter)

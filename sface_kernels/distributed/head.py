@@ -17,6 +17,7 @@ from ..dispatch import check_name
 from ..growing import replace_parameter
 from ..loss import initial_std
 from ..ops import prepare_labels
+from ..pending import let_wait, pending_of
 from ..types import DEFAULTS, SFaceRowStats, SFaceStats
 from .collectives import check_agreement, current_gpu, uses_nccl
 from .evaluation import class_parallel_topk
@@ -187,9 +188,8 @@ class ClassParallelSFaceLoss(nn.Module):
         "rows", (loss, SFaceRowStats) of this process's rows beside all classes.
         """
         validation.check_return_stats(return_stats)
-        assert isinstance(self.weight, DTensor)
-        local = self.weight.to_local(grad_placements=[ShardedBy(0)])
-        shard = Shard(local, self.class_range[0], self.num_classes, self._mesh.get_group())
+        sampling = self._next_sample()
+        shard = Shard(self._local_weight(sampling), self.class_range[0], self.num_classes, self._mesh.get_group())
         return class_parallel_loss(
             embeddings,
             labels,
@@ -197,8 +197,21 @@ class ClassParallelSFaceLoss(nn.Module):
             self._options(),
             exchange_sizes=self.uneven_batches or self._first_batch(embeddings, shard),
             return_stats=return_stats,
-            sampling=self._next_sample(),
+            sampling=sampling,
         )
+
+    def _local_weight(self, sampling: Sampling | None) -> Tensor:
+        """This process's rows. What waits for an optimizer is no gradient that could go through `to_local`; where there
+        are no rows, an empty one tells the optimizer that there was a backward."""
+        assert isinstance(self.weight, DTensor)
+        pending = pending_of(self.weight)
+        if pending is None or sampling is not None or not self.weight.requires_grad or self.class_range[1] == 0:
+            return self.weight.to_local(grad_placements=[ShardedBy(0)])
+        detached = self.weight.detach()
+        assert isinstance(detached, DTensor)
+        local = detached.to_local().requires_grad_()
+        let_wait(local, pending)
+        return local
 
     def _next_sample(self) -> Sampling | None:
         if not self.training or self.sample_rate == 1:

@@ -227,6 +227,10 @@ def test_opcheck_native(shape, weight_dtype, filter_eps, native):
         opcheck("native_forward", (x, w, target, *hyper, need_x, need_w, words))
     saved = torch.ops.sface.native_forward(x, w, target, *hyper, True, True, words)[5:]
     opcheck("native_grad_weight", (x, w, target, upstream, *hyper, *saved))
+    if weight_dtype == f32:
+        backwards, state = [x, target, upstream, *saved], torch.zeros_like(w)
+        opcheck("native_sgd_step", (w, state, backwards, hyper, 0.1, 0.9, 0.0, 1e-3, False, False))
+        opcheck("native_adamw_step", (w, state, state + 1, backwards, hyper, 0.1, 0.9, 0.99, 1e-8, 0.1, 1.0, False))
     opcheck("native_empty_gradient", (w,))
 
 
@@ -255,6 +259,8 @@ def test_every_operator_is_checked():
         "native_forward",
         "native_grad_weight",
         "native_empty_gradient",
+        "native_sgd_step",
+        "native_adamw_step",
         "triton_forward",
         "triton_grad_weight",
     }

@@ -73,6 +73,15 @@ def test_another_loss_is_labelled_so(tmp_path, capsys):
     assert "linear-cross-entropy (another loss)" in capsys.readouterr().out
 
 
+def test_whole_steps_with_several_optimizers(tmp_path, capsys):
+    status, result = run(tmp_path, "--mode", "step", names="reference+adamw,chunked+head-sgd,chunked@0+head-adamw")
+    assert status == 0 and [row["status"] for row in result["rows"]] == ["ok"] * 3
+    assert all(row["time_ms"]["median"] > 0 for row in result["rows"])
+    assert cli.main(["bench", "--mode", "step", "--providers", "native+lion"]) == 2
+    assert "unknown optimizer" in " ".join(capsys.readouterr().err.split())
+    assert [providers.resolve(name).optimizer for name in providers.STEPS[:3]] == ["sgd", "sgd", "head-sgd"]
+
+
 def test_half_embeddings_at_several_densities(tmp_path):
     arguments = ["--dtype", "bfloat16", "--geometry", "dense", "--density", "0.01,0.5"]
     status, result = run(tmp_path, *arguments, names="reference,reference-bf16,chunked")

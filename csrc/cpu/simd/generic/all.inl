@@ -8,5 +8,6 @@
 
 #include "dense.inl"
 #include "screen.inl"
+#include "update.inl"
 
 #include "kernels.inl"

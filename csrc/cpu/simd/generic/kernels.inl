@@ -132,4 +132,6 @@ const Kernels kTable = {
     .zero = zero,
     .finish_stores = finish_stores,
     .intra = intra,
+    .sgd = sgd,
+    .adamw = adamw,
 };

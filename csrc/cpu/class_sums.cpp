@@ -1,0 +1,153 @@
+#include "class_sums.h"
+
+namespace sface {
+
+namespace {
+
+// Raises where a record points out of the arena.
+Ways check_segments(const Problem& problem, const Tensor& segments, int64_t words) {
+  check_tensor("segments", segments, ScalarType::Long, {2 * problem.groups * problem.blocks});
+  const Segment* records = reinterpret_cast<const Segment*>(segments.const_data_ptr<int64_t>());
+  Ways ways{};
+  for (int64_t g = 0; g < problem.groups; ++g)
+    for (int64_t b = 0; b < problem.blocks; ++b) {
+      const auto [begin, count] = records[g * problem.blocks + b];
+      const int64_t pairs = problem.group_count(g) * problem.block_rows(b);
+      const bool known = count >= kRecompute && count <= pairs;
+      const int64_t size = !known || count == kRecompute ? 0 : count == kDenseStored ? pairs : 2 * count;
+      check(known && begin >= 0 && begin <= words && size <= words - begin, "segments: expected a part of an arena of ",
+            words, " words, got ", begin, " and ", count, " for samples ", g, " and classes ", b);
+      ways.dense |= count < 0;
+      ways.recompute |= count == kRecompute;
+    }
+  return ways;
+}
+
+template <typename T>
+const T* data_of(const char* name, const Tensor& t, ScalarType dtype, int64_t size) {
+  check_tensor(name, t, dtype, {size});
+  return t.const_data_ptr<T>();
+}
+
+}  // namespace
+
+Upstream::Upstream(const Problem& problem, const Tensor& grad_row, const Tensor& target_weight, float scale)
+    : u(problem.n), own(problem.n) {
+  const float* given = data_of<float>("grad_row", grad_row, ScalarType::Float, problem.n);
+  const float* weight = data_of<float>("target_weight", target_weight, ScalarType::Float, problem.n);
+  for (int64_t i = 0; i < problem.n; ++i) {
+    if (problem.ignored(i)) continue;
+    u[i] = given[i] * scale;
+    own[i] = u[i] * weight[i];
+    poisoned |= !is_finite(own[i]) || !is_finite(u[i]);
+  }
+}
+
+SavedPairs::SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row,
+                       const Hyper& hyper, const Tensor& inv_norm_, const Tensor& target_weight, const Tensor& arena,
+                       const Tensor& segments_, float scale)
+    : problem(x, w, target),
+      kernels(sface::kernels()),
+      rules(make_rules(hyper, problem.d)),
+      words(data_of<int32_t>("arena", arena, ScalarType::Int, arena.numel())),
+      ways(check_segments(problem, segments_, arena.numel())),
+      segments(reinterpret_cast<const Segment*>(segments_.const_data_ptr<int64_t>())),
+      inv_norm(data_of<float>("inv_norm", inv_norm_, ScalarType::Float, problem.c)),
+      up(problem, grad_row, target_weight, scale),
+      samples(problem, kernels, {.columns = ways.recompute, .fixed_point = false}),
+      call{problem, kernels, rules, samples},
+      columns(ways.dense ? problem.n * problem.padded_d : 0) {
+  if (ways.dense)
+    for (const Group& group : samples.groups)
+      kernels.pack_features(group.rows, group.count, group.padded_d, &columns[group.first * group.padded_d]);
+}
+
+// The part of one group of samples, as the forward left it.
+void BlockSums::add_segment(int64_t g, int64_t b) {
+  const Group& group = saved_.samples.groups[g];
+  const Segment& segment = saved_.segments[g * saved_.problem.blocks + b];
+  Block block = saved_.problem.block_of(g, b, own_);
+  if (segment.count == kRecompute) {
+    recompute(group, block);
+  } else if (segment.count == kDenseStored) {
+    add_tile(group, block.count, saved_.words + segment.begin, group.count);
+  } else {
+    add_pairs(group, block.count, saved_.words + segment.begin, segment.count);
+  }
+  for (const OwnClass& own : own_) add(own.row, group.first + own.sample, saved_.up.own[group.first + own.sample]);
+}
+
+void BlockSums::add(int row, int64_t sample, float scale) {
+  saved_.kernels.axpy(scale, saved_.samples.row(sample), rows_.touch(row), static_cast<int>(saved_.problem.padded_d));
+}
+
+void BlockSums::add_pairs(const Group& group, int rows, const int32_t* words, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) {
+    const int row = words[2 * e] >> 16, in_group = words[2 * e] & 0xffff;
+    check(row >= 0 && row < rows && in_group < group.count, "arena: expected a pair of ", rows, " classes and ",
+          group.count, " samples, got ", row, " and ", in_group);
+    const int64_t sample = group.first + in_group;
+    float weight;
+    std::memcpy(&weight, words + 2 * e + 1, sizeof(weight));
+    add(row, sample, saved_.up.u[sample] * weight);
+  }
+}
+
+// `tile` holds floats, [rows] with a stride of so many.
+void BlockSums::add_tile(const Group& group, int rows, const void* tile, int64_t stride) {
+  for (int row = 0; row < rows; ++row) {
+    rows_.touch(row);
+    float* scaled = &scaled_[row * group.count];
+    std::memcpy(scaled, static_cast<const char*>(tile) + row * stride * sizeof(float), sizeof(float) * group.count);
+    for (int i = 0; i < group.count; ++i) scaled[i] *= saved_.up.u[group.first + i];
+  }
+  saved_.kernels.add_dense(scaled_.data(), group.count, rows, &saved_.columns[group.first * group.padded_d],
+                           group.count, group.padded_d, rows_.memory());
+}
+
+void BlockSums::recompute(const Group& group, Block& block) {
+  const float* inv_norm = saved_.inv_norm + block.first;
+  block.w = saved_.problem.weight_rows(block.first, block.count, work_.converted, &block.row_stride);
+  if (std::any_of(inv_norm, inv_norm + block.count, [](float inv) { return inv < 0; })) shorten(block);
+  for (int r = 0; r < block.count; ++r) work_.inv_norm[r] = std::abs(inv_norm[r]);
+  saved_.kernels.recompute_tile(saved_.rules, group, block, work_);
+  add_tile(group, block.count, work_.tile.data(), group.panels * saved_.kernels.panel_samples);
+}
+
+// As the forward did: the rows whose inv_norm is negative.
+void BlockSums::shorten(Block& block) {
+  const int64_t d = saved_.problem.d;
+  float* rows = work_.short_rows.data.get();
+  for (int r = 0; r < block.count; ++r)
+    for (int64_t k = 0; k < d; ++k)
+      rows[r * d + k] = block.w[r * block.row_stride + k] * (saved_.inv_norm[block.first + r] < 0 ? kShortening : 1);
+  block.w = rows;
+  block.row_stride = d;
+}
+
+RowGradient row_gradient(const SavedPairs& saved, const float* raw, int64_t cls, float scale,
+                         std::vector<float>& converted) {
+  const WeightRow row = saved.problem.weight_row(cls, saved.inv_norm[cls], converted);
+  const float inv = row.inv_norm;
+  // below kNormEps normalize divides by a constant, so nothing is projected away
+  const float along =
+      inv >= 1 / kNormEps ? 0.0f : saved.kernels.dot(raw, row.w, static_cast<int>(saved.problem.d)) * inv;
+  return {scale * inv, raw, -along * inv * inv * scale, row.w, row.factor};
+}
+
+void write_row(const SavedPairs& saved, const float* raw, int64_t cls, float scale, std::vector<float>& converted,
+               float* out) {
+  const int d = static_cast<int>(saved.problem.d);
+  if (is_nan(saved.inv_norm[cls])) {
+    std::fill(out, out + d, saved.inv_norm[cls]);
+  } else if (raw == nullptr) {
+    saved.kernels.zero(out, d);
+  } else {
+    const RowGradient row = row_gradient(saved, raw, cls, scale, converted);
+    saved.kernels.combine(row.scale, row.raw, row.along, row.w, out, d);
+    if (row.factor != 1)
+      for (int k = 0; k < d; ++k) out[k] *= row.factor;
+  }
+}
+
+}  // namespace sface

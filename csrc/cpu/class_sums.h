@@ -1,0 +1,130 @@
+// The sums Σ_i u_i g_ij x̂_i of equation (8), block of classes by block, from the list of active pairs that a forward
+// left. backward.cpp makes rows of ∂w of them, head_step.cpp steps of an optimizer.
+#pragma once
+
+#include "ops.h"
+#include "problem.h"
+
+namespace sface {
+
+// The upstream gradients u_i of the rows, times a scale.
+struct Upstream {
+  std::vector<float> u;    // [N], 0 for rows that do not count
+  std::vector<float> own;  // [N], u_i times the own class's weight −p_i / s
+  bool poisoned = false;   // a NaN row is active with every class
+
+  Upstream(const Problem& problem, const Tensor& grad_row, const Tensor& target_weight, float scale);
+};
+
+// Which ways the blocks of a forward went.
+struct Ways {
+  bool dense, recompute;
+};
+
+// What a forward saved, and the upstream gradients of its rows. Stays where it was made: its parts refer to each other.
+struct SavedPairs {
+  const Problem problem;
+  const Kernels& kernels;
+  const Rules rules;
+  const int32_t* const words;  // the arena
+  const Ways ways;
+  const Segment* const segments;  // [groups][blocks]
+  const float* const inv_norm;    // [C]
+  const Upstream up;
+  const Samples samples;
+  const Call call;
+  std::vector<float> columns;  // x̂ as Kernels::pack_features writes it, where some block went the dense way
+
+  // Raises unless everything fits.
+  SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, const Hyper& hyper,
+             const Tensor& inv_norm_, const Tensor& target_weight, const Tensor& arena, const Tensor& segments_,
+             float scale);
+  SavedPairs(const SavedPairs&) = delete;
+};
+
+// The sums of the rows of one block, in Workspace::raw.
+class RawRows {
+ public:
+  RawRows(Workspace& work, int64_t padded_d) : memory_(work.raw.data()), padded_d_(padded_d) {}
+
+  // Starts the next block.
+  void begin() { std::fill(touched_, touched_ + kBlockClasses, false); }
+
+  // The sum of one row `[padded D]`, null where nothing was added.
+  const float* row(int row) const { return touched_[row] ? memory_ + row * padded_d_ : nullptr; }
+
+  // The same to add to, zeros at first.
+  float* touch(int row) {
+    float* raw = memory_ + row * padded_d_;
+    if (!touched_[row]) std::memset(raw, 0, sizeof(float) * padded_d_);
+    touched_[row] = true;
+    return raw;
+  }
+
+  float* memory() { return memory_; }
+
+ private:
+  float* memory_;
+  int64_t padded_d_;
+  bool touched_[kBlockClasses];
+};
+
+// Adds to the sums of a block what one forward left for it.
+class BlockSums {
+ public:
+  BlockSums(const SavedPairs& saved, Workspace& work, RawRows& rows)
+      : saved_(saved), work_(work), rows_(rows), scaled_(kBlockClasses * kGroupSamples) {}
+
+  void add_block(int64_t b) {
+    for (int64_t g = 0; g < saved_.problem.groups; ++g) add_segment(g, b);
+  }
+
+ private:
+  void add_segment(int64_t g, int64_t b);
+  void add(int row, int64_t sample, float scale);
+  void add_pairs(const Group& group, int rows, const int32_t* words, int64_t count);
+  void add_tile(const Group& group, int rows, const void* tile, int64_t stride);
+  void recompute(const Group& group, Block& block);
+  void shorten(Block& block);
+
+  const SavedPairs& saved_;
+  Workspace& work_;
+  RawRows& rows_;
+  std::vector<OwnClass> own_;
+  std::vector<float> scaled_;  // [rows][group] u_i g_ij / s
+};
+
+// body(next_block) on each of PyTorch's threads, as for_each_worker; next_block() hands out blocks in stretches.
+template <typename Body>
+void for_each_block(int64_t blocks, const Body& body) {
+  constexpr int64_t kBlocksPerTask = 16;
+  for_each_worker(ceil_div(blocks, kBlocksPerTask), [&](auto next_task) {
+    int64_t next = 0, end = 0;
+    body([&] {
+      if (next == end) {
+        next = std::min(blocks, next_task() * kBlocksPerTask);
+        end = std::min(blocks, next + kBlocksPerTask);
+      }
+      return next < end ? next++ : blocks;
+    });
+  });
+}
+
+// A row of ∂w as a sum of two: the tangent of (8).
+struct RowGradient {
+  float scale;
+  const float* raw;
+  float along;
+  const float* w;
+  float factor;  // of the sum: not 1 where w is the shortened row
+};
+
+// That of a row from its raw sum; `scale` is what the sum lacks.
+RowGradient row_gradient(const SavedPairs& saved, const float* raw, int64_t cls, float scale,
+                         std::vector<float>& converted);
+
+// A row of ∂w [D] from its raw sum; null: there is none.
+void write_row(const SavedPairs& saved, const float* raw, int64_t cls, float scale, std::vector<float>& converted,
+               float* out);
+
+}  // namespace sface

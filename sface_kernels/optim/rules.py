@@ -1,0 +1,125 @@
+"""The two rules: `torch.optim`'s arguments and state, and the update in C++ or by `torch.optim`'s own functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from ..pending import WeightGradient
+from .base import HeadOptimizer, local_rows, native_arguments, weight_of
+
+
+class HeadSGD(HeadOptimizer, torch.optim.SGD):  # type: ignore[override]
+    """`torch.optim.SGD` for a head's weight, without ∂w.
+
+    Args:
+        head: an `SFaceLoss`, a `distributed.ClassParallelSFaceLoss`, or a head of `compat`. Making the optimizer is the
+            switch: from now on the head's gradient waits here.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`.
+        max_norm: clip the gradient to this 2-norm before each step (one more pass over the lists), as
+            `torch.nn.utils.clip_grad_norm_` on the head alone does. No part of `state_dict()`.
+
+    Raises:
+        TypeError, ValueError: an argument is off.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        max_norm: float | None = None,
+    ) -> None:
+        super().__init__([weight_of(head)], lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+        self._attach(head, max_norm)
+
+    def _move(self, group: dict[str, Any], gradients: list[WeightGradient]) -> None:
+        weight, rows, buffer, dampening = self._weight, self._rows, None, group["dampening"]
+        if group["momentum"] != 0:
+            state = self.state[weight]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+                dampening = 0  # the first gradient becomes the buffer
+            buffer = local_rows(state["momentum_buffer"])
+        rule: dict[str, Any] = {
+            "lr": float(group["lr"]),
+            "momentum": float(group["momentum"]),
+            "dampening": float(dampening),
+            "weight_decay": float(group["weight_decay"]),
+            "nesterov": group["nesterov"],
+            "maximize": group["maximize"],
+        }
+        moved = [rows] if buffer is None else [rows, buffer]
+        if self._goes_native(gradients, *moved):
+            torch.ops.sface.native_sgd_step(rows, buffer, *native_arguments(gradients), **rule)
+            torch.autograd.graph.increment_version(moved)
+            return
+        for (first, end), gradient in self._ranges():
+            part = None if buffer is None else buffer[first:end]
+            sgd([rows[first:end]], [gradient], [part], foreach=False, **rule)
+
+
+class HeadAdamW(HeadOptimizer, torch.optim.AdamW):  # type: ignore[override]
+    """`torch.optim.AdamW` for a head's weight, without ∂w. Give the head `filter_eps=0`, as for any Adam.
+
+    Args:
+        head: as in `HeadSGD`.
+        lr, betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`; there is no amsgrad.
+        max_norm: as in `HeadSGD`.
+
+    Raises:
+        TypeError, ValueError: an argument is off, or a loaded state has amsgrad.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        max_norm: float | None = None,
+    ) -> None:
+        super().__init__([weight_of(head)], lr, betas, eps, weight_decay, maximize=maximize)
+        self._attach(head, max_norm)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError("state_dict: expected one without amsgrad, which HeadAdamW does not have")
+        super().load_state_dict(state_dict)
+
+    def _move(self, group: dict[str, Any], gradients: list[WeightGradient]) -> None:
+        weight, rows, state = self._weight, self._rows, self.state[self._weight]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        mean, square = local_rows(state["exp_avg"]), local_rows(state["exp_avg_sq"])
+        rule: dict[str, Any] = {
+            "lr": float(group["lr"]),
+            "beta1": float(group["betas"][0]),
+            "beta2": float(group["betas"][1]),
+            "eps": float(group["eps"]),
+            "weight_decay": float(group["weight_decay"]),
+            "maximize": group["maximize"],
+        }
+        if self._goes_native(gradients, rows, mean, square):
+            arguments = native_arguments(gradients)
+            torch.ops.sface.native_adamw_step(rows, mean, square, *arguments, step=float(state["step"]) + 1, **rule)
+            torch.autograd.graph.increment_version([rows, mean, square])
+        else:
+            for (first, end), gradient in self._ranges():
+                w, m, v = ([t[first:end]] for t in (rows, mean, square))
+                step = [state["step"].clone()]  # which counts the ranges too
+                adamw(w, [gradient], m, v, [], step, foreach=False, amsgrad=False, **rule)
+        state["step"] += 1

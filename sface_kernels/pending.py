@@ -1,0 +1,159 @@
+"""∂w of one backward as what it is computed from, and the place where it waits for an optimizer that takes it so."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .dispatch import BACKENDS
+from .precision import without_autocast
+from .types import NO_TARGET, HyperParameters
+
+RANGE_BYTES = 4 << 20  # of the rows of ∂w that are made at a time
+
+
+class WeightGradient(NamedTuple):
+    """What a backward knows of ∂w `[C, D]`, equation (8): the forward's lists and the upstream gradient of each row."""
+
+    backend: str
+    hp: HyperParameters
+    x: Tensor  # [N, D]
+    w: Tensor  # [C, D]
+    target: Tensor  # [N], of `ops.prepare_labels`
+    grad_row: Tensor  # [N], u_i, 0 where the row is ignored
+    saved: tuple[Tensor, ...]  # of `types.Forward`
+
+    @property
+    def class_block(self) -> int:
+        return BACKENDS[self.backend].class_block(len(self.x))
+
+    def dense(self) -> Tensor:
+        """`[C, D]`, in the dtype of `w`."""
+        return self._of_all(self.w, self.target, self.saved)
+
+    def rows(self, first: int, end: int) -> Tensor:
+        """The rows of the classes first … end − 1, in the dtype of `w`. Reads nothing of the others but `saved`."""
+        block, classes = self.class_block, len(self.w)
+        start, stop = first // block * block, min(classes, -(-end // block) * block)
+        w, backend = self.w[start:stop], BACKENDS[self.backend]
+        inside = (self.target >= start) & (self.target < stop)
+        target = torch.where(inside, self.target - start, self.target.clamp_max(NO_TARGET))  # codes are below that
+        if backend.narrow is not None:
+            saved = backend.narrow(self.saved, len(self.x), start, stop)
+        else:
+            with without_autocast(w.device):
+                saved = backend.forward(self.x, w, target, self.hp, False, True).saved
+        return self._of_all(w, target, saved)[first - start : end - start]
+
+    def sparse(self) -> Tensor:
+        """A coalesced COO tensor `[C, D]` of the rows that are not all 0. Waits for the device."""
+        indices, values = [], []
+        for first, end in class_ranges(len(self.w), self.w.shape[1], self.class_block):
+            grad = self.rows(first, end)
+            which = (grad != 0).any(1).nonzero().squeeze(1)
+            indices.append(first + which)
+            values.append(grad[which])
+        return torch.sparse_coo_tensor(
+            torch.cat(indices).unsqueeze(0), torch.cat(values), self.w.shape, is_coalesced=True, check_invariants=False
+        )
+
+    def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        with without_autocast(w.device):
+            grad = BACKENDS[self.backend].grad_weight(self.x, w, target, self.hp, self.grad_row, saved)
+        return grad.to(w.dtype)
+
+
+def class_ranges(classes: int, features: int, block: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of ranges of about RANGE_BYTES of float32 rows, in whole blocks."""
+    step = block * max(1, RANGE_BYTES // (4 * features * block))
+    bounds = [*range(0, classes, step), classes]
+    return itertools.pairwise(bounds)
+
+
+class PendingGradient:
+    """The gradients of a weight that an optimizer has not taken yet, each with the weight's version at its backward."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[WeightGradient, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, gradient: WeightGradient) -> None:
+        self._waiting.append((gradient, gradient.w._version))
+
+    def clear(self) -> None:
+        self._waiting.clear()
+
+    def scale(self, factor: float | Tensor) -> None:
+        """Multiplies ∂w, which is linear in the upstream gradients."""
+        self._waiting = [(one._replace(grad_row=one.grad_row * factor), version) for one, version in self._waiting]
+
+    def gradients(self) -> list[WeightGradient]:
+        """Those that wait; raises where the weight was changed after their backward, as autograd does before it."""
+        for one, version in self._waiting:
+            if one.w._version != version:
+                raise RuntimeError(
+                    "weight: modified by an in-place operation between backward() and step(), while its gradient "
+                    f"waited (version {one.w._version}, expected {version}); step or zero_grad the optimizer first"
+                )
+        return [one for one, _ in self._waiting]
+
+
+# Beside the tensors, not on them: a copy or a pickle of a weight must not take what waits for it along.
+_pending: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def pending_of(weight: Tensor) -> PendingGradient | None:
+    """Where the gradient of this tensor is to wait; None: it is a tensor like any other."""
+    reference = _pending.get(weight)
+    return None if reference is None else reference()
+
+
+def let_wait(weight: Tensor, pending: PendingGradient | None) -> None:
+    """From now on, until `pending` is gone; None: no longer."""
+    if pending is None:
+        _pending.pop(weight, None)
+    else:
+        _pending[weight] = weakref.ref(pending)
+    if type(weight) in (nn.Parameter, WatchedParameter):
+        weight.__class__ = nn.Parameter if pending is None else WatchedParameter
+
+
+_grad: Any = Tensor.grad  # the attribute of every tensor
+
+
+def gradient_of(weight: Tensor) -> Tensor | None:
+    """`weight.grad`, without a warning."""
+    return _grad.__get__(weight)
+
+
+class WatchedParameter(nn.Parameter):
+    """A parameter that warns whoever looks for its gradient while that waits, such as clip_grad_norm_ and another
+    optimizer, which take None for nothing to do."""
+
+    @property
+    def grad(self) -> Tensor | None:
+        grad = gradient_of(self)
+        if grad is None and pending_of(self):
+            warnings.warn(
+                "head.weight.grad is None, and is not the gradient: that waits for the step of the head's optimizer. "
+                "Clip it by that optimizer's max_norm, drop it by its zero_grad()",
+                stacklevel=2,
+            )
+        return grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        _grad.__set__(self, value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        _grad.__delete__(self)
