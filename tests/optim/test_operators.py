@@ -7,7 +7,7 @@ import torch
 
 from sface_kernels.optim.base import native_arguments
 from sface_kernels.pending import WeightGradient
-from sface_kernels.types import HyperParameters
+from sface_kernels.types import Forward, HyperParameters
 from tests.support.problems import trained_problem
 
 HYPER = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 2.0**-12)
@@ -17,8 +17,8 @@ ADAMW = (0.1, 0.9, 0.999, 1e-8, 1e-2, 1.0, False)
 
 def backward(problem):
     x, w, labels, upstream = problem
-    saved = torch.ops.sface.native_forward(x, w, labels, *HYPER, True, True, 10_000)[4:]
-    return WeightGradient("native", HYPER, x, w, labels, upstream, tuple(saved))
+    result = Forward.of(torch.ops.sface.native_forward(x, w, labels, *HYPER, True, True, 10_000))
+    return WeightGradient("native", HYPER, x, w, labels, upstream, result.saved)
 
 
 def test_refuses(native):
