@@ -203,7 +203,7 @@ def spread_in_fabric() -> tuple[Tensor, Tensor]:
         fabric = lightning_fabric.Fabric(accelerator="cpu", strategy="ddp", devices=dist.get_world_size())
         fabric.launch()
         net, head = fabric.setup_module(network()), spread_head()
-        optimizers = fabric.setup_optimizers(SGD(net.parameters()), SGD(head.parameters()))
+        optimizers: Any = fabric.setup_optimizers(SGD(net.parameters()), SGD(head.parameters()))
         losses = []
         for _ in range(EPOCHS):
             for images, labels in loader():
