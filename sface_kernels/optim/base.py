@@ -75,8 +75,9 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     @property
     def _weight(self) -> nn.Parameter:
-        weight, of_head = self.param_groups[0]["params"][0], id(self.head.weight)
-        if of_head != id(weight):
+        held: Any = self.head.weight
+        weight = self.param_groups[0]["params"][0]
+        if weight is not held:
             raise RuntimeError(
                 "head.weight: expected the Parameter that the optimizer holds, got another one; "
                 "give add_classes() the optimizer, or make a new optimizer"
