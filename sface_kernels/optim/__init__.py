@@ -16,8 +16,8 @@ load one's state into the other to change over at any step (`release()` before t
 - Hooks on the weight's gradient are not called, as there is none.
 - Under torch.compile, with class sampling, or where the weight has other losses too, gradients come as `.grad`, dense;
   the step counts them.
-- On `native` the step is one C++ pass. Other backends, half weights and a `.grad` beside what waits go through ranges of
-  about 4 MiB of ∂w and PyTorch's own update; `triton` then screens each range again.
+- On `native` the step is one C++ pass. Other backends, half weights and a `.grad` beside what waits go through ∂w in
+  ranges of about 4 MiB and PyTorch's own update; `triton` screens each range again for it.
 """
 
 from .rules import HeadAdamW, HeadSGD
