@@ -145,7 +145,7 @@ PLOT = $(BIN)/python -m sface_kernels plot --out $(dir $(RESULTS)) --prefix $(DE
 ifeq ($(DEVICE),cpu)
 SHAPE := ms1mv2
 OURS := native
-CASES := random trained dense casia all thp thp-bf16 modes classes samples density
+CASES := random trained dense casia all thp thp-bf16 modes steps classes samples density
 else
 SHAPE := --n 1024 --c 1000000 --dtype bfloat16
 OURS := triton
@@ -159,6 +159,7 @@ all := $(SHAPE) --providers all
 thp := $(SHAPE) --thp
 thp-bf16 := $(SHAPE) --thp --bf16-opponents
 modes := $(SHAPE) --mode all --no-memory
+steps := $(SHAPE) --mode step --providers steps --no-memory
 classes := --c 1000,10575,85742,360232
 samples := ms1mv2 --n 16,64,256,1024
 density := ms1mv2 --geometry dense --density 1e-6,1e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,0.1,0.3,1 --repeats 9 --no-memory \

@@ -41,7 +41,9 @@ def weight_of(head: nn.Module) -> nn.Parameter:
 
 
 def native_arguments(gradients: list[WeightGradient]) -> tuple[list[Tensor], list[float]]:
-    """`saved` and `hyper` of the native operators."""
+    """`saved` and `hyper` of the native operators. They take 1/‖w_j‖ from the first backward: one without rows, whose
+    forward has computed none, is left out."""
+    gradients = [g for g in gradients if len(g.x) > 0]
     saved = [(g.x.float().contiguous(), g.target, g.grad_row.float().contiguous(), *g.saved) for g in gradients]
     return list(itertools.chain(*saved)), list(itertools.chain(*(g.hp for g in gradients)))
 
@@ -75,8 +77,9 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     @property
     def _weight(self) -> nn.Parameter:
-        weight, of_head = self.param_groups[0]["params"][0], id(self.head.weight)
-        if of_head != id(weight):
+        held: Any = self.head.weight
+        weight = self.param_groups[0]["params"][0]
+        if weight is not held:
             raise RuntimeError(
                 "head.weight: expected the Parameter that the optimizer holds, got another one; "
                 "give add_classes() the optimizer, or make a new optimizer"

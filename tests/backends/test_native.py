@@ -86,15 +86,17 @@ class TestInstructionSets:
 
     @pytest.mark.parametrize("isa", ["avx512_vnni", "avx2", "baseline"])
     def test_parity_with_each(self, isa, native):
-        """An older CPU's kernels, whatever this one runs by itself: the parity and filter tests again in a process of its own."""
+        """An older CPU's kernels, whatever this one runs by itself: tests of parity, filter and step again in a process of its own."""
         if isa not in torch.ops.sface.native_instruction_sets():
             pytest.skip(f"this CPU or build has no {isa}, only {torch.ops.sface.native_instruction_sets()}")
         if isa == os.environ.get("SFACE_CPU_ISA", torch.ops.sface.native_instruction_sets()[0]):
             pytest.skip(f"this whole run is on {isa}")
         shapes = "over or strip or prime or usual or odd"
         selection = f"native-cpu-float32 and ((test_loss_and_gradients and ({shapes})) or test_active_set or one_call)"
+        selection = f"({selection}) or test_steps_of_odd_shapes"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
         files = [str(ROOT / "tests" / "loss" / name) for name in ("test_parity.py", "test_filter.py")]
+        files.append(str(ROOT / "tests" / "optim" / "test_trajectory.py"))
         environment = {**os.environ, "SFACE_CPU_ISA": isa}
         done = subprocess.run([*command, *files], env=environment, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

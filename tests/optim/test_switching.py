@@ -217,7 +217,7 @@ class TestSurroundings:
         optimizer.zero_grad()
         twin = make_head(problem)
         x, labels = batch(problem, 1)
-        torch.compile(lambda: head(x, labels), backend="aot_eager")().backward()
+        torch.compile(lambda: head(x, labels), fullgraph=True, backend="aot_eager")().backward()
         twin(x, labels).backward()
         torch.testing.assert_close(head.weight.grad, twin.weight.grad)
         optimizer.step()
