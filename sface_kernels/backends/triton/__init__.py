@@ -73,7 +73,7 @@ def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:
     # nothing but dense products serves where there is no filter: its lists need not be looked at
-    dense = not plan.make_rules(hp, x.shape[1]).screens or went_dense(Saved(*saved))
+    dense = plan.threshold_of(hp, x.shape[1]) is None or went_dense(Saved(*saved))
     return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float().contiguous(), *hp, dense, *saved)
 
 
