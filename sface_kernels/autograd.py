@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import BACKENDS
+from . import verify
 from .types import IGNORED, HyperParameters
 
 
@@ -52,14 +53,15 @@ class _RowLoss(torch.autograd.Function):
         hp: HyperParameters,
         need_x: bool,
         need_w: bool,
+        strict: bool,
     ) -> tuple[Tensor, ...]:
         with _without_autocast(embeddings.device):
-            *results, saved = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
+            *results, saved = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w)
         return (*results, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w = inputs
+        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w, ctx.strict = inputs
         _, _, _, row_grad_x, *saved = output
         for_weight = (weight, *saved) if ctx.need_w else (None,)
         ctx.save_for_backward(target, embeddings, row_grad_x if ctx.need_x else None, *for_weight)
@@ -75,7 +77,7 @@ class _RowLoss(torch.autograd.Function):
             grads = tuple(
                 g if g is None else _RaiseOnSecondBackward.apply(g, embeddings, weight, grad_row) for g in grads
             )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
     @staticmethod
     def _gradients(ctx: Any, grad_row: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -89,8 +91,8 @@ class _RowLoss(torch.autograd.Function):
             if ctx.need_x and ctx.needs_input_grad[0]:
                 grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
             if ctx.need_w and ctx.needs_input_grad[1]:
-                grad_w = BACKENDS[ctx.backend].grad_weight(
-                    embeddings, weight, target, ctx.hp, grad_row, tuple(saved)
+                grad_w = verify.grad_weight(
+                    ctx.backend, embeddings, weight, target, ctx.hp, grad_row, tuple(saved), ctx.strict
                 )  # [C, D], (8)
                 grad_w = grad_w.to(weight.dtype)
         return grad_x, grad_w
@@ -104,13 +106,22 @@ class _RowLoss(torch.autograd.Function):
 
 
 def row_losses(
-    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses `[N]` of equation (5), differentiable in the embeddings `[N, D]` and the weight `[C, D]`; beside them
     row statistics `[6, N]` (`types.RowStats`) and counts `[2]` (`types.Forward`).
 
-    `target` `[N]` is what `ops.prepare_labels` makes of labels.
+    `target` `[N]` is what `ops.prepare_labels` makes of labels. Where `verify` finds the backend wrong, `strict` raises,
+    and otherwise `chunked` takes over.
     """
     need_x, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (embeddings, weight))
-    row_loss, row_stats, counts, *_ = _RowLoss.apply(embeddings, weight, target, backend, hp, need_x, need_w)
+    apply = functools.partial(_RowLoss.apply, embeddings, weight, target)
+    if strict or torch.compiler.is_compiling():
+        row_loss, row_stats, counts, *_ = apply(backend, hp, need_x, need_w, strict)
+        return row_loss, row_stats, counts
+    try:
+        row_loss, row_stats, counts, *_ = apply(backend, hp, need_x, need_w, strict)
+    except verify.WrongResult as error:
+        verify.distrust(backend, error)
+        row_loss, row_stats, counts, *_ = apply("chunked", hp, need_x, need_w, strict)
     return row_loss, row_stats, counts

@@ -21,10 +21,12 @@ class Backend(NamedTuple):
     unavailable: Callable[[Request], str | None]
     forward: Callable[[Tensor, Tensor, Tensor, HyperParameters, bool, bool], Forward]
     grad_weight: Callable[[Tensor, Tensor, Tensor, HyperParameters, Tensor, tuple[Tensor, ...]], Tensor]
+    # of a backend whose first calls are verified: which of its ways a call took, or None where it need not be
+    way: Callable[[Tensor, tuple[Tensor, ...]], str | None] | None = None
 
 
 BACKENDS: dict[str, Backend] = {
-    name: Backend(summary, module.unavailable, module.forward, module.grad_weight)
+    name: Backend(summary, module.unavailable, module.forward, module.grad_weight, getattr(module, "way", None))
     for name, summary, module in (
         ("native", "C++ on the CPU: one streamed pass over the weight", native),
         ("triton", "Triton kernels on a GPU: one screened pass over the weight, no synchronisation", triton),
@@ -35,6 +37,7 @@ BACKENDS: dict[str, Backend] = {
 # What "auto" tries, in order. On a CPU Triton runs in its interpreter, which nobody means by "auto".
 PREFERENCE = {"cpu": ("native", "chunked"), "meta": ("chunked",)}
 PREFERENCE_ELSEWHERE = ("triton", "chunked")
+distrusted: dict[str, str] = {}  # backends that "auto" no longer takes in this process, and why
 
 
 @functools.cache
@@ -72,6 +75,8 @@ def choose(name: str, request: Request) -> tuple[str, str | None]:
             raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
         return name, None
     first, *others = PREFERENCE.get(request.device.type, PREFERENCE_ELSEWHERE)
+    if first in distrusted:
+        return "chunked", None  # as was said when it happened
     reason = BACKENDS[first].unavailable(request)
     if reason is None:
         return first, None
@@ -117,7 +122,7 @@ def explain(
         f"{backend!r} on {request.device} with {dtype} embeddings and {request.weight_dtype} weights runs {chosen!r}:"
     ]
     for name, entry in BACKENDS.items():
-        reason = entry.unavailable(request)
+        reason = distrusted.get(name) or entry.unavailable(request)
         mark = "->" if name == chosen else "  "
         lines.append(f"{mark} {name:<10} {entry.summary}" + (f" (not available: {reason})" if reason else ""))
     return "\n".join(lines)

@@ -95,7 +95,7 @@ def shard_rows(embeddings: Tensor, weight: Tensor, target: Tensor, hp: HyperPara
     chosen = select(backend, Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1]))
     if len(weight) == 0:
         return _no_classes(embeddings, weight)
-    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp)
+    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp, backend != "auto")
     return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), counts)
 
 

@@ -77,6 +77,13 @@ def grad_weight(
     return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float().contiguous(), *hp, dense, *saved)
 
 
+def way(x: Tensor, saved: tuple[Tensor, ...]) -> str | None:
+    """Which way a call took, for its verification; None in the interpreter, where nothing is compiled."""
+    if not x.is_cuda and pretence() is None:
+        return None
+    return "dense" if went_dense(Saved(*saved)) else "lists"
+
+
 def _forward(  # type: ignore[no-untyped-def]
     x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense, multiprocessors
 ) -> tuple[Any, ...]:

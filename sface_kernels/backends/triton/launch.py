@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...precision import rounds_to_tf32
 from ...types import HyperParameters
 from . import tiles
 from .buffers import cdiv, empty, padded
@@ -35,18 +36,6 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 def on_device(t: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; the tensors may be on another."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
-def rounds_to_tf32() -> bool:
-    """Whether PyTorch is allowed to multiply fp32 matrices in TF32, by either of its switches."""
-    # 2.9 and later; "none" where neither it nor a switch above it was set
-    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
-    if chosen != "none":
-        return chosen == "tf32"
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # the newer switch was set for something else than matrix products
-        return False
 
 
 def precision(dtype: torch.dtype, gpu: str) -> str:
