@@ -5,14 +5,15 @@ Without a GPU these run in Triton's interpreter: TRITON_INTERPRET=1 pytest tests
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
 
-from sface_kernels import available_backends, ops, sface_loss
+from sface_kernels import available_backends, ops, sface_loss, verify
 from sface_kernels.backends import triton as backend
-from sface_kernels.backends.triton import buffers, plan, tiles
+from sface_kernels.backends.triton import buffers, device, plan, tiles
 from sface_kernels.dispatch import choose
 from sface_kernels.types import HyperParameters, Request
 from tests.support.cases import Case, bf16, f16, f32
@@ -307,6 +308,20 @@ def test_rows_below_the_least_norm():
         for name in ("grad_x", "grad_w"):
             a, b = (getattr(r, name).double().cpu() for r in (ours, theirs))
             assert ((a - b).norm(dim=1) <= 1e-3 * b.norm(dim=1) + 1e-6 * b.norm()).all(), name
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_what_is_right_passes_its_verification(monkeypatch, geometry, dtype):
+    """As on a GPU, for every call: nothing raises."""
+    monkeypatch.setenv("SFACE_VERIFY", "all")
+    monkeypatch.setattr(verify, "_calls", {})
+    problem = GEOMETRIES[geometry](40, 141, 37).to(DEVICE, dtype, f32)
+    as_if = device.pretend(None) if DEVICE == "cpu" and device.pretence() is None else contextlib.nullcontext()
+    with as_if:
+        for filter_eps in (FAST, 0.0):
+            run(CASE, problem, filter_eps=filter_eps)
+    assert {kind[-1] for kind in verify._calls} >= {"backward", True}
 
 
 class TestDispatch:
