@@ -17,7 +17,7 @@ from .device import fresh
 from .tiles import GRANULE
 
 # Sizes follow from the shapes and the GPU's number of multiprocessors, an argument, so that fakes know them.
-LIST_BYTES = 31 << 20  # of lists, plus what the memory bound grants for C and N·D
+LIST_BYTES = 27 << 20  # of lists, plus what the memory bound grants for C and N·D
 SLOT_BYTES = 12  # class, which becomes a link, weight and cosine
 PARTIAL_BYTES = 16 << 20  # of partial sums of ∂x
 CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: it stays in the L2 cache
