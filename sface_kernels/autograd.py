@@ -111,8 +111,8 @@ def row_losses(
     """Row losses `[N]` of equation (5), differentiable in the embeddings `[N, D]` and the weight `[C, D]`; beside them
     row statistics `[6, N]` (`types.RowStats`) and counts `[2]` (`types.Forward`).
 
-    `target` `[N]` is what `ops.prepare_labels` makes of labels. Where `verify` finds the backend wrong, `strict` raises,
-    and otherwise `chunked` takes over.
+    `target` `[N]` is what `ops.prepare_labels` makes of labels. Where `verify` finds the backend wrong, `strict`
+    raises, and otherwise `chunked` takes over.
     """
     need_x, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (embeddings, weight))
     apply = functools.partial(_RowLoss.apply, embeddings, weight, target)

@@ -120,7 +120,8 @@ def sface_loss(
 
     check_labels = embeddings.device.type == "cpu" or os.environ.get("SFACE_CHECK_LABELS") == "1"
     target = prepare_labels(labels, weight.shape[0], ignore_index, check_labels)  # [N]
-    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp, backend != "auto")  # [N], [6, N], [2]
+    strict = backend != "auto"
+    row_loss, row_stats, counts = row_losses(embeddings, weight, target, chosen, hp, strict)  # [N], [6, N], [2]
     counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
 
     loss = row_loss

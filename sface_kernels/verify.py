@@ -165,11 +165,11 @@ def grad_weight(
     saved: tuple[Tensor, ...],
     strict: bool,
 ) -> Tensor:
-    """The backend's ∂w, checked where that is due; what is wrong raises, or unless `strict` is computed by `chunked`."""
+    """The backend's ∂w, checked where that is due; what is wrong raises, or unless `strict` `chunked` does it."""
     entry = BACKENDS[backend]
     way = entry.way(x, saved) if entry.way is not None and _can_wait(x) and x.shape[0] > 0 else None
-    period = 0 if way is None else _period()
-    if period == 0 or not _due((*_kind(backend, x, w, hp), way, "backward"), period):
+    period = _period() if way is not None else 0
+    if way is None or period == 0 or not _due((*_kind(backend, x, w, hp), way, "backward"), period):
         return entry.grad_weight(x, w, target, hp, grad_row, saved)
     try:
         try:

@@ -1,8 +1,8 @@
 """Which way a call goes: by lists of candidates or by dense products, and what the screen takes for a candidate.
 
-Two things decide. `threshold_of` says from the hyper-parameters whether there is anything to screen for. Where there is,
-an earlier call's counts say whether lists pay: they are copied to the host without waiting and looked at when they have
-arrived, some steps later; until then a call goes as the one before. Either way gives the same results up to the
+Two things decide. `threshold_of` says from the hyper-parameters whether there is anything to screen for. Where there
+is, an earlier call's counts say whether lists pay: they are copied to the host without waiting and looked at when they
+have arrived, some steps later; until then a call goes as the one before. Either way gives the same results up to the
 rounding of dense products. Where that must not vary from run to run (`torch.use_deterministic_algorithms`), or nothing
 is known (a function is compiled), calls go by lists, whose overflow the device handles. A CUDA graph keeps the way that
 the call before its capture took. Imports no Triton.
@@ -11,6 +11,7 @@ the call before its capture took. Imports no Triton.
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor

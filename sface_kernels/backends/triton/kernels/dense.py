@@ -112,21 +112,21 @@ def coefficients(
         cos = tl.minimum(tl.maximum(cos, -1.0), 1.0)
         theta = arccos(cos)
         own = j[None, :] == target[:, None]
-        exists = (j < c)[None, :]
-        weight = tl.where(exists, sigmoid_of_angle(theta, k_inter, b), 0.0)
         if BACKWARD:
             u = tl.load(grad_row_ptr + i, mask=target != IGNORED, other=0.0) * scale
             u = tl.where(is_finite(u), u, float("nan"))  # for all classes, as 0·NaN is NaN
+            weight = tl.where((j < c)[None, :], sigmoid_of_angle(theta, k_inter, b), 0.0)
             g = tl.where(weight >= filter_eps, weight, 0.0)
             g = tl.where(own, -sigmoid_of_angle(theta, -k_intra, a), g) * u[:, None]
             along += tl.sum(g * cos, 0)
         else:
-            kept = exists & ~own & (weight >= filter_eps)
-            weight = tl.where(own, 0.0, weight)
+            other = (j < c)[None, :] & ~own
+            weight = tl.where(other, sigmoid_of_angle(theta, k_inter, b), 0.0)
+            kept = other & (weight >= filter_eps)
             g = tl.where(kept, weight, 0.0)
             inter += tl.sum(weight * cos, 1)
             dropped += tl.sum(weight - g, 1)
-            best = tl.maximum(best, tl.max(tl.where(exists & ~own, cos, NO_COSINE), 1))
+            best = tl.maximum(best, tl.max(tl.where(other, cos, NO_COSINE), 1))
             active += tl.sum(kept.to(tl.int32), 1)
         if NEED_GRAD:
             tl.store(coefficient_ptr + i[:, None] * padded_chunk + row[None, :], operand(g, PRECISION))

@@ -177,7 +177,7 @@ def finish_samples(
     p = tl.where(has_target, sigmoid_of_angle(arccos(cos_target), -k_intra, a), 0.0)  # (3) without s
     cos_target = tl.where(has_target, cos_target, 0.0)
     cos_sum -= cos_target
-    if LINKS:
+    if LINKS:  # noqa: SIM102, `and` takes no tensor
         if has_target & ~overflowed:
             slot = i * slots + (slots - 1)
             tl.store(list_weight_ptr + slot, -p)

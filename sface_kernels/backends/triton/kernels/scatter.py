@@ -25,7 +25,7 @@ def sum_of_links(
     head, out, x_ptr, norm_ptr, grad_row_ptr, link_ptr, list_weight_ptr, list_cos_ptr, d, x_stride_n, x_stride_d, slots,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Σ u g x̂ / s `[BLOCK_C, BLOCK_D]` and Σ u g cosine / s `[BLOCK_C]` of the links that begin at `head` `[BLOCK_C]`."""
+    """Σ u g x̂ / s `[BLOCK_C, BLOCK_D]` and Σ u g cosine / s `[BLOCK_C]` of the links from `head` `[BLOCK_C]` on."""
     largest = tl.zeros([BLOCK_C], tl.float32)
     link = head
     while tl.max(link, 0) >= 0:
