@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -80,11 +81,16 @@ def _off(ours: Tensor, theirs: Tensor, allowed: Tensor, what: str) -> str | None
     return f"{what} differs by {float(distance[worst]):.3g}, {float(allowed[worst]):.3g} allowed"
 
 
+def _spread(count: int, total: int, device: torch.device) -> Tensor:
+    """Up to `count` numbers from 0 to `total` − 1, the first and the last among them."""
+    return torch.linspace(0, total - 1, min(count, total), device=device, dtype=torch.float64).long()
+
+
 def _compare_forward(
     result: Forward, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, relative: float
 ) -> str | None:
     need_x = len(result.row_grad_x) > 0
-    some = torch.linspace(0, len(x) - 1, min(ROWS, len(x)), device=x.device).long()
+    some = _spread(ROWS, len(x), x.device)
     theirs = BACKENDS["chunked"].forward(x[some], w, target[some], hp, need_x, False)
     stats = RowStats(*theirs.row_stats)
     smallest = hp.s * (4 * hp.filter_eps + 1e-6)  # entries at the edge of the filter, and where nothing is left
@@ -100,9 +106,8 @@ def _compare_forward(
 def _compare_backward(
     grad_w: Tensor, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, relative: float
 ) -> str | None:
-    own = target[torch.linspace(0, len(x) - 1, min(CLASSES, len(x)), device=x.device).long()]
-    spread = torch.linspace(0, len(w) - 1, min(CLASSES, len(w)), device=x.device, dtype=torch.float64).long()
-    some = torch.cat([own[own >= 0], spread]).unique()  # [J], sorted
+    own = target[_spread(CLASSES, len(x), x.device)]
+    some = torch.cat([own[own >= 0], _spread(CLASSES, len(w), x.device)]).unique()  # [J], sorted
     place = torch.searchsorted(some, target).clamp_max(len(some) - 1)
     there = torch.where(some[place] == target, place, torch.where(target >= 0, NO_TARGET, target))
     part = w[some]
@@ -135,19 +140,13 @@ def forward(
         WrongResult: it is off, or failed in the first call of its kind.
     """
     entry = BACKENDS[backend]
-    period = _period() if entry.way is not None and _can_wait(x) and x.shape[0] > 0 else 0
-    if entry.way is None or period == 0:
+    if entry.way is None or not _can_wait(x) or len(x) == 0 or (period := _period()) == 0:
         return entry.forward(x, w, target, hp, need_x, need_w)
     kind = _kind(backend, x, w, hp)
     try:
         result = entry.forward(x, w, target, hp, need_x, need_w)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        if kind in _calls:
-            raise
-        text = str(error).strip().splitlines() or [""]
-        raise WrongResult(f"backend {backend!r} failed: {type(error).__name__}: {text[0][:200]}") from error
+        _raise_failure(backend, error, first=kind not in _calls)
     _calls.setdefault(kind, 1)
     way = entry.way(x, result.saved)
     if way is not None and _due((*kind, way, need_x), period):
@@ -167,17 +166,15 @@ def grad_weight(
 ) -> Tensor:
     """The backend's ∂w, checked where that is due; what is wrong raises, or unless `strict` `chunked` does it."""
     entry = BACKENDS[backend]
-    way = entry.way(x, saved) if entry.way is not None and _can_wait(x) and x.shape[0] > 0 else None
+    way = entry.way(x, saved) if entry.way is not None and _can_wait(x) and len(x) > 0 else None
     period = _period() if way is not None else 0
     if way is None or period == 0 or not _due((*_kind(backend, x, w, hp), way, "backward"), period):
         return entry.grad_weight(x, w, target, hp, grad_row, saved)
     try:
         try:
             grad_w = entry.grad_weight(x, w, target, hp, grad_row, saved)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
-            raise WrongResult(f"backend {backend!r} failed: {type(error).__name__}: {str(error)[:200]}") from error
+            _raise_failure(backend, error, first=True)
         _checked(backend, lambda: _compare_backward(grad_w, x, w, target, hp, grad_row, _tolerance(x, hp, way)))
         return grad_w
     except WrongResult as error:
@@ -186,6 +183,14 @@ def grad_weight(
         distrust(backend, error)
     made = BACKENDS["chunked"].forward(x, w, target, hp, False, True)
     return BACKENDS["chunked"].grad_weight(x, w, target, hp, grad_row, made.saved)
+
+
+def _raise_failure(backend: str, error: Exception, first: bool) -> NoReturn:
+    """What a first call raises is the compiler's, but for memory that runs out and settings that are wrong."""
+    if not first or isinstance(error, (torch.OutOfMemoryError, ValueError)):
+        raise error
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    raise WrongResult(f"backend {backend!r} failed: {type(error).__name__}: {text}") from error
 
 
 def distrust(backend: str, error: WrongResult) -> None:

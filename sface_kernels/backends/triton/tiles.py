@@ -40,13 +40,14 @@ SCATTER_CLASSES, SCATTER_FEATURES, SCATTER_WARPS = 16, 256, 8
 INTERPRETER_BLOCK = 64
 
 # Screen. 8 warps: with 4 the accumulator of 128 × 128 fills the registers and the epilogue spills, as it does at 8 on
-# sm_80 and sm_120, whose products take more registers for operands. 64 KB of shared memory is all that gfx942 has.
+# sm_80 and sm_120, whose products take more registers for operands. gfx942 has 64 KB of shared memory, and spills with
+# steps of 64 features.
 SCREEN = {
     "sm_80": Tile(128, 64, 64, 8, 3),
     "sm_90": Tile(128, 128, 64, 8, 3),
     "sm_100": Tile(128, 128, 64, 8, 3),
     "sm_120": Tile(128, 64, 64, 8, 3),
-    "gfx942": Tile(128, 128, 64, 8, 2),
+    "gfx942": Tile(128, 128, 32, 8, 2),
     "interpreter": Tile(64, 128, 64, 4, 1),
 }
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the
