@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import BACKENDS
+from . import verify
 from .pending import PendingGradient, WeightGradient, pending_of
 from .precision import without_autocast
 from .types import IGNORED, Forward, HyperParameters
@@ -68,14 +68,16 @@ class _RowLoss(torch.autograd.Function):
         need_w: bool,
         sparse: bool,
         found: list[WeightGradient] | None,
+        strict: bool,
     ) -> tuple[Tensor, ...]:
         with without_autocast(embeddings.device):
-            *results, saved = BACKENDS[backend].forward(embeddings, weight, target, hp, need_x, need_w)
+            *results, saved = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w)
         return (*results, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w, ctx.sparse, ctx.found = inputs
+        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w, *options = inputs
+        ctx.sparse, ctx.found, ctx.strict = options
         _, _, _, _, row_grad_x, saved = Forward.of(output)
         for_weight = (weight, *saved) if ctx.need_w else (None,)
         for_embeddings = row_grad_x if ctx.need_x and ctx.needs_input_grad[0] else None
@@ -92,7 +94,7 @@ class _RowLoss(torch.autograd.Function):
             grads = tuple(
                 g if g is None else RaiseOnSecondBackward.apply(g, embeddings, weight, grad_row) for g in grads
             )
-        return *grads, *[None] * 7
+        return *grads, *[None] * 8
 
     @staticmethod
     def _gradients(ctx: Any, grad_row: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -107,7 +109,7 @@ class _RowLoss(torch.autograd.Function):
         if ctx.need_w and ctx.needs_input_grad[1]:
             # detached: what waits must not keep the graph
             leaves = embeddings.detach(), weight.detach()
-            gradient = WeightGradient(ctx.backend, ctx.hp, *leaves, target, grad_row, tuple(saved))
+            gradient = WeightGradient(ctx.backend, ctx.hp, *leaves, target, grad_row, tuple(saved), ctx.strict)
             if ctx.found is not None:
                 ctx.found[:] = [gradient]
             else:
@@ -123,30 +125,45 @@ class _RowLoss(torch.autograd.Function):
 
 
 def row_losses(
-    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, sparse: bool = False
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    backend: str,
+    hp: HyperParameters,
+    strict: bool = True,
+    sparse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row losses `[N]` of equation (5), differentiable in the embeddings `[N, D]` and the weight `[C, D]`; beside them
     row statistics `[6, N]` (`types.RowStats`), the hardest other class `[N]` and counts `[2]` (`types.Forward`).
 
-    `target` `[N]` is what `ops.prepare_labels` makes of labels. The gradient of the weight waits in
-    `pending.pending_of(weight)` where there is one, and is else a COO tensor with `sparse`, or a dense one.
+    `target` `[N]` is what `ops.prepare_labels` makes of labels. Where `verify` finds the backend wrong, `strict`
+    raises, and otherwise `chunked` takes over. The gradient of the weight waits in `pending.pending_of(weight)` where
+    there is one, and is else a COO tensor with `sparse`, or a dense one.
     """
     need_x = torch.is_grad_enabled() and embeddings.requires_grad
-    row_loss, row_stats, hardest_class, counts, *_ = _apply(embeddings, weight, target, backend, hp, need_x, sparse)
+    outputs = _apply(embeddings, weight, target, backend, hp, need_x, strict, sparse)
+    row_loss, row_stats, hardest_class, counts, *_ = outputs
     return row_loss, row_stats, hardest_class, counts
 
 
 def row_losses_and_grad_x(
-    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`row_losses`, differentiable in the weight alone, and beside them ∂l_i/∂x_i `[N, D]`, at least float32."""
-    outputs = _apply(embeddings.detach(), weight, target, backend, hp, True, False)
+    outputs = _apply(embeddings.detach(), weight, target, backend, hp, True, strict, False)
     row_loss, row_stats, hardest_class, counts, row_grad_x, *_ = outputs
     return row_loss, row_stats, hardest_class, counts, row_grad_x
 
 
 def _apply(
-    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, need_x: bool, sparse: bool
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    backend: str,
+    hp: HyperParameters,
+    need_x: bool,
+    strict: bool,
+    sparse: bool,
 ) -> tuple[Tensor, ...]:
     need_w = torch.is_grad_enabled() and weight.requires_grad
     # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
@@ -155,4 +172,11 @@ def _apply(
     if pending is not None:
         found = []
         weight = _LetWait.apply(weight, pending, found)
-    return _RowLoss.apply(embeddings, weight, target, backend, hp, need_x, need_w, sparse, found)
+    options = hp, need_x, need_w, sparse, found, strict
+    if strict or torch.compiler.is_compiling():
+        return _RowLoss.apply(embeddings, weight, target, backend, *options)
+    try:
+        return _RowLoss.apply(embeddings, weight, target, backend, *options)
+    except verify.WrongResult as error:
+        verify.distrust(backend, error)
+        return _RowLoss.apply(embeddings, weight, target, "chunked", *options)

@@ -27,6 +27,8 @@ class Backend(NamedTuple):
     grad_weight: Callable[[Tensor, Tensor, Tensor, HyperParameters, Tensor, tuple[Tensor, ...]], Tensor]
     class_block: Callable[[int], int]
     narrow: Callable[[tuple[Tensor, ...], int, int, int], tuple[Tensor, ...]] | None
+    # of a backend whose first calls are verified: which of its ways a call took, or None where it need not be
+    way: Callable[[Tensor, tuple[Tensor, ...]], str | None] | None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -37,6 +39,7 @@ BACKENDS: dict[str, Backend] = {
         module.grad_weight,
         getattr(module, "class_block", lambda rows: 1),
         getattr(module, "narrow", None),
+        getattr(module, "way", None),
     )
     for name, summary, module in (
         ("native", "C++ on the CPU: one streamed pass over the weight", native),
@@ -48,6 +51,7 @@ BACKENDS: dict[str, Backend] = {
 # What "auto" tries, in order. On a CPU Triton runs in its interpreter, which nobody means by "auto".
 PREFERENCE = {"cpu": ("native", "chunked"), "meta": ("chunked",)}
 PREFERENCE_ELSEWHERE = ("triton", "chunked")
+distrusted: dict[str, str] = {}  # backends that "auto" no longer takes in this process, and why
 
 
 @functools.cache
@@ -85,6 +89,8 @@ def choose(name: str, request: Request) -> tuple[str, str | None]:
             raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
         return name, None
     first, *others = PREFERENCE.get(request.device.type, PREFERENCE_ELSEWHERE)
+    if first in distrusted:
+        return "chunked", None  # as was said when it happened
     reason = BACKENDS[first].unavailable(request)
     if reason is None:
         return first, None
@@ -130,7 +136,7 @@ def explain(
         f"{backend!r} on {request.device} with {dtype} embeddings and {request.weight_dtype} weights runs {chosen!r}:"
     ]
     for name, entry in BACKENDS.items():
-        reason = entry.unavailable(request)
+        reason = distrusted.get(name) or entry.unavailable(request)
         mark = "->" if name == chosen else "  "
         lines.append(f"{mark} {name:<10} {entry.summary}" + (f" (not available: {reason})" if reason else ""))
     return "\n".join(lines)

@@ -141,7 +141,9 @@ def sface_loss(
     chosen = select(backend, request)
 
     target = prepare_labels(labels, weight.shape[0], ignore_index, validation.checks_labels(embeddings.device))  # [N]
-    row_loss, row_stats, hardest_class, counts = row_losses(embeddings, weight, target, chosen, hp, sparse_grad)
+    row_loss, row_stats, hardest_class, counts = row_losses(
+        embeddings, weight, target, chosen, hp, backend != "auto", sparse_grad
+    )
     if angle_counter is not None:
         if not isinstance(angle_counter, AngleCounter):
             raise TypeError(f"angle_counter: expected an AngleCounter, got {type(angle_counter).__name__}")

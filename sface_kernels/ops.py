@@ -91,17 +91,19 @@ prepare_labels_op = torch.ops.sface.prepare_labels.default
 def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int, count: int) -> Tensor:
     target = labels.reshape(-1).to(torch.int64)
     ignored = target == ignore_index
-    invalid = ((target < 0) | (target >= num_classes)) & ~ignored
-    if check and bool(invalid.any()):
-        row = int(invalid.nonzero()[0])
-        raise ValueError(
-            f"labels: expected values in [0, {num_classes}) or ignore_index={ignore_index}, "
-            f"got {int(target[row])} in row {row} ({int(invalid.sum())} such rows)"
-        )
-    here = (target >= first) & (target < first + count)
-    code = torch.where(here, target - first, NO_TARGET)
-    code = torch.where(invalid, INVALID, code)
-    return torch.where(ignored, IGNORED, code)
+    valid = (target >= 0) & (target < num_classes)
+    if check:
+        invalid = ~(valid | ignored)
+        if bool(invalid.any()):
+            row = int(invalid.nonzero()[0])
+            raise ValueError(
+                f"labels: expected values in [0, {num_classes}) or ignore_index={ignore_index}, "
+                f"got {int(target[row])} in row {row} ({int(invalid.sum())} such rows)"
+            )
+    place = target
+    if (first, count) != (0, num_classes):  # on a GPU each operation is a launch
+        place = torch.where((target >= first) & (target < first + count), target - first, NO_TARGET)
+    return torch.where(ignored, IGNORED, torch.where(valid, place, INVALID))
 
 
 implement("prepare_labels", _prepare_labels)

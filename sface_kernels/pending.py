@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import verify
 from .dispatch import BACKENDS
 from .precision import without_autocast
 from .types import NO_TARGET, HyperParameters
@@ -29,6 +30,7 @@ class WeightGradient(NamedTuple):
     target: Tensor  # [N], of `ops.prepare_labels`
     grad_row: Tensor  # [N], u_i, 0 where the row is ignored
     saved: tuple[Tensor, ...]  # of `types.Forward`
+    strict: bool = True  # whether a result that `verify` finds wrong raises
 
     @property
     def class_block(self) -> int:
@@ -66,7 +68,7 @@ class WeightGradient(NamedTuple):
 
     def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
         with without_autocast(w.device):
-            grad = BACKENDS[self.backend].grad_weight(self.x, w, target, self.hp, self.grad_row, saved)
+            grad = verify.grad_weight(self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict)
         return grad.to(w.dtype)
 
 

@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other where cores are shared
 # The compiler's cache knows an operator by its schema: after a change of its fake it would answer for the old one.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+os.environ.setdefault("SFACE_VERIFY", "0")  # test_verify.py sets it
 
 import torch
 

@@ -119,7 +119,9 @@ def shard_rows(
         rows = _no_classes(embeddings, weight)
         return rows._replace(grad_x=rows.loss.new_zeros(embeddings.shape)) if with_grad_x else rows
     losses = row_losses_and_grad_x if with_grad_x else row_losses
-    row_loss, row_stats, hardest_class, counts, *grad_x = losses(embeddings, weight, target, chosen, hp)
+    row_loss, row_stats, hardest_class, counts, *grad_x = losses(
+        embeddings, weight, target, chosen, hp, backend != "auto"
+    )
     hardest_class = torch.where(hardest_class < 0, -1, hardest_class + first)
     return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), hardest_class, counts, *grad_x)
 

@@ -127,12 +127,6 @@ def test_dense_with_a_filter(monkeypatch, dtype):
     assert float(result.stats.dense_share) == 1
 
 
-@pytest.mark.parametrize("dtype", [f32, bf16])
-@pytest.mark.parametrize("shape", [(18, 140, 40), (130, 1000, 128)], ids=str)
-def test_the_full_form_of_the_screen(shape, dtype):
-    judged(GEOMETRIES["trained"](*shape).to("cpu", dtype, f32), k_inter=20.0, filter_eps=2.0**-12)
-
-
 @pytest.mark.parametrize("filter_eps", [FAST, 0.0])
 @pytest.mark.parametrize(
     "shape, dtype", [((300, 2087, 512), bf16), ((9, 211, 1031), f32), ((5, 40, 4096), f16)], ids=str

@@ -161,11 +161,16 @@ class TestLaunches:
         hp = FAST._replace(filter_eps=0.0) if dense else FAST
         return compile_report.recorded(target, shape, dtype, f32, hp, dense)
 
+    @pytest.mark.parametrize("dense, launches", [(False, 4), (True, 7)], ids=["lists", "dense"])
+    def test_a_small_step_has_few(self, dense, launches):
+        """There the host decides, at some microseconds a launch."""
+        assert len(self.launches((128, 10_575, 512), dense)) == launches
+
     @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
     def test_every_launch_says_that_sums_and_products_fuse(self, dense):
         """Triton means to change its default."""
         found = self.launches((100, 1009, 100), dense)
-        assert len(found) > 7 and all(arguments["enable_fp_fusion"] is True for _, arguments in found)
+        assert len(found) > 3 and all(arguments["enable_fp_fusion"] is True for _, arguments in found)
 
     @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
     def test_nothing_is_worked_out_again_for_every_chunk(self, monkeypatch, dense):

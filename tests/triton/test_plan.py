@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sface_kernels.backends import triton as backend
 from sface_kernels.backends.triton import device, plan
-from sface_kernels.backends.triton.plan import FIRST_PAUSE, NOT_YET, make_rules
+from sface_kernels.backends.triton.plan import FIRST_PAUSE, NOT_YET, threshold_of
 from sface_kernels.types import HyperParameters
 
 FAST = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 2.0**-16)
@@ -32,11 +32,16 @@ class TestRules:
             unit = x / x.norm()
             screened = unit.half().double() @ unit.half().double()
             true_threshold = math.cos(1.23 + math.log(2.0**16 - 1) / 80.0)
-            assert abs(float(screened) - 1) < true_threshold - make_rules(FAST, d).threshold
+            assert abs(float(screened) - 1) < true_threshold - threshold_of(FAST, d)
 
     def test_nothing_to_screen_for(self):
-        assert not make_rules(EXACT, 512).screens
-        assert not make_rules(FAST._replace(k_inter=2.0), 512).screens
+        assert threshold_of(EXACT, 512) is None
+        assert threshold_of(FAST._replace(k_inter=2.0), 512) is None
+
+    @pytest.mark.parametrize("k_inter, b", [(20.0, 1.23), (80.0, 1.9), (80.0, 0.3), (300.0, 1.0)])
+    def test_where_the_cheap_form_is_not_accurate_calls_go_dense(self, k_inter, b):
+        hp = FAST._replace(k_inter=k_inter, b=b, filter_eps=2.0**-12)
+        assert threshold_of(hp, 40) is None and plan.goes_dense(torch.empty(10, 40), torch.empty(1000, 40), hp)
 
 
 class Host:

@@ -5,15 +5,15 @@ Without a GPU these run in Triton's interpreter: TRITON_INTERPRET=1 pytest tests
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
 
-from sface_kernels import available_backends, ops, sface_loss
+from sface_kernels import available_backends, ops, sface_loss, verify
 from sface_kernels.backends import triton as backend
-from sface_kernels.backends.triton import buffers, plan, tiles
-from sface_kernels.backends.triton.plan import make_rules
+from sface_kernels.backends.triton import buffers, device, plan, tiles
 from sface_kernels.dispatch import choose
 from sface_kernels.types import HyperParameters, Request
 from tests.support.cases import Case, bf16, f16, f32
@@ -99,7 +99,7 @@ def test_small_tiles(poisoned, monkeypatch, lists, shape, filter_eps):
     n, c, d = shape
     kernels = {name: SMALL for name in tiles.TABLES}
     monkeypatch.setenv("SFACE_TILES", json.dumps(kernels))
-    monkeypatch.setattr(tiles, "GRADIENT_FEATURES", 16)
+    monkeypatch.setattr(tiles, "SCATTER_FEATURES", 16)
     lists(2, 64)
     problem = GEOMETRIES["trained"](n, c, d)
     Judge(problem, filter_eps=filter_eps).check(run(CASE, problem, filter_eps=filter_eps), "triton")
@@ -143,33 +143,23 @@ def test_a_hub_class(poisoned, filter_eps):
     Judge(problem, filter_eps=filter_eps).check(run(CASE, problem, filter_eps=filter_eps), "triton")
 
 
-def test_sums_do_not_depend_on_the_order_of_links(monkeypatch):
+def test_sums_do_not_depend_on_the_order_of_links():
     """∂w has the same bits whichever way the links were made, reversed here."""
-    from sface_kernels.backends.triton import launch_backward
-
-    problem = GEOMETRIES["collapsed"](40, 60, 16)
-    expected = run(CASE, problem, filter_eps=FAST)
-    launch = launch_backward.launch
-    reversed_lists = []
-
-    def reverse(head: torch.Tensor, following: torch.Tensor) -> None:
-        for j, link in enumerate(head.tolist()):
-            before = -1
-            while link >= 0:
-                after = int(following[link])
-                following[link] = before
-                before, link = link, after
-            head[j] = before
-            reversed_lists.append(before)
-
-    def launch_and_reverse(kernel, grid, **arguments):
-        launch(kernel, grid, **arguments)
-        if "head_ptr" in arguments and "grad_w_ptr" not in arguments:
-            reverse(arguments["head_ptr"], arguments["next_ptr"])
-
-    monkeypatch.setattr(launch_backward, "launch", launch_and_reverse)
-    assert same_bits(run(CASE, problem, filter_eps=FAST), expected)
-    assert len(reversed_lists) == 60
+    problem = GEOMETRIES["collapsed"](40, 60, 16).to(DEVICE, f32, f32)
+    hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, FAST)
+    operands = problem.x, problem.w, problem.labels
+    saved = buffers.Saved(*backend.forward(*operands, hp, True, True).saved)
+    expected = backend.grad_weight(*operands, hp, problem.upstream.float(), saved)
+    following, longest = saved.links.view(-1), 0
+    for j, link in enumerate(saved.head.tolist()):
+        before, length = -1, 0
+        while link >= 0:
+            after = int(following[link])
+            following[link] = before
+            before, link, length = link, after, length + 1
+        saved.head[j], longest = before, max(longest, length)
+    assert longest > 5
+    assert torch.equal(backend.grad_weight(*operands, hp, problem.upstream.float(), saved), expected)
 
 
 def test_the_same_bits_every_time():
@@ -186,13 +176,13 @@ def test_links_keep_the_range_of_upstream_gradients():
 
 
 @pytest.mark.parametrize("k_inter, b", [(20.0, 1.23), (80.0, 1.9), (80.0, 0.3), (300.0, 1.0)])
-def test_the_full_form_of_the_screen(poisoned, k_inter, b):
-    """Where the cheap form of the weight below the threshold is not accurate, the screen evaluates arccos and the sigmoid."""
+def test_other_slopes_and_angles(poisoned, k_inter, b):
+    """Where the cheap form of the weight below the threshold is not accurate, the call goes dense."""
     options = {"k_inter": k_inter, "b": b, "filter_eps": 2.0**-12}
-    rules = make_rules(HyperParameters(64.0, 80.0, k_inter, 0.8, b, 2.0**-12), 40)
-    assert rules.screens and not rules.cheap
     problem = GEOMETRIES["trained"](18, 140, 40)
-    Judge(problem, **options).check(run(CASE, problem, **options), "triton")
+    result = run(CASE, problem, **options)
+    Judge(problem, **options).check(result, "triton")
+    assert float(result.stats.dense_share) == 1
 
 
 def test_labels_out_of_range_without_a_check():
@@ -318,6 +308,20 @@ def test_rows_below_the_least_norm():
         for name in ("grad_x", "grad_w"):
             a, b = (getattr(r, name).double().cpu() for r in (ours, theirs))
             assert ((a - b).norm(dim=1) <= 1e-3 * b.norm(dim=1) + 1e-6 * b.norm()).all(), name
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_what_is_right_passes_its_verification(monkeypatch, geometry, dtype):
+    """As on a GPU, for every call: nothing raises."""
+    monkeypatch.setenv("SFACE_VERIFY", "all")
+    monkeypatch.setattr(verify, "_calls", {})
+    problem = GEOMETRIES[geometry](40, 141, 37).to(DEVICE, dtype, f32)
+    as_if = device.pretend(None) if DEVICE == "cpu" and device.pretence() is None else contextlib.nullcontext()
+    with as_if:
+        for filter_eps in (FAST, 0.0):
+            run(CASE, problem, filter_eps=filter_eps)
+    assert {kind[-1] for kind in verify._calls} >= {"backward", True}
 
 
 class TestDispatch:

@@ -7,7 +7,6 @@ sm_90 gets every case, the others the two widths of a product's operands; SFACE_
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,10 +18,8 @@ import pytest
 from tests.support.cases import ROOT
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-MULTIPLYING = {
-    "screen", "overflow_samples", "scatter_classes", "row_coefficients", "row_gradient", "class_coefficients", "class_gradient",
-}  # fmt: skip
-KERNELS = MULTIPLYING | {"prepare_samples", "prepare_classes", "finish_samples", "prepare_upstream", "link_pairs"}
+MULTIPLYING = {"screen", "coefficients", "row_gradient", "class_gradient"}
+KERNELS = MULTIPLYING | {"prepare", "finish_samples", "scatter_classes"}
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -61,25 +58,23 @@ def test_compiles_fits_and_uses_the_tensor_cores(target):
 
 
 def test_no_spill_at_all_in_the_default_call_on_sm_90():
-    """Triton 3.6 puts one register of scatter_classes away and back, outside every product."""
-    allowed = {"scatter_classes": 2} if importlib.metadata.version("triton").startswith("3.6.") else {}
     rows = [row for row in rows_of("sm_90") if row["variant"].startswith("bf16×fp32 D=512")]
-    assert len(rows) > 15
-    assert not [row for row in rows if row["spills"] > allowed.get(row["kernel"], 0)]
+    assert len(rows) >= 10
+    assert not [row for row in rows if row["spills"]]
 
 
 @pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_100"))
 def test_epilogue_of_the_screen_stays_short(target):
-    """Its instructions per pair are what the tensor cores wait for; the form with arccos takes about twice as many."""
+    """Its instructions per pair are what the tensor cores wait for."""
     for row in rows_of(target):
         if row["kernel"] == "screen" and "D=512" in row["variant"]:
-            assert row["epilogue_per_element"] < (28 if "cheap" in row["variant"] else 60), row
+            assert row["epilogue_per_element"] < 28, row
 
 
 def test_a_spilling_tile_is_found():
     """The count itself can fail: an accumulator of 128 × 128 does not fit into the registers of 2 warps."""
     rows, status = table("sm_90", tiles='{"screen": {"warps": 2}}')
-    spilling = [row for row in rows if row["kernel"] == "screen" and "cheap" in row["variant"]]
+    spilling = [row for row in rows if row["kernel"] == "screen"]
     assert status == 1 and spilling and all(row["spills_in_products"] > 0 for row in spilling)
     assert all("spills in the loop of a product" in row["problem"] for row in spilling)
 

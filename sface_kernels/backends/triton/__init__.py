@@ -73,8 +73,15 @@ def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:
     # nothing but dense products serves where there is no filter: its lists need not be looked at
-    dense = not plan.make_rules(hp, x.shape[1]).screens or went_dense(Saved(*saved))
+    dense = plan.threshold_of(hp, x.shape[1]) is None or went_dense(Saved(*saved))
     return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float().contiguous(), *hp, dense, *saved)
+
+
+def way(x: Tensor, saved: tuple[Tensor, ...]) -> str | None:
+    """Which way a call took, for its verification; None in the interpreter, where nothing is compiled."""
+    if not x.is_cuda and pretence() is None:
+        return None
+    return "dense" if went_dense(Saved(*saved)) else "lists"
 
 
 def _forward(  # type: ignore[no-untyped-def]

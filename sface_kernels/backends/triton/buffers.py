@@ -17,11 +17,10 @@ from .device import fresh
 from .tiles import GRANULE
 
 # Sizes follow from the shapes and the GPU's number of multiprocessors, an argument, so that fakes know them.
-LIST_BYTES = 42 << 20  # of lists, plus what the memory bound grants for C and N·D
-SLOT_BYTES = 16  # class, weight, cosine, and in the backward a link
+LIST_BYTES = 27 << 20  # of lists, plus what the memory bound grants for C and N·D
+SLOT_BYTES = 12  # class, which becomes a link, weight and cosine
 PARTIAL_BYTES = 16 << 20  # of partial sums of ∂x
 CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: it stays in the L2 cache
-FLAGS = 2  # [0]: a row of w is not finite, [1]: a list overflowed
 
 
 class Saved(NamedTuple):
@@ -33,14 +32,12 @@ class Saved(NamedTuple):
 
     norm: Tensor  # [padded N]
     inv_norm: Tensor  # [C]
-    overflowed: Tensor  # [padded N] int32, 1 where the sample's list was too small; everywhere in a dense call
-    flags: Tensor  # [FLAGS] int32
-    target_weight: Tensor  # [N], −p_i / s
-    cos_target: Tensor  # [N]
-    list_counts: Tensor  # [stripes, padded N] int32
-    list_classes: Tensor  # [padded N, stripes, capacity] int32
-    list_weight: Tensor  # the same shape, 0 where the entry is not active
-    list_cos: Tensor  # the same shape
+    flags: Tensor  # [2] int32, 1 where [0] a list was too small, in a dense call too; [1] a sample is not finite
+    overflowed: Tensor  # [N] int32, 1 where the sample's list was too small; in a dense call for all that count
+    head: Tensor  # [C] int32: each class's first link, −1 without one
+    links: Tensor  # [padded N, slots] int32: the link that follows, −1 at the end; while lists are made their classes
+    list_weight: Tensor  # [padded N, slots], 0 where the entry is not active; last the own class's, −p_i/s
+    list_cos: Tensor  # [padded N, slots]
 
 
 _HYPER = ", ".join(f"float {name}" for name in HyperParameters._fields)
@@ -75,12 +72,12 @@ def shares(blocks: int, most: int, multiprocessors: int) -> int:
 
 
 def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple[int, int]:
-    """(stripes, capacity): each sample's list has that many parts, of that many candidates each."""
+    """(stripes, capacity): each sample's list has that many parts, of that many candidates each, and a slot more."""
     tiles = cdiv(classes, GRANULE)
     # a chunk holds a tile of every stripe
     in_chunk = max(1, CHUNK_BYTES // (2 * GRANULE * (features + GRANULE - 1)))
     stripes = shares(padded(rows) // GRANULE, min(tiles, in_chunk), multiprocessors)
-    granted = LIST_BYTES + 12 * classes + 4 * rows * features
+    granted = LIST_BYTES + 8 * classes + 4 * rows * features
     capacity = granted // SLOT_BYTES // (max(GRANULE, padded(rows)) * stripes)
     return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE))
 
@@ -93,28 +90,26 @@ def allocate(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: 
     """Everything that the forward returns, without contents; `saved` is a `Saved`."""
     (n, d), c = x.shape, w.shape[0]
     stripes, capacity = lists(n, c, d, multiprocessors)
-    rows = padded(n)
-    slots = (rows, stripes, capacity)
+    rows, slots = padded(n), stripes * capacity + 1
+    one_element = (dense or not need_grad_w) and n > 0
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return empty(shape, dtype, x.device)
 
-    def listed(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        if dense and n > 0:
+    def listed(*shape: int, dtype: torch.dtype = torch.float32, none: bool = one_element) -> Tensor:
+        if none:
             return torch.empty_strided(shape, [0] * len(shape), dtype=dtype, device=x.device)
         return new(*shape, dtype=dtype)
 
     saved = Saved(
         norm=new(rows),
         inv_norm=new(c),
-        overflowed=new(rows, dtype=torch.int32),
-        flags=new(FLAGS, dtype=torch.int32),
-        target_weight=new(n),
-        cos_target=new(n),
-        list_counts=listed(stripes, rows, dtype=torch.int32),
-        list_classes=listed(*slots, dtype=torch.int32),
-        list_weight=listed(*slots) if need_grad_w else new(0, stripes, capacity),
-        list_cos=listed(*slots) if need_grad_w else new(0, stripes, capacity),
+        flags=new(2, dtype=torch.int32),
+        overflowed=new(n, dtype=torch.int32),
+        head=listed(c, dtype=torch.int32),
+        links=listed(rows, slots, dtype=torch.int32, none=dense and n > 0),
+        list_weight=listed(rows, slots),
+        list_cos=listed(rows, slots),
     )
     return Forward(
         row_loss=new(n),
@@ -128,7 +123,7 @@ def allocate(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: 
 
 def went_dense(saved: Saved) -> bool:
     """Whether a forward went by dense products. False where its lists have been copied, which is right too but slow."""
-    return saved.list_counts.stride() == (0, 0)
+    return saved.links.stride() == (0, 0)
 
 
 @ops.fake("triton_forward")

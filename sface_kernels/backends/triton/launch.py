@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...precision import rounds_to_tf32
 from ...types import HyperParameters
 from . import tiles
 from .buffers import cdiv, empty, padded
@@ -37,18 +38,6 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
-def rounds_to_tf32() -> bool:
-    """Whether PyTorch is allowed to multiply fp32 matrices in TF32, by either of its switches."""
-    # 2.9 and later; "none" where neither it nor a switch above it was set
-    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
-    if chosen != "none":
-        return chosen == "tf32"
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # the newer switch was set for something else than matrix products
-        return False
-
-
 def precision(dtype: torch.dtype, gpu: str) -> str:
     """How dense products of these embeddings are computed: fp32 as PyTorch's matrix products are."""
     if dtype != torch.float32:
@@ -62,9 +51,9 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def block_parts(*counts: int) -> int:
+def block_parts(count: int) -> int:
     """A block for so many parts, of few sizes: each is another kernel to compile."""
-    return next(size for size in (64, 256, next_power_of_2(max(counts))) if size >= max(counts))
+    return next(size for size in (64, 256, next_power_of_2(count)) if size >= count)
 
 
 class Call:
@@ -78,21 +67,15 @@ class Call:
         # the screen multiplies fp16 whatever the dtype; dense products multiply in theirs
         self.unit_dtype = torch.float32 if dense and self.precision != "half" else torch.float16
         self.padded_n = padded(self.n)
-        self.padded_d = cdiv(self.d, self.feature_step) * self.feature_step  # of unit rows
+        step = self.tile("coefficients" if dense else "screen").block_k
+        self.padded_d = cdiv(self.d, step) * step  # of unit rows: whole steps of the products over them
         self.block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
-        self.row_block = max(1, tiles.ROW_ELEMENTS // self.block_d)  # rows that a row-wise program takes at once
+        self.row_block = max(1, tiles.ROW_ELEMENTS // self.block_d)  # rows that a program of `prepare` takes
         self.x = {"x_ptr": x, "x_stride_n": x.stride(0), "x_stride_d": x.stride(1)}
         self.w = {"w_ptr": w, "w_stride_c": w.stride(0), "w_stride_d": w.stride(1)}
         self.target = {"target_ptr": target, "n": self.n}
-        self.rows = {**self.x, **self.w, **self.target, "d": self.d, "padded_n": self.padded_n}
-        self.inter = {"k_inter": hp.k_inter, "b": hp.b, "filter_eps": hp.filter_eps}
-        self.intra = {"k_intra": hp.k_intra, "a": hp.a}
-
-    @property
-    def feature_step(self) -> int:
-        """Unit rows are padded to whole steps of the products over them."""
-        kernels = ("row_coefficients", "class_coefficients") if self.dense else ("screen", "screen_full")
-        return max(self.tile(kernel).block_k for kernel in kernels)
+        self.pairs = {"c": self.c, **hp._asdict()}  # equations (3) and (4), and the filter
+        del self.pairs["s"]
 
     def tile(self, kernel: str) -> tiles.Tile:
         return tiles.tile(kernel, self.family, self.precision)
@@ -115,5 +98,5 @@ class Call:
         return empty(shape, dtype, self.device)
 
     def unit_rows(self, rows: int) -> Tensor:
-        """Room for unit rows `[rows, padded D]`, in whole blocks of the kernels that write them."""
+        """Room for unit rows `[rows, padded D]`, in whole blocks of `prepare`."""
         return self.empty(cdiv(rows, self.row_block) * self.row_block, self.padded_d, dtype=self.unit_dtype)

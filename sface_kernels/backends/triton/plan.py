@@ -1,8 +1,8 @@
 """Which way a call goes: by lists of candidates or by dense products, and what the screen takes for a candidate.
 
-Two things decide. `make_rules` says from the hyper-parameters whether there is anything to screen for. Where there is,
-an earlier call's counts say whether lists pay: they are copied to the host without waiting and looked at when they have
-arrived, some steps later; until then a call goes as the one before. Either way gives the same results up to the
+Two things decide. `threshold_of` says from the hyper-parameters whether there is anything to screen for. Where there
+is, an earlier call's counts say whether lists pay: they are copied to the host without waiting and looked at when they
+have arrived, some steps later; until then a call goes as the one before. Either way gives the same results up to the
 rounding of dense products. Where that must not vary from run to run (`torch.use_deterministic_algorithms`), or nothing
 is known (a function is compiled), calls go by lists, whose overflow the device handles. A CUDA graph keeps the way that
 the call before its capture took. Imports no Triton.
@@ -11,7 +11,6 @@ the call before its capture took. Imports no Triton.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,19 +28,15 @@ FIRST_PAUSE = 16
 KINDS = 64  # of calls whose counts are watched; there is room for so many, and further kinds go by lists
 
 
-class Rules(NamedTuple):
-    """How the screen decides; derived from the hyper-parameters and D."""
+def threshold_of(hp: HyperParameters, features: int) -> float | None:
+    """The screened cosine that candidates have at least, which misses no active pair (docs/math.md §3).
 
-    screens: bool  # False: every pair may be active, there is nothing to screen for
-    threshold: float  # candidates have at least this screened cosine
-    cheap: bool  # inter_weight_below is accurate for every pair below the threshold
-
-
-def make_rules(hp: HyperParameters, features: int) -> Rules:
-    """The threshold on the screened cosine that misses no active pair (docs/math.md §3)."""
+    None where there is nothing to screen for: every pair may be active, or the cheap form of the weight below the
+    threshold is not accurate.
+    """
     share = min(hp.filter_eps, CANDIDATE_SHARE)
     if share <= 0:
-        return Rules(False, -2.0, False)
+        return None
     angle = hp.b + math.log((1 - share) / share) / hp.k_inter
     # rounding a unit row to fp16 moves it by at most 2⁻¹¹ of its length and half a subnormal step per feature
     moved = 2.0**-11 + 2.0**-25 * math.sqrt(features)
@@ -49,7 +44,8 @@ def make_rules(hp: HyperParameters, features: int) -> Rules:
     bound = 2 * moved + moved * moved + 4e-6 + features * 2.0**-22
     threshold = math.cos(max(angle, 0.0)) - bound if angle < math.pi else -2.0
     far_exponent = hp.k_inter * (math.acos(-0.5) - hp.b) / math.log(2)
-    return Rules(threshold > -1, threshold, threshold + 2 * bound <= 0.26 and far_exponent > 60)
+    # above 0, where the zeros of ignored and padded rows are no candidates
+    return threshold if 0 < threshold <= 0.26 - 2 * bound and far_exponent > 60 else None
 
 
 NOT_YET = -1  # in the host's copy of the counts: no copy has arrived
@@ -127,7 +123,7 @@ def _kind(x: Tensor, w: Tensor, hp: HyperParameters) -> tuple[object, ...]:
 
 def goes_dense(x: Tensor, w: Tensor, hp: HyperParameters) -> bool:
     """Whether the next call goes by dense products. Never waits."""
-    if not make_rules(hp, x.shape[1]).screens:
+    if threshold_of(hp, x.shape[1]) is None:
         return True
     watch = _watches.get(_kind(x, w, hp)) if _varies(x) else None
     if watch is None:
@@ -137,7 +133,7 @@ def goes_dense(x: Tensor, w: Tensor, hp: HyperParameters) -> bool:
 
 def learn(counts: Tensor, x: Tensor, w: Tensor, hp: HyperParameters, dense: bool) -> None:
     """Sends the counts of a call, `[2]` on its device, on their way to the host."""
-    if not _varies(x) or _capturing(x) or not make_rules(hp, x.shape[1]).screens:
+    if not _varies(x) or _capturing(x) or threshold_of(hp, x.shape[1]) is None:
         return
     kind = _kind(x, w, hp)
     if kind not in _watches:

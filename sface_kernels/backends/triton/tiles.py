@@ -21,7 +21,7 @@ BLOCKS = (16, 32, 64, GRANULE)
 
 
 class Tile(NamedTuple):
-    """What one kernel is compiled with. Fields that a kernel does not have are 0."""
+    """What one kernel is compiled with."""
 
     block_n: int  # samples
     block_c: int  # classes
@@ -33,31 +33,21 @@ class Tile(NamedTuple):
 # Elements of a row-wise kernel's block [rows, D] per program: 64 fp32 registers a thread at 4 warps.
 ROW_ELEMENTS = 8192
 ROW_WARPS = 4
-# List entries that finish_samples and link_pairs take at once. The interpreter costs by the operation, not by its size,
-# so its tiles are large; tests set small ones.
-FINISH_ENTRIES, LINK_ENTRIES = 16, 64
-INTERPRETER_ENTRIES = 64
-# Features of a gradient that one program of overflow_samples and scatter_classes sums; with more the cosines are
-# computed once for each block of them. scatter_classes holds them as int64.
-GRADIENT_FEATURES = 256
+FINISH_ENTRIES = 16  # list entries that finish_samples takes at once
+# scatter_classes: its sums [classes, features] are int64. A hub's latency is that of one class, so few classes.
+SCATTER_CLASSES, SCATTER_FEATURES, SCATTER_WARPS = 16, 256, 8
+# The interpreter costs by the operation, not by its size, so its tiles are large; tests set small ones.
+INTERPRETER_BLOCK = 64
 
 # Screen. 8 warps: with 4 the accumulator of 128 × 128 fills the registers and the epilogue spills, as it does at 8 on
-# sm_80 and sm_120, whose products take more registers for operands. 64 KB of shared memory is all that gfx942 has.
+# sm_80 and sm_120, whose products take more registers for operands. gfx942 has 64 KB of shared memory, and spills with
+# steps of 64 features.
 SCREEN = {
     "sm_80": Tile(128, 64, 64, 8, 3),
     "sm_90": Tile(128, 128, 64, 8, 3),
     "sm_100": Tile(128, 128, 64, 8, 3),
     "sm_120": Tile(128, 64, 64, 8, 3),
-    "gfx942": Tile(128, 128, 64, 8, 2),
-    "interpreter": Tile(64, 128, 64, 4, 1),
-}
-# The screen for slopes and angles that need arccos and the whole sigmoid: smaller, as these hold more than the tile.
-SCREEN_FULL = {
-    "sm_80": Tile(128, 64, 64, 8, 3),
-    "sm_90": Tile(128, 64, 64, 8, 3),
-    "sm_100": Tile(128, 64, 64, 8, 3),
-    "sm_120": Tile(128, 64, 64, 8, 3),
-    "gfx942": Tile(128, 64, 64, 8, 2),
+    "gfx942": Tile(128, 128, 32, 8, 2),
     "interpreter": Tile(64, 128, 64, 4, 1),
 }
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the
@@ -79,34 +69,11 @@ COEFFICIENTS = {
     "gfx942": Tile(128, 64, 32, 8, 2),
     "interpreter": Tile(64, 128, 64, 4, 1),
 }
-# Overflow: the gradient's accumulator of block_n × GRADIENT_FEATURES stays in registers through all classes.
-OVERFLOW = {
-    "sm_80": Tile(32, 32, 32, 4, 2),
-    "sm_90": Tile(64, 32, 32, 8, 2),
-    "sm_100": Tile(64, 32, 32, 8, 2),
-    "sm_120": Tile(32, 32, 32, 4, 2),
-    "gfx942": Tile(32, 32, 32, 8, 1),
-    "interpreter": Tile(64, 64, 64, 4, 1),
-}
-# Scatter: 16 classes is the least that a tensor-core product takes; that product is there for samples with an overflow
-# and not what the kernel is shaped for.
-SCATTER = {
-    "sm_80": Tile(32, 16, 32, 8, 2),
-    "sm_90": Tile(32, 16, 32, 8, 2),
-    "sm_100": Tile(32, 16, 32, 8, 2),
-    "sm_120": Tile(32, 16, 32, 8, 2),
-    "gfx942": Tile(32, 16, 32, 8, 1),
-    "interpreter": Tile(64, 128, 64, 4, 1),
-}
 TABLES = {
     "screen": SCREEN,
-    "screen_full": SCREEN_FULL,
-    "row_coefficients": COEFFICIENTS,
+    "coefficients": COEFFICIENTS,
     "row_gradient": PRODUCT,
-    "class_coefficients": COEFFICIENTS,
     "class_gradient": PRODUCT,
-    "overflow_samples": OVERFLOW,
-    "scatter_classes": SCATTER,
 }
 
 
@@ -142,13 +109,13 @@ def tile(kernel: str, family: str, precision: str) -> Tile:
     fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide.
     """
     chosen = TABLES[kernel][family]
-    if precision != "half" and not kernel.startswith("screen") and family != "interpreter":
+    if precision != "half" and kernel != "screen" and family != "interpreter":
         chosen = chosen._replace(block_k=chosen.block_k // 2)
     return chosen._replace(**_overrides(os.environ.get("SFACE_TILES", "{}")).get(kernel, {}))
 
 
-def entries(wanted: int, family: str) -> int:
-    return INTERPRETER_ENTRIES if family == "interpreter" else wanted
+def rows_at_once(wanted: int, family: str) -> int:
+    return INTERPRETER_BLOCK if family == "interpreter" else wanted
 
 
 def family(capability: tuple[int, int] | None, hip: str | None) -> str:

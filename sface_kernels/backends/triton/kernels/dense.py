@@ -14,9 +14,11 @@ from .math import (
     IGNORED,
     NO_COSINE,
     arccos,
-    inter_weight,
+    exponent_of,
+    is_finite,
     nearer_class,
     operand,
+    power_of_two,
     product,
     sigmoid_of_angle,
     store_class_gradient,
@@ -28,26 +30,29 @@ def cosine_tile(
     x_row, w_row, unit_x_ptr, unit_w_ptr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     PADDED_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, clamped."""
+    """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, not clamped."""
     k = tl.arange(0, BLOCK_K)
     x_tile = unit_x_ptr + x_row[:, None] * PADDED_D + k[None, :]
     w_tile = unit_w_ptr + w_row[None, :] * PADDED_D + k[:, None]
     cos = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for first in range(0, PADDED_D, BLOCK_K):
         cos = product(tl.load(x_tile + first), tl.load(w_tile + first), cos, PRECISION, UPCAST)
-    return tl.minimum(tl.maximum(cos, -1.0), 1.0)
+    return cos
 
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "begun"])
-def row_coefficients(
+def coefficients(
     # pointers
     unit_x_ptr,  # [padded N, PADDED_D]
     unit_w_ptr,  # [padded chunk, PADDED_D]
     target_ptr,  # [N]
-    coefficient_ptr,  # [padded N, padded chunk] out: (6) without s, own classes left out
-    sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
-    best_class_ptr,  # [stripes, padded N] int32
-    active_ptr,  # [stripes, padded N] int32
+    coefficient_ptr,  # [padded N, padded chunk] out: (6) without s; forward: own classes left out, BACKWARD: times u
+    sums_ptr,  # forward, [4, stripes, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
+    best_class_ptr,  # forward, [stripes, padded N] int32
+    active_ptr,  # forward, [stripes, padded N] int32
+    grad_row_ptr,  # BACKWARD, [N], u
+    largest_ptr,  # BACKWARD, [1], max |u|
+    along_ptr,  # BACKWARD, [padded chunk] out: Σ_i u_i g_ij c_ij / s
     # sizes, floats
     n,
     c,
@@ -58,7 +63,9 @@ def row_coefficients(
     tiles,
     stripes,
     begun,  # samples whose sums an earlier chunk began: 0, or padded N
+    k_intra,
     k_inter,
+    a,
     b,
     filter_eps,
     # compile time
@@ -66,48 +73,77 @@ def row_coefficients(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PADDED_D: tl.constexpr,
+    BACKWARD: tl.constexpr,
     NEED_GRAD: tl.constexpr,  # False: only the sums
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A program owns a block of samples and every `stripes`-th tile of classes, chunk after chunk."""
+    """A program owns a block of samples, and takes every `stripes`-th tile of classes; BACKWARD the other way round.
+
+    In the backward u is brought to 1 by a power of two, as fp16 has little range: `class_gradient` takes it off again.
+    """
     pid = tl.program_id(0)
-    stripe = (pid // row_blocks).to(tl.int64)
-    i = (pid % row_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    column = tl.arange(0, BLOCK_C)
-    target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
-    at = stripe * padded_n + i
-    plane = padded_n.to(tl.int64) * stripes
-    later = i < begun
-    inter = tl.load(sums_ptr + at, mask=later, other=0.0)
-    dropped = tl.load(sums_ptr + plane + at, mask=later, other=0.0)
-    cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
-    best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
-    best_class = tl.load(best_class_ptr + at, mask=later, other=-1)
-    active = tl.load(active_ptr + at, mask=later, other=0)
-    for tile in range(stripe, tiles, stripes):
-        row = tile * BLOCK_C + column  # of the chunk
+    own_block = pid % row_blocks
+    first = pid // row_blocks
+    last = tiles
+    if BACKWARD:
+        first, last = pid * 0, row_blocks
+        scale = power_of_two(-exponent_of(tl.load(largest_ptr)))
+        along = tl.zeros([BLOCK_C], tl.float32)
+    else:
+        at = first.to(tl.int64) * padded_n + own_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        plane = padded_n.to(tl.int64) * stripes
+        later = tl.arange(0, BLOCK_N) < begun
+        inter = tl.load(sums_ptr + at, mask=later, other=0.0)
+        dropped = tl.load(sums_ptr + plane + at, mask=later, other=0.0)
+        cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
+        best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
+        best_class = tl.load(best_class_ptr + at, mask=later, other=-1)
+        active = tl.load(active_ptr + at, mask=later, other=0)
+    for other in range(first, last, stripes):
+        if BACKWARD:
+            block, tile = other, pid
+        else:
+            block, tile = own_block, other
+        i = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # [BLOCK_N]
+        row = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C] of the chunk
         j = first_class + row
+        target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
         cos = cosine_tile(i, row, unit_x_ptr, unit_w_ptr, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, PRECISION, UPCAST)
-        cos_sum += tl.sum(cos, 1)
-        other = (j < c)[None, :] & (j[None, :] != target[:, None])
-        weight = tl.where(other, inter_weight(cos, k_inter, b), 0.0)
-        kept = other & (weight >= filter_eps)
-        g = tl.where(kept, weight, 0.0)
-        inter += tl.sum(weight * cos, 1)
-        dropped += tl.sum(weight - g, 1)
-        cos = tl.where(other, cos, NO_COSINE)
-        best, best_class = nearer_class(best, best_class, cos, first_class + tile * BLOCK_C, column, BLOCK_C)
-        active += tl.sum(kept.to(tl.int32), 1)
+        if not BACKWARD:
+            cos_sum += tl.sum(cos, 1)  # before NaN is dropped
+        cos = tl.minimum(tl.maximum(cos, -1.0), 1.0)
+        theta = arccos(cos)
+        own = j[None, :] == target[:, None]
+        if BACKWARD:
+            u = tl.load(grad_row_ptr + i, mask=target != IGNORED, other=0.0) * scale
+            u = tl.where(is_finite(u), u, float("nan"))  # for all classes, as 0·NaN is NaN
+            weight = tl.where((j < c)[None, :], sigmoid_of_angle(theta, k_inter, b), 0.0)
+            g = tl.where(weight >= filter_eps, weight, 0.0)
+            g = tl.where(own, -sigmoid_of_angle(theta, -k_intra, a), g) * u[:, None]
+            along += tl.sum(g * cos, 0)
+        else:
+            other = (j < c)[None, :] & ~own
+            weight = tl.where(other, sigmoid_of_angle(theta, k_inter, b), 0.0)
+            kept = other & (weight >= filter_eps)
+            g = tl.where(kept, weight, 0.0)
+            inter += tl.sum(weight * cos, 1)
+            dropped += tl.sum(weight - g, 1)
+            cos = tl.where(other, cos, NO_COSINE)
+            column = tl.arange(0, BLOCK_C)
+            best, best_class = nearer_class(best, best_class, cos, first_class + tile * BLOCK_C, column, BLOCK_C)
+            active += tl.sum(kept.to(tl.int32), 1)
         if NEED_GRAD:
-            out = coefficient_ptr + i[:, None] * padded_chunk + row[None, :]
-            tl.store(out, operand(g, PRECISION))
-    tl.store(sums_ptr + at, inter)
-    tl.store(sums_ptr + plane + at, dropped)
-    tl.store(sums_ptr + 2 * plane + at, cos_sum)
-    tl.store(sums_ptr + 3 * plane + at, best)
-    tl.store(best_class_ptr + at, best_class)
-    tl.store(active_ptr + at, active)
+            tl.store(coefficient_ptr + i[:, None] * padded_chunk + row[None, :], operand(g, PRECISION))
+    if BACKWARD:
+        tl.store(along_ptr + pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C), along)
+    else:
+        tl.store(sums_ptr + at, inter)
+        tl.store(sums_ptr + plane + at, dropped)
+        tl.store(sums_ptr + 2 * plane + at, cos_sum)
+        tl.store(sums_ptr + 3 * plane + at, best)
+        tl.store(best_class_ptr + at, best_class)
+        tl.store(active_ptr + at, active)
 
 
 @triton.jit(do_not_specialize=["row_blocks", "steps", "splits", "begun"])
@@ -150,55 +186,6 @@ def row_gradient(
 
 
 @triton.jit(do_not_specialize=["n"])
-def class_coefficients(
-    # pointers
-    unit_x_ptr,
-    unit_w_ptr,
-    target_ptr,
-    grad_row_ptr,  # [N], u
-    upstream_ptr,  # [2]: what u is multiplied by
-    coefficient_ptr,  # [padded N, padded chunk] out: u times (6) without s
-    along_ptr,  # [padded chunk] out: Σ_i u_i g_ij c_ij / s
-    # sizes, floats
-    n,
-    c,
-    padded_chunk,
-    first_class,
-    k_intra,
-    k_inter,
-    a,
-    b,
-    filter_eps,
-    # compile time
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The same coefficients once more for ∂w, with u and with the own classes. A program owns a tile of classes."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # of the chunk
-    j = first_class + row
-    scale = tl.load(upstream_ptr)
-    along = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(0, n, BLOCK_N):
-        i = first + tl.arange(0, BLOCK_N).to(tl.int64)
-        target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
-        u = tl.load(grad_row_ptr + i, mask=target != IGNORED, other=0.0) * scale
-        cos = cosine_tile(i, row, unit_x_ptr, unit_w_ptr, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, PRECISION, UPCAST)
-        theta = arccos(cos)
-        weight = sigmoid_of_angle(theta, k_inter, b)
-        g = tl.where(weight >= filter_eps, weight, 0.0)
-        own = j[None, :] == target[:, None]
-        g = tl.where(own, -sigmoid_of_angle(theta, -k_intra, a), g)
-        g = tl.where((j < c)[None, :], g * u[:, None], 0.0)
-        along += tl.sum(g * cos, 0)
-        tl.store(coefficient_ptr + i[:, None] * padded_chunk + row[None, :], operand(g, PRECISION))
-    tl.store(along_ptr + row, along)
-
-
-@triton.jit(do_not_specialize=["n"])
 def class_gradient(
     # pointers
     coefficient_ptr,  # [padded N, padded chunk]
@@ -206,7 +193,7 @@ def class_gradient(
     along_ptr,  # [padded chunk]
     w_ptr,
     inv_norm_ptr,  # [C]
-    upstream_ptr,  # [2]
+    largest_ptr,  # [1], max |u|
     grad_w_ptr,  # [C, D] out
     # sizes, strides, floats
     n,
@@ -239,5 +226,5 @@ def class_gradient(
     j = first_class + row
     inv_w = tl.load(inv_norm_ptr + j, mask=j < c, other=0.0)
     along = tl.load(along_ptr + row)
-    scale, poison = tl.load(upstream_ptr), tl.load(upstream_ptr + 1)
-    store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, poison, s, scale, c, d, w_stride_c, w_stride_d)
+    scale = s * power_of_two(exponent_of(tl.load(largest_ptr)))
+    store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, scale, c, d, w_stride_c, w_stride_d)

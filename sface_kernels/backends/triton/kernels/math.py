@@ -47,25 +47,19 @@ def sigmoid_of_angle(theta, slope, centre):
 
 
 @triton.jit
-def inter_weight(c, k_inter, b):
-    """(4) without s, for any cosine."""
-    return sigmoid_of_angle(arccos(c), k_inter, b)
-
-
-@triton.jit
 def inter_weight_below(c, k_inter, b):
     """(4) without s where it is at most 2⁻¹⁰ and c at most 0.26; 0 at NO_COSINE.
 
     The exponent k(asin c + b − π/2) by four terms of the series, off by less than k·2e-7 there, and 1/(1 + 1/e) by
-    e − e². Where c is more negative than the series is good for, the weight is below 2⁻⁶⁰ (`plan.make_rules` sees to
-    it). Above its range the value is finite.
+    e − e². Where c is more negative than the series is good for, the weight is below 2⁻⁶⁰ (`plan.threshold_of` sees to
+    it).
     """
     slope = k_inter * LOG2E
     square = c * c
     t = square * (slope * (15.0 / 336.0)) + slope * (3.0 / 40.0)
     t = t * square + slope * (1.0 / 6.0)
     t = t * square + slope
-    e = tl.exp2(tl.minimum(t * c + slope * (b - PI * 0.5), 0.0))
+    e = tl.exp2(t * c + slope * (b - PI * 0.5))
     return e - e * e
 
 
@@ -79,21 +73,21 @@ def nearer_class(best, best_class, cos, first, column, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def row_norm(rows):
-    """Norms of rows `[R, D]`, zero padded: scaled by the largest entry, so that no square leaves fp32's range.
-
-    NaN where the row holds NaN or infinity.
-    """
-    largest = tl.max(tl.abs(rows), 1)  # [R]
-    scale = tl.where(largest > 0, largest, 1.0)
-    scaled = rows / scale[:, None]
-    return largest * tl.sqrt(tl.sum(scaled * scaled, 1))
-
-
-@triton.jit
 def is_finite(v):
     """False for NaN and infinities. Not v − v = 0: where v is a product a GPU fuses that into its rounding error."""
     return tl.abs(v) < float("inf")
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent for exponents in [-126, 127]."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent_of(value):
+    """floor(log2(value)) of positive normal numbers, -126 below them, 126 at most."""
+    return tl.minimum(tl.maximum((value.to(tl.int32, bitcast=True) >> 23) - 127, -126), 126)
 
 
 @triton.jit
@@ -133,10 +127,8 @@ def inverse_norm(norm):
 
 
 @triton.jit
-def store_class_gradient(
-    grad_w_ptr, raw, along, j, out, w_ptr, inv_w, poison, s, upstream_scale, c, d, w_stride_c, w_stride_d
-):
-    """(8) from its two sums: the tangent part of `raw`, divided by the norm, in the dtype of the weight."""
+def store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, scale, c, d, w_stride_c, w_stride_d):
+    """(8) from its two sums, times `scale`: the tangent part of `raw`, divided by the norm, in the weight's dtype."""
     mask = (j < c)[:, None] & (out < d)[None, :]
     # below NORM_EPS normalize divides by a constant, so nothing is projected away; 1/NORM_EPS may be off by some ulps
     along = tl.where(inv_w * NORM_EPS > 0.999999, 0.0, along)
@@ -144,6 +136,5 @@ def store_class_gradient(
     w = tl.load(
         w_ptr + j[:, None] * w_stride_c + out[None, :] * w_stride_d, mask=mask & (along != 0)[:, None], other=0.0
     ).to(tl.float32)
-    grad = (raw - along[:, None] * (w * inv_w[:, None])) * (inv_w * (s / upstream_scale))[:, None]
-    grad = tl.where(poison > 0, float("nan"), grad)
+    grad = (raw - along[:, None] * (w * inv_w[:, None])) * (inv_w * scale)[:, None]
     tl.store(grad_w_ptr + j[:, None] * d + out[None, :], grad.to(grad_w_ptr.dtype.element_ty), mask=mask)

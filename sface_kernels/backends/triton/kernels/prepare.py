@@ -1,7 +1,8 @@
-"""Unit rows: the samples' once a call, the classes' in chunks that stay in the L2 cache.
+"""Unit rows: the samples' and, in chunks that stay in the L2 cache, the classes'. One launch makes both.
 
 Reads x and w once. Writes fp16 unit rows, padded with zeros to whole tiles so that the products need no masks, and the
-norms. fp16 holds a unit row eight times closer than bf16 at the same speed of the tensor cores.
+norms. fp16 holds a unit row eight times closer than bf16 at the same speed of the tensor cores. A row with NaN or
+infinity becomes one of NaN, which every sum of its cosines then is: that is how the other kernels learn of it.
 """
 
 from __future__ import annotations
@@ -9,84 +10,80 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NORM_EPS, is_finite, row_norm
-
-
-@triton.jit(do_not_specialize=["n", "all_exact"])
-def prepare_samples(
-    # pointers
-    x_ptr,
-    target_ptr,
-    unit_ptr,  # [padded N, PADDED_D], fp16 or for dense products fp32
-    norm_ptr,  # [padded N], NaN where a counted row is not finite
-    overflowed_ptr,  # [padded N] int32, set to all_exact
-    flags_ptr,  # [FLAGS] int32, set to 0 and all_exact
-    # sizes, strides
-    n,
-    d,
-    x_stride_n,
-    x_stride_d,
-    all_exact,  # 0: no list has overflowed yet; 1: there are no lists
-    # compile time
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    FLAGS: tl.constexpr,
-):
-    pid = tl.program_id(0).to(tl.int64)
-    i = pid * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    k = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
-    counted = (i < n) & (tl.load(target_ptr + i, mask=i < n, other=IGNORED) != IGNORED)
-    # an ignored row as zeros: whatever it holds, NaN included, must change nothing
-    x = tl.load(
-        x_ptr + i[:, None] * x_stride_n + k[None, :] * x_stride_d, mask=counted[:, None] & (k < d)[None, :], other=0.0
-    ).to(tl.float32)
-    norm = row_norm(x)
-    unit = tl.where(is_finite(norm)[:, None], x / tl.maximum(norm, NORM_EPS)[:, None], 0.0)
-    tl.store(
-        unit_ptr + i[:, None] * PADDED_D + k[None, :], unit.to(unit_ptr.dtype.element_ty), mask=(k < PADDED_D)[None, :]
-    )
-    tl.store(norm_ptr + i, norm)
-    tl.store(overflowed_ptr + i, tl.zeros([BLOCK_N], tl.int32) + all_exact)
-    if pid == 0:
-        tl.store(flags_ptr + tl.arange(0, FLAGS), tl.arange(0, FLAGS) * all_exact)
+from .math import IGNORED, NORM_EPS, exponent_of, is_finite, power_of_two
 
 
 @triton.jit
-def prepare_classes(
+def store_unit_rows(
+    ptr, row, taken, stride_row, stride_column, unit_ptr, unit_row, d, BLOCK_D: tl.constexpr, PADDED_D: tl.constexpr
+):  # fmt: skip
+    """Unit rows of `row` `[R]` into `unit_row`, zeros where not taken. Returns norms, and 1/max(norm, 1e-12) or NaN.
+
+    Scaled by a power of two near the largest entry, so that no square leaves fp32's range, and then by one reciprocal.
+    """
+    k = tl.arange(0, BLOCK_D).to(tl.int64)
+    at = ptr + row[:, None] * stride_row + k[None, :] * stride_column
+    rows = tl.load(at, mask=taken[:, None] & (k < d)[None, :], other=0.0).to(tl.float32)
+    exponent = exponent_of(tl.max(tl.abs(rows), 1))  # [R]
+    to_unit = power_of_two(-exponent)
+    scaled = rows * to_unit[:, None]
+    length = tl.sqrt(tl.sum(scaled * scaled, 1))
+    norm = length * power_of_two(exponent)
+    # maximum() may drop a NaN; 1/norm itself is 0 for a norm beyond 2¹²⁷
+    inverse = tl.where(is_finite(norm), 1.0 / tl.maximum(length, to_unit * NORM_EPS), float("nan"))
+    unit = (scaled * inverse[:, None]).to(unit_ptr.dtype.element_ty)
+    tl.store(unit_ptr + unit_row[:, None] * PADDED_D + k[None, :], unit, mask=(k < PADDED_D)[None, :])
+    return norm, inverse * to_unit
+
+
+@triton.jit(do_not_specialize=["n", "sample_blocks"])
+def prepare(
     # pointers
+    x_ptr,
+    target_ptr,
+    unit_x_ptr,  # [padded N, PADDED_D], fp16 or for dense products fp32
+    norm_ptr,  # [padded N], NaN or infinite where a counted row is not finite
+    counts_ptr,  # [2] int64, set to 0
+    flags_ptr,  # [2] int32, set to 0
     w_ptr,
-    unit_ptr,  # [padded chunk, PADDED_D], fp16 or for dense products fp32
+    unit_w_ptr,  # [padded chunk, PADDED_D]
     inv_norm_ptr,  # [C], NaN where the row is not finite
-    flags_ptr,  # [0] set to 1 where a row is not finite
+    head_ptr,  # [C] int32, set to −1: no class has a link; without LINKS only its one element
     # sizes, strides
+    n,
     c,
     d,
+    padded_n,
+    x_stride_n,
+    x_stride_d,
     w_stride_c,
     w_stride_d,
+    sample_blocks,  # programs that take samples: 0 in all chunks but the first
     first_class,
     # compile time
-    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,  # rows
     BLOCK_D: tl.constexpr,
     PADDED_D: tl.constexpr,
+    LINKS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C] in the chunk
-    j = first_class + row
-    k = tl.arange(0, BLOCK_D).to(tl.int64)
-    exists = j < c
-    w = tl.load(
-        w_ptr + j[:, None] * w_stride_c + k[None, :] * w_stride_d, mask=exists[:, None] & (k < d)[None, :], other=0.0
-    ).to(tl.float32)
-    norm = row_norm(w)
-    finite = is_finite(norm)
-    inv_norm = 1.0 / tl.maximum(norm, NORM_EPS)
-    # maximum() may have dropped a NaN
-    tl.store(inv_norm_ptr + j, tl.where(finite, inv_norm, float("nan")), mask=exists)
-    tl.store(flags_ptr + tl.zeros_like(row), tl.full([BLOCK_C], 1, tl.int32), mask=~finite)
-    # divided, not multiplied by inv_norm, which is 0 for a norm beyond 2¹²⁷
-    unit = tl.where(finite[:, None], w / tl.maximum(norm, NORM_EPS)[:, None], 0.0)
-    tl.store(
-        unit_ptr + row[:, None] * PADDED_D + k[None, :],
-        unit.to(unit_ptr.dtype.element_ty),
-        mask=(k < PADDED_D)[None, :],
-    )
+    pid = tl.program_id(0)
+    row = tl.arange(0, BLOCK).to(tl.int64)
+    if pid < sample_blocks:
+        i = pid.to(tl.int64) * BLOCK + row
+        # an ignored row as zeros: whatever it holds, NaN included, must change nothing
+        counted = (i < n) & (tl.load(target_ptr + i, mask=i < n, other=IGNORED) != IGNORED)
+        norm, _ = store_unit_rows(x_ptr, i, counted, x_stride_n, x_stride_d, unit_x_ptr, i, d, BLOCK_D, PADDED_D)
+        tl.store(norm_ptr + i, norm, mask=i < padded_n)
+        if pid == 0:
+            two = tl.arange(0, 2)
+            tl.store(counts_ptr + two, tl.zeros([2], tl.int64))
+            tl.store(flags_ptr + two, tl.zeros([2], tl.int32))
+            if not LINKS:
+                tl.store(head_ptr, -1)
+    else:
+        row += (pid - sample_blocks).to(tl.int64) * BLOCK  # in the chunk
+        j = first_class + row
+        _, inv_norm = store_unit_rows(w_ptr, j, j < c, w_stride_c, w_stride_d, unit_w_ptr, row, d, BLOCK_D, PADDED_D)
+        tl.store(inv_norm_ptr + j, inv_norm, mask=j < c)
+        if LINKS:
+            tl.store(head_ptr + j, tl.full([BLOCK], -1, tl.int32), mask=j < c)

@@ -1,7 +1,8 @@
 """The screened pass over a chunk of classes: the loss of every pair, and the list of those that may be active.
 
 Per tile one fp16 tensor-core product of unit rows. Its epilogue sums, per row, the loss (5) and the dropped mass of
-every pair below the threshold, and the cosines, keeps the nearest class, and lists the rest: the row's candidates.
+every pair below the threshold, and the cosines, keeps the nearest class, and lists the rest: the row's candidates. To
+the sums each candidate adds what a pair at the threshold does, which `finish_samples` takes off again.
 Reads the chunk's unit rows once per block of samples (from the L2 cache); cosines exist in registers only.
 
 A program owns a block of samples and every `stripes`-th tile of classes, chunk after chunk: its sums and its part of
@@ -13,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NO_COSINE, inter_weight, inter_weight_below, is_finite, sums_with_one_trip
+from .math import IGNORED, NO_COSINE, inter_weight_below, sums_with_one_trip
 
 
 @triton.jit
@@ -62,19 +63,16 @@ def nearest_column(cos, column, BLOCK_C: tl.constexpr):
     return sums_with_one_trip(tl.max(tagged.to(tl.float32, bitcast=True), 1))
 
 
-@triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "capacity", "begun"])
+@triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "capacity", "slots", "begun"])
 def screen(
     # pointers
     unit_x_ptr,  # [padded N, PADDED_D] fp16
     unit_w_ptr,  # [padded chunk, PADDED_D] fp16
     target_ptr,  # [N] int64
-    norm_ptr,  # [padded N]
     sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ weight, Σ cosine, the largest cosine with its column
     best_class_ptr,  # [stripes, padded N] int32
-    count_ptr,  # [stripes, padded N] int32
-    list_ptr,  # [padded N, stripes, capacity] int32 classes
-    overflowed_ptr,  # [padded N] int32, 1 where a part of the list is too small
-    flags_ptr,  # [1] set to 1 where that happened
+    count_ptr,  # [stripes, padded N] int32 candidates, also of those for which the list is too small
+    list_ptr,  # [padded N, slots] int32 classes: a part of `capacity` for each stripe, and the own class's slot
     # sizes, floats
     n,
     c,
@@ -85,7 +83,8 @@ def screen(
     stripes,
     capacity,
     begun,  # samples whose sums an earlier chunk began: 0, or padded N
-    threshold,  # of the screened cosine
+    slots,
+    threshold,  # of the screened cosine, above 0
     k_inter,
     b,
     # compile time
@@ -93,7 +92,6 @@ def screen(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PADDED_D: tl.constexpr,
-    CHEAP: tl.constexpr,  # inter_weight_below is accurate for every pair below the threshold
     UPCAST: tl.constexpr,  # multiply in fp32 what is stored in fp16: the interpreter
 ):
     pid = tl.program_id(0)
@@ -102,7 +100,6 @@ def screen(
     column = tl.arange(0, BLOCK_C)
     feature = tl.arange(0, BLOCK_K)
     target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
-    takes_part = (target != IGNORED) & is_finite(tl.load(norm_ptr + i))
 
     at = stripe * padded_n + i  # [BLOCK_N], the program's slot in the sums
     plane = padded_n.to(tl.int64) * stripes
@@ -113,7 +110,7 @@ def screen(
     best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
     best_class = tl.load(best_class_ptr + at, mask=later, other=-1)
     count = tl.load(count_ptr + at, mask=later, other=0)
-    list_part = list_ptr + (i * stripes + stripe) * capacity
+    list_part = list_ptr + i * slots + stripe * capacity
 
     x_tile = unit_x_ptr + i[:, None] * PADDED_D + feature[None, :]
     for tile in range(stripe, tiles, stripes):
@@ -141,16 +138,14 @@ def screen(
         best_class = tl.where(nearest > best, first.to(tl.int32) + tag, best_class)
         best = tl.maximum(nearest, best)
 
-        if CHEAP:
-            weight = inter_weight_below(cos, k_inter, b)
-        else:
-            weight = tl.where(cos > -1.5, inter_weight(tl.minimum(tl.maximum(cos, -1.0), 1.0), k_inter, b), 0.0)
-        weight = tl.where(cos < threshold, weight, 0.0)
-        inter += tl.sum(weight * cos, 1)
+        below = tl.minimum(cos, threshold)
+        weight = inter_weight_below(below, k_inter, b)
+        inter += tl.sum(weight * below, 1)
         dropped += tl.sum(weight, 1)
 
         if tl.max(nearest, 0) >= threshold - tag_margin(BLOCK_C):
-            found = (cos >= threshold) & takes_part[:, None]
+            # neither NaN nor the zeros of ignored rows are candidates
+            found = cos >= threshold
             count = append_candidates(found, list_part, count, first.to(tl.int32), capacity, BLOCK_N, BLOCK_C)
 
     tl.store(sums_ptr + at, inter)
@@ -159,7 +154,3 @@ def screen(
     tl.store(sums_ptr + 3 * plane + at, best)
     tl.store(best_class_ptr + at, best_class)
     tl.store(count_ptr + at, count)
-    full = count > capacity
-    ones = tl.full([BLOCK_N], 1, tl.int32)
-    tl.store(overflowed_ptr + i, ones, mask=full)
-    tl.store(flags_ptr + 1 + tl.zeros_like(target), ones, mask=full)

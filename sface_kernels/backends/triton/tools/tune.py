@@ -24,11 +24,7 @@ from ....types import HyperParameters
 from .. import tiles
 from ..device import gpu_of
 
-# The kernels whose tiles matter to each way of a call. overflow_samples runs only where lists overflow.
-WAYS = {
-    "lists": ("screen", "scatter_classes"),
-    "dense": ("row_coefficients", "row_gradient", "class_coefficients", "class_gradient"),
-}
+WAYS = {"lists": ("screen",), "dense": ("coefficients", "row_gradient", "class_gradient")}  # of a call: its kernels
 LEAST_GAIN = 0.02  # smaller differences are noise between runs
 MOST_DIFFERENCE = 1e-3  # relative, of each result: other orders of the sums, and coefficients rounded to fp16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
