@@ -167,7 +167,7 @@ class SFaceLoss(nn.Module):
         out_features: C, number of classes.
         device, dtype: of the weight; dtype float32 by default.
         s, k, a, b, k_inter, reduction, ignore_index, filter_eps, backend: as in `sface_loss`.
-        angle_histogram: in training mode, count the angles of every batch into `angle_counter`;
+        angle_histogram: in training mode, count the angles of one batch in four (`head.angle_counter.every`);
             `head.angle_counter.histograms()` gives them, and `sface_kernels.angles` reads a and b from them.
 
     Example::
