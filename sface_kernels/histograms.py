@@ -54,13 +54,13 @@ class AngleCounter(nn.Module):
 
     Sampling error: a bin to which r drawn pairs fell is known to within a share of 1/√r of itself (one standard
     deviation), as long as pairs of one class do not crowd into it; if each class that reaches a bin does so with g rows
-    of a batch, √(g/r). At N = 128 a thousand counted batches draw 8 million pairs: a bin with one in 10⁵ of all pairs is
-    then known to 11 %. Rarer angles rest on the nearest classes, which are exact.
+    of a batch, √(g/r). At N = 128 a thousand counted batches draw 8 million pairs: a bin with one in 10⁵ of all pairs
+    is then known to 11 %. Rarer angles rest on the nearest classes, which are exact.
 
-    One batch in `every` is counted, the first after a `reset` among them. Counting is some forty small operations, whose
-    number is what costs: a version with seventy took 1.6 to 2.2 ms at N = 128, C = 85,742, D = 512, about 5 % of a step
-    on a CPU, whether 64 or 256 classes were drawn. A compiled graph, where they are fused, counts every batch. A
-    captured CUDA graph repeats what the captured call did: set `every` to 1 there.
+    One batch in `every` is counted, the first after a `reset` among them. Counting is some forty small operations,
+    and their number is what costs: a version with seventy took 1.6 to 2.2 ms at N = 128, C = 85,742, D = 512, about 5 %
+    of a step on a CPU, whether 64 or 256 classes were drawn. A compiled graph, where they are fused, counts every
+    batch. A captured CUDA graph repeats what the captured call did: set `every` to 1 there.
 
     The draws are a fixed sequence over the steps, Weyl's with the golden ratio, which reaches all classes of a part
     evenly. PyTorch's generators are left alone, and a training is the same to the bit with and without a counter.
