@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "distributed": {"distributed", "types", "ops", "dispatch", "validation", "autograd", "growing", "loss"},
     "compat": {"types", "ops", "loss", "dispatch", "distributed", "validation"},
     "testing": {"testing", "loss", "dispatch", "validation", "types"},
-    "bench": {"bench", "testing", "loss", "dispatch", "validation", "types", "_version"},
+    "bench": {"bench", "testing", "loss", "dispatch", "validation", "types", "precision", "_version"},
     "bench.plots": {"bench"},
     "cli": {"cli", "bench", "testing", "angles", "dispatch", "types", "_version"},
     "__main__": {"cli"},
