@@ -184,7 +184,7 @@ class SFaceLoss(nn.Module):
         init_std: standard deviation of the initial weight, > 0; 2·√(2/C) if None. An SGD step turns a row by an angle
             that goes with 1/‖row‖², so the default makes the first steps larger the more classes there are;
             D**-0.5 makes rows of length about 1 whatever C is (docs/training.md).
-        angle_histogram: in training mode, count the angles of every batch into `angle_counter`;
+        angle_histogram: in training mode, count the angles of one batch in four (`head.angle_counter.every`);
             `head.angle_counter.histograms()` gives them, and `sface_kernels.angles` reads a and b from them.
 
     Example::

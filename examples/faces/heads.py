@@ -20,7 +20,9 @@ def build_head(name: str, options: TrainOptions, classes: int) -> SFaceLoss | Cl
     constants = {key: getattr(options, key) for key in ("s", "k", "a", "b")}
     if options.class_parallel:
         return ClassParallelSFaceLoss(options.embedding_size, classes, **constants)
-    return SFaceLoss(options.embedding_size, classes, backend=BACKENDS[name], angle_histogram=True, **constants)
+    head = SFaceLoss(options.embedding_size, classes, backend=BACKENDS[name], angle_histogram=True, **constants)
+    head.angle_counter.every = 1  # an epoch may have few batches here, and the backbone takes the time
+    return head
 
 
 def about(name: str, device: torch.device) -> str:
