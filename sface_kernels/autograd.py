@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
@@ -115,13 +114,12 @@ def row_losses(
     raises, and otherwise `chunked` takes over.
     """
     need_x, need_w = (torch.is_grad_enabled() and t.requires_grad for t in (embeddings, weight))
-    apply = functools.partial(_RowLoss.apply, embeddings, weight, target)
-    if strict or torch.compiler.is_compiling():
-        row_loss, row_stats, counts, *_ = apply(backend, hp, need_x, need_w, strict)
-        return row_loss, row_stats, counts
+    others = hp, need_x, need_w, strict
     try:
-        row_loss, row_stats, counts, *_ = apply(backend, hp, need_x, need_w, strict)
+        row_loss, row_stats, counts, *_ = _RowLoss.apply(embeddings, weight, target, backend, *others)
     except verify.WrongResult as error:
+        if strict:
+            raise
         verify.distrust(backend, error)
-        row_loss, row_stats, counts, *_ = apply("chunked", hp, need_x, need_w, strict)
+        row_loss, row_stats, counts, *_ = _RowLoss.apply(embeddings, weight, target, "chunked", *others)
     return row_loss, row_stats, counts
