@@ -173,10 +173,10 @@ def _apply(
         found = []
         weight = _LetWait.apply(weight, pending, found)
     options = hp, need_x, need_w, sparse, found, strict
-    if strict or torch.compiler.is_compiling():
-        return _RowLoss.apply(embeddings, weight, target, backend, *options)
     try:
         return _RowLoss.apply(embeddings, weight, target, backend, *options)
     except verify.WrongResult as error:
+        if strict:
+            raise
         verify.distrust(backend, error)
         return _RowLoss.apply(embeddings, weight, target, "chunked", *options)
