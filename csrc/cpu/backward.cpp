@@ -193,7 +193,7 @@ Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target
       any_dense |= record.count < 0;
       any_recompute |= record.count == kRecompute;
     }
-  const Samples samples(problem, kernels, {.columns = any_recompute, .fixed_point = false});
+  const Samples samples(problem, kernels, {.columns = any_recompute, .fixed_point = false, .int8 = false});
   const Call call{problem, kernels, rules, samples};
   std::vector<float> columns(any_dense ? problem.n * problem.padded_d : 0);
   if (any_dense)

@@ -8,5 +8,15 @@
 
 #include "dense.inl"
 #include "screen.inl"
+#if defined(SFACE_INT8)
+#include SFACE_INT8
+#else
+// No int8 screen: what kernels.inl asks of one.
+struct Int8 {
+  static constexpr decltype(Kernels::pack_int8) pack = nullptr;
+  static void prepare_rows(const float* const*, const float*, int, int, Workspace&) {}
+  static void screen(const Rules&, const Group&, const Block&, RowSums&, Workspace&) {}
+};
+#endif
 
 #include "kernels.inl"
