@@ -89,7 +89,7 @@ void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Wo
   }
   if (task.sums.grad) call.kernels.flush_dense_grad(group, task.sums, work);
   if (first_group)
-    std::copy(work.class_sum.begin(), work.class_sum.end(), &partials.class_sum[range * problem.padded_d]);
+    std::copy_n(work.class_sum.begin(), problem.padded_d, &partials.class_sum[range * problem.padded_d]);
   partials.tallies[range * problem.groups + g] = task.tally;
 }
 

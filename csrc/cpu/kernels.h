@@ -26,7 +26,9 @@ constexpr int kGroupSamples = 256;  // samples handled together
 constexpr int kFeaturePad = 32;     // feature rows in scratch memory are padded to a multiple of this
 constexpr float kScale = 32766.0f;  // fixed point: a unit row times this, rounded to int16, never overflows
 constexpr int kInt8Pad = 64;        // int8 rows are padded to a multiple of this
-constexpr int64_t kInt8MaxFeatures = 1 << 16;  // 127² times this stays below 2³¹
+// Below, the product is a small part of the time and the error of an int8 cosine a larger one of the loss; above,
+// 127²·D would leave int32.
+constexpr int64_t kInt8MinFeatures = 256, kInt8MaxFeatures = 1 << 16;
 constexpr float kNormEps = 1e-12f;  // torch.nn.functional.normalize's
 // Pairs with a smaller share of s are summed with their screened cosine, in a form that is accurate to here.
 constexpr double kCandidateShare = 1.0 / 1024;
@@ -159,7 +161,7 @@ struct Workspace {
   Uninitialised<float> dense_grad;   // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
   bool has_dense_grad = false;
   int skip_screens = 0;                    // blocks still taken to be dense, as the one before was
-  std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task
+  std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task; as long as an int8 row is padded
   std::vector<uint32_t> candidates;        // [block][panels] bits
   std::vector<uint8_t> own_tiles;          // [strips][panels] tiles that hold an own class
   std::vector<float> below, below_weight;  // [group] sums of one block, before they go to double

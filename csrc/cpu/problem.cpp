@@ -202,7 +202,7 @@ Rules make_rules(const Hyper& hyper, int64_t d) {
   const double far_exponent = k * (std::acos(-0.5) - b) / std::log(2.0);
   rules.cheap_below = threshold + 2 * bound <= 0.26 && far_exponent > 60;
   rules.active_cosine = static_cast<float>(std::cos(std::max(angle, 0.0)) - rounding_slack(d) - 1e-6);
-  rules.int8 = rules.screen && rules.cheap_below && d <= kInt8MaxFeatures && k <= kInt8Steepest;
+  rules.int8 = rules.screen && rules.cheap_below && d >= kInt8MinFeatures && d <= kInt8MaxFeatures && k <= kInt8Steepest;
   return rules;
 }
 
@@ -219,7 +219,7 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
   work.tile.resize((kBlockClasses + 1) * kGroupSamples);  // one more: a strip may read past the last sample
   work.packed.resize(kBlockClasses * kernels.panel_samples);
   work.dense_grad = Uninitialised<float>(padded * kGroupSamples);
-  work.class_sum.assign(padded, 0);
+  work.class_sum.assign(ceil_div(problem.d, kInt8Pad) * kInt8Pad, 0);
   work.candidates.resize(kBlockClasses * panels);
   work.own_tiles.assign(kBlockClasses / kernels.strip_rows * panels, 0);
   work.below.resize(kGroupSamples);

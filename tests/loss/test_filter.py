@@ -44,11 +44,11 @@ def check_active_set(case, problem: Problem, **options) -> None:
 
 
 def around_threshold(c: int, d: int, threshold: float, seed: int) -> torch.Tensor:
-    """Cosines `[c]` at and about the threshold: a few ulp, half the margin of a 16-bit screen, that margin, twice it; ±1; any."""
+    """Cosines `[c]` at and about the threshold: a few ulp, half the margin of a 16-bit screen, that margin, twice it, those of an 8-bit one; ±1; any."""
     g = torch.Generator().manual_seed(seed)
     screen = d**0.5 * 2.0**-15
     steps = torch.tensor(
-        [0, 2.0**-24, 2.0**-22, 2.0**-20, 2.0**-18, 0.1 * screen, 0.5 * screen, screen, 2 * screen, 0.01]
+        [0, 2.0**-24, 2.0**-22, 2.0**-20, 2.0**-18, 0.1 * screen, 0.5 * screen, screen, 2 * screen, 0.005, 0.01, 0.02]
     )
     signs = torch.randint(0, 2, (c,), generator=g) * 2 - 1
     cos = threshold + signs * steps[torch.randint(0, len(steps), (c,), generator=g)].double()
@@ -118,6 +118,41 @@ def test_any_hyperparameters(case32, s, k, k_inter, a, b, eps, seed, make, d):
     judge.check_filter_bound(result, case32.backend)
     t = judge.truth
     assert abs(int(result.stats.active_pairs) - int(t.active.sum())) <= int(t.borderline.sum())
+
+
+@pytest.mark.parametrize("levels", [127, 32766])
+@pytest.mark.parametrize("d", [256, 500, 512, 1024])
+@pytest.mark.parametrize("eps", [2.0**-24, 2.0**-16])
+def test_active_rows_that_round_the_worst_way(case32, d, eps, levels):
+    """Active by a hair, yet every component rounds away from the sample: the error bound of a fixed-point screen is met.
+
+    The sample's components are ±1/√D, which every scale holds exactly, and a class lies just short of half a step beyond
+    a whole number of `levels` in each of them, on the sample's side. Its screened cosine is short by
+    ‖error‖ of the row, the whole of the Cauchy-Schwarz bound.
+    """
+    g = torch.Generator().manual_seed(d)
+    sign = (torch.randint(0, 2, (d,), generator=g) * 2 - 1).double()
+    threshold = threshold_cosine(80.0, 1.23, eps)
+    noise = (torch.rand(24, d, generator=g) * 1.5 - 0.75) * levels
+    lean = torch.full((d,), 0.499, dtype=torch.float64)
+    lean[0] = 0  # the largest, which sets the scale
+
+    def at(share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [24, D] that lean so far to the sample, and their cosines to it."""
+        w = torch.round(noise + share * levels * sign).clamp(1 - levels, levels - 1)
+        w[:, 0] = levels * sign[0]
+        w = w + lean * sign
+        return w, (w @ sign) / (w.norm(dim=1) * d**0.5)
+
+    low, high = torch.full((24, 1), -0.25), torch.full((24, 1), 0.25)
+    for _ in range(40):  # the cosine grows with the share, in steps of one component's rounding
+        middle = (low + high) / 2
+        active = (at(middle)[1] >= threshold).unsqueeze(1)
+        low, high = torch.where(active, low, middle), torch.where(active, middle, high)
+    w, cos = at(high)
+    assert ((cos >= threshold) & (cos < threshold + 1e-3)).all(), cos - threshold
+    problem = Problem(sign.float().unsqueeze(0), torch.cat([w.float(), -w.float()]), torch.tensor([40]), torch.ones(1))
+    check_active_set(case32, problem, filter_eps=eps)
 
 
 @pytest.mark.parametrize("filter_eps", [2.0**-16, 2.0**-8])

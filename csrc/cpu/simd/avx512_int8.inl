@@ -9,11 +9,10 @@
 
 constexpr float kInt8Largest = 127.0f;
 // Where the rounding of products with S, and of sums of squares in fp32, is put on top of a measured error (math.md, 3).
-constexpr float kInt8Relative = 1.001f, kInt8Absolute = 2e-5f;
+constexpr float kInt8Relative = 1.001f, kInt8Absolute = 4e-5f;
+constexpr int kInt8Offset = 128;
 // Shorter ones have no scale in fp32; after normalisation nothing of them is left.
 constexpr float kInt8Smallest = 1e-30f;
-
-typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 inline int int8_depth(int d) { return (d + kInt8Pad - 1) / kInt8Pad * kInt8Pad; }
 
@@ -35,13 +34,28 @@ inline float int8_error(const Int8Row& row, float square, int d) {
   return (kInt8Relative * __builtin_sqrtf(square) + kInt8Absolute * root) * row.scale;
 }
 
-inline float largest_lane(F32 v) { return _mm512_reduce_max_ps(__m512(v)); }
 // Rounds, and adds to `square` what was taken away.
 SFACE_INLINE I32 round_lanes(F32 v, F32& square) {
   const I32 whole = I32(_mm512_cvtps_epi32(__m512(v)));
   const F32 rest = v - __builtin_convertvector(whole, F32);
   square += rest * rest;
   return whole;
+}
+
+// 64 features as bytes from −128 or from 0, in the order that costs the fewest instructions: a product does not see it.
+SFACE_INLINE __m512i signed_bytes(const I32 v[4]) {
+  return _mm512_packs_epi16(_mm512_packs_epi32(__m512i(v[0]), __m512i(v[1])),
+                            _mm512_packs_epi32(__m512i(v[2]), __m512i(v[3])));
+}
+SFACE_INLINE __m512i unsigned_bytes(const I32 v[4]) {
+  return _mm512_packus_epi16(_mm512_packs_epi32(__m512i(v[0]), __m512i(v[1])),
+                             _mm512_packs_epi32(__m512i(v[2]), __m512i(v[3])));
+}
+
+// Lanes [k, k + 16) of a row of d features, 0 past the end.
+SFACE_INLINE F32 features(const float* row, int k, int d) {
+  if (k + kLanes <= d) return load(row + k);
+  return F32(_mm512_maskz_loadu_ps(static_cast<__mmask16>(k < d ? (1u << (d - k)) - 1 : 0), row + k));
 }
 
 inline void pack_int8(const float* rows, int count, int d, int padded_d, const Int8Samples& out) {
@@ -51,51 +65,60 @@ inline void pack_int8(const float* rows, int count, int d, int padded_d, const I
     out.start[i] = 0;
     out.scale[i] = out.error[i] = 0;
     if (i >= count) continue;
-    const float* row = rows + static_cast<int64_t>(i) * padded_d;  // padded with zeros
-    F32 largest{};
-    for (int k = 0; k < padded_d; k += kLanes) largest = larger(largest, absolute(load(row + k)));
-    const Int8Row scaled = int8_row(largest_lane(largest), 1);
-    F32 square{};
+    const float* row = rows + static_cast<int64_t>(i) * padded_d;
+    F32 largest{}, square{};
     I32 total{};
-    for (int k = 0; k < padded_d; k += kLanes) {
-      const I32 whole = round_lanes(load(row + k) * scaled.factor, square);
-      total += whole;
-      int32_t words[kLanes / 4];
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8(__m512i(whole)));
-      for (int q = 0; q < kLanes / 4; ++q) out.words[(k / 4 + q) * kPanel + i] = words[q];
+    for (int k = 0; k < d; k += kLanes) largest = larger(largest, absolute(features(row, k, d)));
+    const Int8Row scaled = int8_row(largest_lane(largest), 1);
+    for (int k = 0; k < depth; k += kInt8Pad) {
+      I32 whole[4];
+      for (int q = 0; q < 4; ++q) {
+        whole[q] = round_lanes(features(row, k + q * kLanes, d) * scaled.factor, square);
+        total += whole[q];
+      }
+      int32_t words[kInt8Pad / 4];
+      _mm512_storeu_si512(words, signed_bytes(whole));
+      for (int q = 0; q < kInt8Pad / 4; ++q) out.words[(k / 4 + q) * kPanel + i] = words[q];
     }
-    out.start[i] = -128 * _mm512_reduce_add_epi32(__m512i(total));
+    out.start[i] = -kInt8Offset * _mm512_reduce_add_epi32(__m512i(total));
     out.scale[i] = scaled.scale;
     out.error[i] = int8_error(scaled, sum_lanes(square), d);
   }
 }
 
-// The rows of a block as bytes, with their scales and errors; Σ ŵ where it is wanted.
-inline void prepare_int8_rows(const float* const rows[kRowsAtOnce], const float inv[kRowsAtOnce], int row, int d,
+// Four rows of a block as bytes, their scales and errors; adds inv·row of each to `sum` unless it is null.
+template <bool kSum>
+inline void prepare_int8_rows(const float* const rows[kRowsAtOnce], const float largest[kRowsAtOnce],
+                              const float inv[kRowsAtOnce], int row, int d, float* sum, Ahead& ahead,
                               Workspace& work) {
   const int depth = int8_depth(d);
-  F32 largest[kRowsAtOnce] = {};
-  int k = 0;
-  for (; k + kLanes <= d; k += kLanes)
-    for (int r = 0; r < kRowsAtOnce; ++r) largest[r] = larger(largest[r], absolute(load(rows[r] + k)));
-  const __mmask16 rest = static_cast<__mmask16>((1u << (d - k)) - 1);
-  const auto tail = [&](int r) { return F32(_mm512_maskz_loadu_ps(rest, rows[r] + k)); };
-  Int8Row scaled[kRowsAtOnce];
-  for (int r = 0; r < kRowsAtOnce; ++r) {
-    if (rest) largest[r] = larger(largest[r], absolute(tail(r)));
-    scaled[r] = int8_row(is_finite(inv[r]) ? largest_lane(largest[r]) : 0.0f, inv[r]);
-  }
-  F32 square[kRowsAtOnce] = {};
   uint8_t* const out = work.int8.data.get() + static_cast<int64_t>(row) * depth;
-  const auto write = [&](int r, int at, F32 value) {
-    const I32 whole = round_lanes(value * scaled[r].factor, square[r]) + 128;
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + static_cast<int64_t>(r) * depth + at),
-                     _mm512_cvtepi32_epi8(__m512i(whole)));
+  Int8Row scaled[kRowsAtOnce];
+  for (int r = 0; r < kRowsAtOnce; ++r) scaled[r] = int8_row(is_finite(inv[r]) ? largest[r] : 0.0f, inv[r]);
+  F32 square[kRowsAtOnce] = {};
+  const auto chunk = [&](int k, const auto& load_features) __attribute__((always_inline)) {
+    F32 total[4];
+    if constexpr (kSum)
+      for (int q = 0; q < 4; ++q) total[q] = load(sum + k + q * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      ahead.step();
+      I32 whole[4];
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        const F32 v = load_features(rows[r], k + q * kLanes);
+        whole[q] = round_lanes(v * scaled[r].factor + static_cast<float>(kInt8Offset), square[r]);
+        if constexpr (kSum) total[q] += v * inv[r];
+      }
+      _mm512_storeu_si512(out + static_cast<int64_t>(r) * depth + k, unsigned_bytes(whole));
+    }
+    if constexpr (kSum)
+      for (int q = 0; q < 4; ++q) store(sum + k + q * kLanes, total[q]);
   };
-  for (k = 0; k + kLanes <= d; k += kLanes)
-    for (int r = 0; r < kRowsAtOnce; ++r) write(r, k, load(rows[r] + k));
+  int k = 0;
+  for (; k + kInt8Pad <= d; k += kInt8Pad) chunk(k, [](const float* from, int at) { return load(from + at); });
+  if (k < d) chunk(k, [d](const float* from, int at) { return features(from, at, d); });
   for (int r = 0; r < kRowsAtOnce; ++r) {
-    if (rest) write(r, k, tail(r));
     work.int8_scale[row + r] = scaled[r].scale;
     work.int8_error[row + r] = int8_error(scaled[r], sum_lanes(square[r]), d);
   }
@@ -212,10 +235,7 @@ class Int8Sums {
       const __m512 scale = _mm512_set1_ps(work_.int8_scale[first_row + row]);
       const __m512i tag = _mm512_set1_epi32(kRowBits - (first_row + row));
       uint32_t below = 0;
-      if (ahead) {
-        for (int64_t byte = 0; byte < ahead->bytes; byte += 64) __builtin_prefetch(ahead->next + byte, 0, 2);
-        ahead->next += ahead->bytes;
-      }
+      if (ahead) ahead->step();
 #pragma GCC unroll 2
       for (int v = 0; v < kPanelVectors; ++v) {
         const __m512i product = __m512i(products.sum[row][v]);
@@ -243,4 +263,25 @@ class Int8Sums {
 
   float slope_, active_cosine_;
   Int8Series series_;
+};
+
+// What kernels.inl asks of an int8 screen before its products.
+struct Int8Preparation {
+  static constexpr decltype(Kernels::pack_int8) pack = pack_int8;
+
+  static void prepare_rows(const float* const rows[kRowsAtOnce], const float largest[kRowsAtOnce],
+                           const float inv[kRowsAtOnce], int row, int d, float* sum, Ahead& ahead, Workspace& work) {
+    if (sum) {
+      prepare_int8_rows<true>(rows, largest, inv, row, d, sum, ahead, work);
+    } else {
+      prepare_int8_rows<false>(rows, largest, inv, row, d, sum, ahead, work);
+    }
+  }
+
+ protected:
+  // `share` of the next block is fetched while the rows of this one are prepared.
+  static void plan_share(const Group& group, double share, Ahead& ahead) {
+    const int64_t steps = int64_t{kBlockClasses} * ((group.d + kInt8Pad - 1) / kInt8Pad);
+    ahead.plan(static_cast<int64_t>(ahead.left * share), steps);
+  }
 };

@@ -25,17 +25,22 @@ __attribute__((noinline, cold)) void shorten_rows(int d, Block& block, Workspace
 enum class Screening { kNone, kInt16, kInt8 };
 
 // 1/‖w‖ of each row, Σ ŵ over the block where it is wanted, and the rows in what they are screened in.
-inline void prepare_rows(const Group& group, Block& block, Screening screening, Workspace& work) {
+inline void prepare_rows(const Group& group, Block& block, Screening screening, Ahead& ahead, Workspace& work) {
   const int d = group.d, padded_d = group.padded_d;
+  if (screening == Screening::kInt8) Int8::plan(group, ahead);
   for (int start = 0; start < block.count; start += kRowsAtOnce) {
     const float* rows[kRowsAtOnce];
-    float squares[kRowsAtOnce], inv[kRowsAtOnce] = {};
+    float squares[kRowsAtOnce], largest[kRowsAtOnce], inv[kRowsAtOnce] = {};
     bool all_finite = true;
     const auto square = [&] {
       // past the last row: that row again, 0 times
       for (int r = 0; r < kRowsAtOnce; ++r)
         rows[r] = block.w + (start + r < block.count ? start + r : block.count - 1) * block.row_stride;
-      sums_of_squares(rows, d, squares);
+      if (screening == Screening::kInt8) {
+        sums_of_squares<true>(rows, d, squares, largest);
+      } else {
+        sums_of_squares<false>(rows, d, squares, nullptr);
+      }
     };
     square();
     bool any_long = false;
@@ -50,7 +55,11 @@ inline void prepare_rows(const Group& group, Block& block, Screening screening, 
       work.inv_norm[start + r] = inv[r];
       all_finite &= is_finite(norm);
     }
-    if (screening == Screening::kInt8) Int8::prepare_rows(rows, inv, start, d, work);
+    const bool summed = block.sum_rows && all_finite;
+    if (screening == Screening::kInt8) {
+      Int8::prepare_rows(rows, largest, inv, start, d, summed ? work.class_sum.data() : nullptr, ahead, work);
+      continue;
+    }
     if (screening == Screening::kInt16)
       for (int r = 0; r < kRowsAtOnce && start + r < block.count; ++r) {
         Int16* fixed =
@@ -62,7 +71,7 @@ inline void prepare_rows(const Group& group, Block& block, Screening screening, 
         }
       }
     // a row that is not finite makes every loss NaN: what Σ ŵ holds then is not read
-    if (block.sum_rows && all_finite) add_scaled(rows, inv, d, work.class_sum.data());
+    if (summed) add_scaled(rows, inv, d, work.class_sum.data());
   }
 }
 
@@ -111,17 +120,18 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
   Block block = given;
   work.shortened = 0;
   const Screening screening = screening_of(rules, group, work);
-  prepare_rows(group, block, screening, work);
+  Ahead ahead(block);
+  prepare_rows(group, block, screening, ahead, work);
   if (screening == Screening::kNone) return dense_block(rules, group, block, task, work);
   const int stride = group.panels * kPanel;
   std::memset(work.below.data(), 0, sizeof(float) * stride);
   std::memset(work.below_weight.data(), 0, sizeof(float) * stride);
   if (screening == Screening::kInt8) {
-    Int8::screen(rules, group, block, task.sums, work);
+    Int8::screen(rules, group, block, ahead, task.sums, work);
   } else if (rules.cheap_below) {
-    screen_block(Int16Screen<true>(rules, group, work), group, block, task.sums, work);
+    screen_block(Int16Screen<true>(rules, group, work), group, block, ahead, task.sums, work);
   } else {
-    screen_block(Int16Screen<false>(rules, group, work), group, block, task.sums, work);
+    screen_block(Int16Screen<false>(rules, group, work), group, block, ahead, task.sums, work);
   }
   const int64_t candidates = count_candidates(group, block, work), before = task.tally.active;
   if (candidates > kDenseShare * block.count * group.count) {

@@ -14,12 +14,6 @@ SFACE_INLINE void keep_in_register(T& value) {
   asm("" : "+r"(value));
 }
 
-// The memory of the next block, fetched a little with each step of this one.
-struct Ahead {
-  const char* next;
-  int64_t bytes;  // a step
-};
-
 // `depth` words of a few features each, multiplied by Screen::dot, the sums from `start` on. Each word is a step, of two
 // cache lines at most.
 template <typename Screen>
@@ -163,11 +157,10 @@ class Int16Screen {
 };
 
 template <typename Screen>
-inline void screen_block(Screen&& screen, const Group& group, const Block& block, RowSums& sums, Workspace& work) {
+inline void screen_block(Screen&& screen, const Group& group, const Block& block, Ahead& ahead, RowSums& sums,
+                         Workspace& work) {
   const int strips = (block.count + kStripRows - 1) / kStripRows;
-  const int64_t steps = static_cast<int64_t>(strips) * group.panels * screen.steps();
-  const int64_t bytes = block.next ? block.count * block.row_stride * static_cast<int64_t>(sizeof(float)) : 0;
-  Ahead ahead{reinterpret_cast<const char*>(block.next ? block.next : block.w), bytes / steps};
+  ahead.plan(ahead.left, static_cast<int64_t>(strips) * group.panels * screen.steps());
   for (int i = 0; i < block.own_count; ++i)
     work.own_tiles[block.own[i].row / kStripRows * group.panels + block.own[i].sample / kPanel] = 1;
   screen.begin();
