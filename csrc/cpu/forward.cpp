@@ -88,8 +88,7 @@ void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Wo
     if (out.segments) out.segments[g * problem.blocks + b] = {arena_begin + used, count};
   }
   if (task.sums.grad) call.kernels.flush_dense_grad(group, task.sums, work);
-  if (first_group)
-    std::copy_n(work.class_sum.begin(), problem.padded_d, &partials.class_sum[range * problem.padded_d]);
+  if (first_group) std::copy_n(work.class_sum.begin(), problem.padded_d, &partials.class_sum[range * problem.padded_d]);
   partials.tallies[range * problem.groups + g] = task.tally;
 }
 

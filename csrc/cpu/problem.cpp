@@ -202,7 +202,8 @@ Rules make_rules(const Hyper& hyper, int64_t d) {
   const double far_exponent = k * (std::acos(-0.5) - b) / std::log(2.0);
   rules.cheap_below = threshold + 2 * bound <= 0.26 && far_exponent > 60;
   rules.active_cosine = static_cast<float>(std::cos(std::max(angle, 0.0)) - rounding_slack(d) - 1e-6);
-  rules.int8 = rules.screen && rules.cheap_below && d >= kInt8MinFeatures && d <= kInt8MaxFeatures && k <= kInt8Steepest;
+  rules.int8 =
+      rules.screen && rules.cheap_below && d >= kInt8MinFeatures && d <= kInt8MaxFeatures && k <= kInt8Steepest;
   return rules;
 }
 

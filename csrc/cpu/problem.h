@@ -73,9 +73,9 @@ struct Problem {
 // Unit rows of every sample in the layouts that the kernels read.
 struct Samples {
   int64_t padded_d;
-  Uninitialised<float> rows;           // [N][padded D]
-  Uninitialised<float> columns;        // [panels][D][panel]
-  Uninitialised<int32_t> fixed_point;  // [panels][padded D / 2][panel]
+  Uninitialised<float> rows;                      // [N][padded D]
+  Uninitialised<float> columns;                   // [panels][D][panel]
+  Uninitialised<int32_t> fixed_point;             // [panels][padded D / 2][panel]
   Uninitialised<int32_t> int8_words, int8_start;  // as in Int8Samples
   Uninitialised<float> int8_scale, int8_error;
   std::vector<uint32_t> participates;  // [panels], as in Group

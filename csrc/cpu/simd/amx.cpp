@@ -1,5 +1,5 @@
-// The kernels for AVX-512 with AMX: those of avx512.cpp, with the screen's int8 products in matrix tiles. The headers come
-// before the target region, as there.
+// The kernels for AVX-512 with AMX: those of avx512.cpp, with the screen's int8 products in matrix tiles. The headers
+// come before the target region, as there.
 #include "../kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
@@ -12,11 +12,11 @@
 #include <vector>
 
 #include "target.h"
-#define SFACE_FEATURES(feature, separator)                                                      \
-  feature("avx2") separator feature("fma") separator feature("popcnt") separator feature("bmi") \
-      separator feature("avx512f") separator feature("avx512bw") separator feature("avx512dq")  \
-          separator feature("avx512vl") separator feature("avx512vnni") separator      \
-              feature("amx-tile") separator feature("amx-int8")
+#define SFACE_FEATURES(feature, separator)                                                            \
+  feature("avx2") separator feature("fma") separator feature("popcnt") separator feature("bmi")       \
+      separator feature("avx512f") separator feature("avx512bw") separator feature("avx512dq")        \
+          separator feature("avx512vl") separator feature("avx512vnni") separator feature("amx-tile") \
+              separator feature("amx-int8")
 
 namespace sface::amx {
 // A process asks the system once before its threads may use tiles; PyTorch's own products do the same.

@@ -1,6 +1,6 @@
-// The kernels for AVX-512 with VNNI: 512-bit vectors, and vpdpwssd and vpdpbusd, the int16 or int8 products and sums of a
-// lane in one instruction. The headers come before the target region: nothing of theirs may be compiled for it, or the
-// linker could pick that copy for a CPU without it.
+// The kernels for AVX-512 with VNNI: 512-bit vectors, and vpdpwssd and vpdpbusd, the int16 or int8 products and sums of
+// a lane in one instruction. The headers come before the target region: nothing of theirs may be compiled for it, or
+// the linker could pick that copy for a CPU without it.
 #include "../kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -4,11 +4,12 @@
 //
 //   c̃ + α_i + β_j (1 + max α) ≥ cos θ_ε      c̃ = X_i·W_j / (S_i S_j), |c̃ − c| ≤ α_i + β_j + α_i β_j   (docs/math.md, 3)
 //
-// The instructions multiply unsigned by signed bytes: W_j + 128 stands in memory, and each sum starts from −128 Σ_d X_id.
-// Included after screen.inl, by the file that has the products.
+// The instructions multiply unsigned by signed bytes: W_j + 128 stands in memory, and each sum starts from −128 Σ_d
+// X_id. Included after screen.inl, by the file that has the products.
 
 constexpr float kInt8Largest = 127.0f;
-// Where the rounding of products with S, and of sums of squares in fp32, is put on top of a measured error (math.md, 3).
+// Where the rounding of products with S, and of sums of squares in fp32, is put on top of a measured error (math.md,
+// 3).
 constexpr float kInt8Relative = 1.001f, kInt8Absolute = 4e-5f;
 constexpr int kInt8Offset = 128;
 // Shorter ones have no scale in fp32; after normalisation nothing of them is left.
@@ -89,8 +90,7 @@ inline void pack_int8(const float* rows, int count, int d, int padded_d, const I
 // Four rows of a block as bytes, their scales and errors; adds inv·row of each to `sum` unless it is null.
 template <bool kSum>
 inline void prepare_int8_rows(const float* const rows[kRowsAtOnce], const float largest[kRowsAtOnce],
-                              const float inv[kRowsAtOnce], int row, int d, float* sum, Ahead& ahead,
-                              Workspace& work) {
+                              const float inv[kRowsAtOnce], int row, int d, float* sum, Ahead& ahead, Workspace& work) {
   const int depth = int8_depth(d);
   uint8_t* const out = work.int8.data.get() + static_cast<int64_t>(row) * depth;
   Int8Row scaled[kRowsAtOnce];
@@ -142,8 +142,8 @@ struct Int8Series {
         c5(_mm512_set1_ps(rules.slope_log2 * 0.0772f * kUnit)),
         lowest(_mm512_set1_ps(kUnit)) {}
 
-  // (4) without s: 2^t, where i = (t + 127)·2²³ as an integer is a float that is linear between powers of two, 1 + f for
-  // 2^f, and a polynomial in m = 1 + f takes 2^f/(1 + f) from there, to 7e-4.
+  // (4) without s: 2^t, where i = (t + 127)·2²³ as an integer is a float that is linear between powers of two, 1 + f
+  // for 2^f, and a polynomial in m = 1 + f takes 2^f/(1 + f) from there, to 7e-4.
   SFACE_INLINE __m512 weight(__m512 c, __m512 with_constant) const {
     const __m512 square = _mm512_mul_ps(c, c);
     __m512 t = _mm512_fmadd_ps(square, c5, c3);
@@ -165,11 +165,7 @@ struct Int8Series {
 class Int8Sums {
  public:
   Int8Sums(const Rules& rules, const Group& group, Workspace& work)
-      : group_(group),
-        work_(work),
-        slope_(rules.hyper.k_inter),
-        active_cosine_(rules.active_cosine),
-        series_(rules) {}
+      : group_(group), work_(work), slope_(rules.hyper.k_inter), active_cosine_(rules.active_cosine), series_(rules) {}
 
   void begin() const { std::fill_n(work_.best.begin(), group_.panels * kPanel, kNone); }
 
@@ -181,7 +177,8 @@ class Int8Sums {
       const int32_t product = static_cast<int32_t>(tagged * (kScale * kScale));
       if (product <= sums.best[i]) continue;
       sums.best[i] = product;
-      sums.best_class[i] = static_cast<int32_t>(block.first) + kRowBits - (__builtin_bit_cast(int32_t, tagged) & kRowBits);
+      sums.best_class[i] =
+          static_cast<int32_t>(block.first) + kRowBits - (__builtin_bit_cast(int32_t, tagged) & kRowBits);
     }
   }
 
@@ -198,8 +195,8 @@ class Int8Sums {
   Workspace& work_;
 
  private:
-  static constexpr int kRowBits = 63;      // of a cosine hold its row, turned round: of equal ones the first wins
-  static constexpr float kNone = -2.0f;    // no cosine
+  static constexpr int kRowBits = 63;    // of a cosine hold its row, turned round: of equal ones the first wins
+  static constexpr float kNone = -2.0f;  // no cosine
   static_assert(kBlockClasses <= kRowBits + 1);
 
   Int8Tile tile_of(int strip, int panel) const {
@@ -215,7 +212,8 @@ class Int8Sums {
       const __m512 own = _mm512_loadu_ps(group_.int8.error + at);
       tile.scale[v] = _mm512_loadu_ps(group_.int8.scale + at);
       tile.threshold[v] = _mm512_sub_ps(limit, own);
-      tile.constant[v] = _mm512_fmadd_ps(spread, _mm512_fmadd_ps(own, own, _mm512_set1_ps(error * error)), series_.constant);
+      tile.constant[v] =
+          _mm512_fmadd_ps(spread, _mm512_fmadd_ps(own, own, _mm512_set1_ps(error * error)), series_.constant);
     }
     return tile;
   }
@@ -241,7 +239,8 @@ class Int8Sums {
         const __m512i product = __m512i(products.sum[row][v]);
         __m512 c = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(product), tile.scale[v]), scale);
         if constexpr (kMasked)
-          c = _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(product, _mm512_set1_epi32(INT32_MAX)), c, _mm512_set1_ps(2));
+          c = _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(product, _mm512_set1_epi32(INT32_MAX)), c,
+                                   _mm512_set1_ps(2));
         const __mmask16 counted = _mm512_cmp_ps_mask(c, tile.threshold[v], _CMP_LT_OQ);
         __m512 weight = series_.weight(c, tile.constant[v]);
         weight = _mm512_fnmadd_ps(weight, weight, weight);  // 1/(1 + 1/e) up to e²

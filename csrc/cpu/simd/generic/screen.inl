@@ -14,8 +14,8 @@ SFACE_INLINE void keep_in_register(T& value) {
   asm("" : "+r"(value));
 }
 
-// `depth` words of a few features each, multiplied by Screen::dot, the sums from `start` on. Each word is a step, of two
-// cache lines at most.
+// `depth` words of a few features each, multiplied by Screen::dot, the sums from `start` on. Each word is a step, of
+// two cache lines at most.
 template <typename Screen>
 SFACE_INLINE void multiply(const int32_t* w_words, const int32_t* x_words, const I32 start[kPanelVectors], int depth,
                            Ahead& ahead, Products& out) {
