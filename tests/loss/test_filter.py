@@ -121,41 +121,43 @@ def test_any_hyperparameters(case32, s, k, k_inter, a, b, eps, seed, make, d):
     assert abs(int(result.stats.active_pairs) - int(t.active.sum())) <= int(t.borderline.sum())
 
 
+@pytest.mark.parametrize("side", ["class", "sample"])
 @pytest.mark.parametrize("levels", [127, 32766])
 @pytest.mark.parametrize("d", [256, 500, 512, 1024])
 @pytest.mark.parametrize("eps", [2.0**-24, 2.0**-16])
-def test_active_rows_that_round_the_worst_way(case32, d, eps, levels):
-    """Active by a hair, yet every component rounds away from the sample: the error bound of a fixed-point screen is met.
+def test_active_rows_that_round_the_worst_way(case32, d, eps, levels, side):
+    """Active by a hair, yet every component rounds away: the error bound of a fixed-point screen is met.
 
-    The sample's components are ±1/√D, which every scale holds exactly, and a class lies just short of half a step beyond
-    a whole number of `levels` in each of them, on the sample's side. Its screened cosine is short by
-    ‖error‖ of the row, the whole of the Cauchy-Schwarz bound.
+    One row's components are ±1/√D, which every scale holds exactly; those of the other rows lie just short of half a step
+    beyond a whole number of `levels`, on the side of the first. The screened cosine is short by the norm of their rounding
+    error: the whole of the Cauchy-Schwarz bound.
     """
+    n = 40  # the native int8 screen takes more than a panel of 32 samples
     g = torch.Generator().manual_seed(d)
     sign = (torch.randint(0, 2, (d,), generator=g) * 2 - 1).double()
     threshold = threshold_cosine(80.0, 1.23, eps) + 3e-4  # clear of what fp32 may decide either way
-    noise = (torch.rand(24, d, generator=g) * 1.5 - 0.75) * levels
+    noise = (torch.rand(n, d, generator=g) * 1.5 - 0.75) * levels
     lean = torch.full((d,), 0.499, dtype=torch.float64)
     lean[0] = 0  # the largest, which sets the scale
 
     def at(share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [24, D] that lean so far to the sample, and their cosines to it."""
+        """Rows [n, D] that lean so far to the first, and their cosines to it."""
         w = torch.round(noise + share * levels * sign).clamp(1 - levels, levels - 1)
         w[:, 0] = levels * sign[0]
         w = w + lean * sign
         return w, (w @ sign) / (w.norm(dim=1) * d**0.5)
 
-    low, high = torch.full((24, 1), -0.25), torch.full((24, 1), 0.25)
+    low, high = torch.full((n, 1), -0.25), torch.full((n, 1), 0.25)
     for _ in range(40):  # the cosine grows with the share, in steps of one component's rounding
         middle = (low + high) / 2
         active = (at(middle)[1] >= threshold).unsqueeze(1)
         low, high = torch.where(active, low, middle), torch.where(active, middle, high)
-    w, cos = at(high)
+    rows, cos = at(high)
     assert ((cos >= threshold) & (cos < threshold + 1e-3)).all(), cos - threshold
-    n = 40  # the native int8 screen takes more than a panel of 32
-    labels = torch.full((n,), 40)
-    problem = Problem(sign.float().repeat(n, 1), torch.cat([w.float(), -w.float()]), labels, torch.ones(n))
-    check_active_set(case32, problem, filter_eps=eps)
+    exact, rows = sign.float().repeat(n, 1), rows.float()
+    x, w = (exact, rows) if side == "class" else (rows, exact)
+    labels = torch.full((n,), n)  # the opposite of a class
+    check_active_set(case32, Problem(x, torch.cat([w, -w]), labels, torch.ones(n)), filter_eps=eps)
 
 
 @pytest.mark.parametrize("filter_eps", [2.0**-16, 2.0**-8])
