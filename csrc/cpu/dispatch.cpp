@@ -8,6 +8,12 @@ namespace sface {
 namespace baseline {
 extern const Kernels* const table;
 }
+#if defined(__x86_64__) && defined(__linux__)
+namespace amx {
+bool supported();
+extern const Kernels* const table;
+}  // namespace amx
+#endif
 #if defined(__x86_64__)
 namespace avx2 {
 bool supported();
@@ -21,6 +27,9 @@ extern const Kernels* const table;
 
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
+#if defined(__x86_64__) && defined(__linux__)
+  if (amx::supported()) usable.push_back(amx::table);
+#endif
 #if defined(__x86_64__)
   if (avx512::supported()) usable.push_back(avx512::table);
   if (avx2::supported()) usable.push_back(avx2::table);

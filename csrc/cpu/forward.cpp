@@ -75,7 +75,7 @@ void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Wo
             .tally = {}};
   std::vector<OwnClass> own;
   std::fill(work.class_sum.begin(), work.class_sum.end(), 0.0f);
-  work.skip_screens = 0;  // what a task finds must not depend on the task before
+  work.skip_screens = work.skip_int8 = 0;  // what a task finds must not depend on the task before
   for (int64_t b = begin; b < end; ++b) {
     Block block = problem.block_of(g, b, own);
     block.w = problem.weight_rows(block.first, block.count, work.converted, &block.row_stride);
@@ -91,8 +91,7 @@ void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Wo
     if (out.segments) out.segments[g * problem.blocks + b] = {arena_begin + used, count};
   }
   if (task.sums.grad) call.kernels.flush_dense_grad(group, task.sums, work);
-  if (first_group)
-    std::copy(work.class_sum.begin(), work.class_sum.end(), &partials.class_sum[range * problem.padded_d]);
+  if (first_group) std::copy_n(work.class_sum.begin(), problem.padded_d, &partials.class_sum[range * problem.padded_d]);
   partials.tallies[range * problem.groups + g] = task.tally;
 }
 
@@ -231,7 +230,7 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
   check(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
   const Kernels& kernels = sface::kernels();
   const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
-  const Samples samples(problem, kernels, {.columns = true, .fixed_point = rules.screen});
+  const Samples samples(problem, kernels, {.columns = true, .fixed_point = rules.screen, .int8 = rules.int8});
   const Call call{problem, kernels, rules, samples};
 
   const int64_t words = need_grad_w ? std::min(arena_words, problem.n * problem.c) : 0;

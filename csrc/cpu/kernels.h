@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,10 @@ constexpr int kBlockClasses = 48;   // classes handled together: their rows stay
 constexpr int kGroupSamples = 256;  // samples handled together
 constexpr int kFeaturePad = 32;     // feature rows in scratch memory are padded to a multiple of this
 constexpr float kScale = 32766.0f;  // fixed point: a unit row times this, rounded to int16, never overflows
+constexpr int kInt8Pad = 64;        // int8 rows are padded to a multiple of this
+// Below, the product is a small part of the time and the error of an int8 cosine a larger one of the loss; above,
+// 127²·D would leave int32.
+constexpr int64_t kInt8MinFeatures = 256, kInt8MaxFeatures = 1 << 16;
 constexpr float kNormEps = 1e-12f;  // torch.nn.functional.normalize's
 // Pairs with a smaller share of s are summed with their screened cosine, in a form that is accurate to here.
 constexpr double kCandidateShare = 1.0 / 1024;
@@ -44,10 +49,16 @@ constexpr int64_t kDenseStored = -1;  // the coefficients stand in the arena as 
 constexpr int64_t kRecompute = -2;    // the arena was full: the backward computes the tile again
 
 // Uninitialised memory: pages are mapped on first write, so unused parts cost no memory.
+// Aligned to a cache line, so that no vector of the kernels straddles two.
 template <typename T>
 struct Uninitialised {
-  explicit Uninitialised(int64_t count = 0) : data(count > 0 ? new T[count] : nullptr) {}
-  std::unique_ptr<T[]> data;
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete[](p, kLine); }
+  };
+  explicit Uninitialised(int64_t count = 0)
+      : data(count > 0 ? static_cast<T*>(::operator new[](sizeof(T) * count, kLine)) : nullptr) {}
+  std::unique_ptr<T[], Free> data;
 };
 
 struct Hyper {
@@ -62,6 +73,16 @@ struct Rules {
   bool screen;            // false: every block is dense
   int32_t candidate_min;  // a pair whose screened product is ≥ this is a candidate: it may be active
   bool cheap_below;       // inter_weight_below is accurate for every pair below candidate_min
+  bool int8;              // the int8 screen may be used, where there is one
+  float active_cosine;    // no pair whose cosine is below this is active: what the int8 screen's own bound comes off
+};
+
+// Samples of a panel, or of a group, in the layout of the int8 screen: X_i = round(S_i x̂_i), |X| ≤ 127.
+struct Int8Samples {
+  int32_t* words;  // [panels][padded D / 4][panel] four features in a word
+  int32_t* start;  // [panels][panel] −128 Σ_d X_id, as the classes' features are stored with 128 added
+  float* scale;    // [panels][panel] 1/S_i
+  float* error;    // [panels][panel] α_i ≥ ‖X_i/S_i − x̂_i‖
 };
 
 // A sample whose own class lies in the block: it is no "other class" there.
@@ -78,6 +99,8 @@ struct Group {
   const float* rows;             // [count][padded D] unit rows, fp32
   const float* columns;          // [panels][D][panel] the same transposed, for dense blocks
   const int32_t* fixed_point;    // [panels][padded D / 2][panel] for the screen: two int16 features in a word
+  Int8Samples int8;              // for the int8 screen; null where there is none
+  float int8_worst_error;        // the largest of int8.error
   const uint32_t* participates;  // [panels] a bit per sample that takes part (not ignored, finite)
 };
 
@@ -87,7 +110,7 @@ struct RowSums {
   double* dropped;         // [count] Σ sigmoid over pairs without a gradient
   float* hardest;          // [count] the largest cosine computed in fp32
   int32_t* hardest_class;  // [count] and its class, the lowest of equals
-  int32_t* best;           // [count] the largest screened product below candidate_min
+  int32_t* best;           // [count] the largest screened cosine times kScale² of a pair that is no candidate
   int32_t* best_class;     // [count] and its class
   float* grad;             // [count][padded D] Σ g ŵ, or null
   uint8_t* touched;        // [count] whether grad holds anything yet
@@ -127,6 +150,10 @@ struct Task {
 // Scratch memory of one thread, sized by make_workspace.
 struct Workspace {
   std::vector<int32_t> fixed_point;  // [block][padded D / 2] screened rows, as in Group
+  Uninitialised<uint8_t> int8;       // [block][padded D] W_j + 128, W_j = round(S_j ŵ_j), |W| ≤ 127
+  std::vector<float> int8_scale;     // [block] 1/S_j
+  std::vector<float> int8_error;     // [block] β_j ≥ ‖W_j/S_j − ŵ_j‖
+  int skip_int8 = 0;                 // blocks still screened in int16, as int8 left too many candidates
   std::vector<float> inv_norm;       // [block] 1/‖w_j‖ (of the shortened row), NaN where the row is not finite
   Uninitialised<float> short_rows;   // [block][D] a block that holds rows longer than kLongestRow, with those shortened
   uint64_t shortened = 0;            // a bit per row of the block that was shortened
@@ -135,10 +162,11 @@ struct Workspace {
   Uninitialised<float> dense_grad;   // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
   bool has_dense_grad = false;
   int skip_screens = 0;                    // blocks still taken to be dense, as the one before was
-  std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task
+  std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task; as long as an int8 row is padded
   std::vector<uint32_t> candidates;        // [block][panels] bits
   std::vector<uint8_t> own_tiles;          // [strips][panels] tiles that hold an own class
   std::vector<float> below, below_weight;  // [group] sums of one block, before they go to double
+  std::vector<float> best;                 // [group] the best screened cosine of one block, its row in the low bits
   std::vector<float> raw;                  // [block][padded D] Σ u g x̂ of the backward
   std::vector<float> converted;            // [block][D] rows of a half-precision weight as fp32
 };
@@ -175,6 +203,9 @@ struct Kernels {
   // Unit rows of a panel: fills the layouts of Group, `columns` and `fixed_point` only where they are not null. `rows`
   // holds x on entry, x̂ on return.
   void (*pack_panel)(float* rows, int count, int d, int padded_d, float* columns, int32_t* fixed_point, double* norms);
+
+  // The same for the int8 screen, from unit rows; null where the instruction set has none that is faster than int16.
+  void (*pack_int8)(const float* rows, int count, int d, int padded_d, const Int8Samples& out);
 
   // One block of classes against one group: sums, active pairs, Σ g ŵ. Returns Segment::count.
   int64_t (*forward_block)(const Rules&, const Group&, const Block&, Task&, Workspace&);

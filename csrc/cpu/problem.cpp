@@ -11,6 +11,9 @@ constexpr int64_t kPartialBytes = 8 << 20;
 constexpr int64_t kMinRanges = 4, kMaxRanges = 32;
 constexpr int64_t kMaxFeatures = 1 << 24;  // its products with a panel or a block are taken in int
 
+// Steeper ones turn the error of an int8 cosine into too much of a coefficient.
+constexpr double kInt8Steepest = 160;
+
 // fp32 rounding in a rescored cosine: of norms and products, and of a sum in at least 8 partial sums over D
 double rounding_slack(int64_t d) { return 2e-6 + d / 8.0 * 0x1p-24; }
 
@@ -133,6 +136,17 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
   const int64_t group_panels = kGroupSamples / panel, panels = group_panels * problem.groups;
   columns = Uninitialised<float>(layouts.columns ? panels * panel * d : 0);
   fixed_point = Uninitialised<int32_t>(layouts.fixed_point ? panels * panel * (padded_d / 2) : 0);
+  const bool int8 = layouts.int8 && kernels.pack_int8 != nullptr;
+  const int64_t int8_words_each = int8 ? ceil_div(d, kInt8Pad) * kInt8Pad / 4 : 0, int8_each = int8 ? 1 : 0;
+  int8_words = Uninitialised<int32_t>(panels * panel * int8_words_each);
+  int8_start = Uninitialised<int32_t>(panels * panel * int8_each);
+  int8_scale = Uninitialised<float>(panels * panel * int8_each);
+  int8_error = Uninitialised<float>(panels * panel * int8_each);
+  const auto int8_samples = [&](int64_t p) -> Int8Samples {
+    if (!int8) return {};
+    return {int8_words.data.get() + p * panel * int8_words_each, int8_start.data.get() + p * panel,
+            int8_scale.data.get() + p * panel, int8_error.data.get() + p * panel};
+  };
   participates.assign(panels, 0);
   for (int64_t g = 0; g < problem.groups; ++g) {
     const int64_t first = problem.group_first(g), count = problem.group_count(g), first_panel = g * group_panels;
@@ -145,6 +159,8 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
         .rows = row(first),
         .columns = layouts.columns ? columns.data.get() + first_panel * panel * d : nullptr,
         .fixed_point = layouts.fixed_point ? fixed_point.data.get() + first_panel * panel * (padded_d / 2) : nullptr,
+        .int8 = int8_samples(first_panel),
+        .int8_worst_error = 0,
         .participates = participates.data() + first_panel};
   }
   const float* x = problem.x.const_data_ptr<float>();
@@ -156,10 +172,16 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
                          layouts.columns ? columns.data.get() + p * panel * d : nullptr,
                          layouts.fixed_point ? fixed_point.data.get() + p * panel * (padded_d / 2) : nullptr,
                          &norms[first]);
+      if (int8)
+        kernels.pack_int8(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
+                          int8_samples(p));
       for (int64_t i = 0; i < count; ++i)
         if (usable(first + i) && !problem.ignored(first + i)) participates[p] |= 1u << i;
     }
   });
+  if (int8)
+    for (Group& group : groups)
+      group.int8_worst_error = *std::max_element(group.int8.error, group.int8.error + group.count);
 }
 
 Rules make_rules(const Hyper& hyper, int64_t d) {
@@ -179,6 +201,9 @@ Rules make_rules(const Hyper& hyper, int64_t d) {
   // where its series is not accurate, the weight must be below 2⁻⁶⁰
   const double far_exponent = k * (std::acos(-0.5) - b) / std::log(2.0);
   rules.cheap_below = threshold + 2 * bound <= 0.26 && far_exponent > 60;
+  rules.active_cosine = static_cast<float>(std::cos(std::max(angle, 0.0)) - rounding_slack(d) - 1e-6);
+  rules.int8 =
+      rules.screen && rules.cheap_below && d >= kInt8MinFeatures && d <= kInt8MaxFeatures && k <= kInt8Steepest;
   return rules;
 }
 
@@ -187,11 +212,15 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
   const int64_t padded = problem.padded_d, panels = kGroupSamples / kernels.panel_samples;
   work.fixed_point.resize(kBlockClasses * padded / 2);
   work.inv_norm.resize(kBlockClasses);
+  work.int8 = Uninitialised<uint8_t>(kBlockClasses * (problem.d + kInt8Pad));
+  work.int8_scale.resize(kBlockClasses);
+  work.int8_error.resize(kBlockClasses);
+  work.best.resize(kGroupSamples);
   work.short_rows = Uninitialised<float>(kBlockClasses * problem.d);
   work.tile.resize((kBlockClasses + 1) * kGroupSamples);  // one more: a strip may read past the last sample
   work.packed.resize(kBlockClasses * kernels.panel_samples);
   work.dense_grad = Uninitialised<float>(padded * kGroupSamples);
-  work.class_sum.assign(padded, 0);
+  work.class_sum.assign(ceil_div(problem.d, kInt8Pad) * kInt8Pad, 0);
   work.candidates.resize(kBlockClasses * panels);
   work.own_tiles.assign(kBlockClasses / kernels.strip_rows * panels, 0);
   work.below.resize(kGroupSamples);

@@ -73,16 +73,18 @@ struct Problem {
 // Unit rows of every sample in the layouts that the kernels read.
 struct Samples {
   int64_t padded_d;
-  Uninitialised<float> rows;           // [N][padded D]
-  Uninitialised<float> columns;        // [panels][D][panel]
-  Uninitialised<int32_t> fixed_point;  // [panels][padded D / 2][panel]
+  Uninitialised<float> rows;                      // [N][padded D]
+  Uninitialised<float> columns;                   // [panels][D][panel]
+  Uninitialised<int32_t> fixed_point;             // [panels][padded D / 2][panel]
+  Uninitialised<int32_t> int8_words, int8_start;  // as in Int8Samples
+  Uninitialised<float> int8_scale, int8_error;
   std::vector<uint32_t> participates;  // [panels], as in Group
   std::vector<double> norms;           // [N], not finite where the row is not; may exceed the largest float
   std::vector<Group> groups;
 
   // Which layouts beside the rows; unit rows alone are cheap.
   struct Layouts {
-    bool columns, fixed_point;
+    bool columns, fixed_point, int8;
   };
   Samples(const Problem& problem, const Kernels& kernels, Layouts layouts);
   float* row(int64_t sample) const { return rows.data.get() + sample * padded_d; }

@@ -84,7 +84,7 @@ class TestInstructionSets:
         names = torch.ops.sface.native_instruction_sets()
         assert names[-1] == "baseline" and len(set(names)) == len(names)
 
-    @pytest.mark.parametrize("isa", ["avx512_vnni", "avx2", "baseline"])
+    @pytest.mark.parametrize("isa", ["avx512_amx", "avx512_vnni", "avx2", "baseline"])
     def test_parity_with_each(self, isa, native):
         """An older CPU's kernels, whatever this one runs by itself: tests of parity, filter and step again in a process of its own."""
         if isa not in torch.ops.sface.native_instruction_sets():

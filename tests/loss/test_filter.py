@@ -44,11 +44,11 @@ def check_active_set(case, problem: Problem, **options) -> None:
 
 
 def around_threshold(c: int, d: int, threshold: float, seed: int) -> torch.Tensor:
-    """Cosines `[c]` at and about the threshold: a few ulp, half the margin of a 16-bit screen, that margin, twice it; ±1; any."""
+    """Cosines `[c]` at and about the threshold: a few ulp, half the margin of a 16-bit screen, that margin, twice it, those of an 8-bit one; ±1; any."""
     g = torch.Generator().manual_seed(seed)
     screen = d**0.5 * 2.0**-15
     steps = torch.tensor(
-        [0, 2.0**-24, 2.0**-22, 2.0**-20, 2.0**-18, 0.1 * screen, 0.5 * screen, screen, 2 * screen, 0.01]
+        [0, 2.0**-24, 2.0**-22, 2.0**-20, 2.0**-18, 0.1 * screen, 0.5 * screen, screen, 2 * screen, 0.005, 0.01, 0.02]
     )
     signs = torch.randint(0, 2, (c,), generator=g) * 2 - 1
     cos = threshold + signs * steps[torch.randint(0, len(steps), (c,), generator=g)].double()
@@ -61,19 +61,20 @@ def around_threshold(c: int, d: int, threshold: float, seed: int) -> torch.Tenso
 
 @examples
 @given(
+    n=st.sampled_from([1, 1, 1, 33]),
     c=st.integers(2, 200),
     d=st.sampled_from([2, 3, 16, 31, 64, 200, 512]),
     eps=EPS,
     seed=st.integers(0, 2**20),
     norms=st.sampled_from([1.0, 1e-3, 300.0]),
 )
-def test_active_set_at_the_threshold(case32, c, d, eps, seed, norms):
-    """One sample, and classes whose cosines crowd the threshold from both sides."""
+def test_active_set_at_the_threshold(case32, n, c, d, eps, seed, norms):
+    """One sample, or copies of it, and classes whose cosines crowd the threshold from both sides."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(1, d, generator=g)
     w = rows_at_cosines(x[0], around_threshold(c, d, threshold_cosine(80.0, 1.23, eps), seed), seed)
     w = w * norms * torch.randn(c, 1, generator=g).double().exp()
-    problem = Problem(x, w.float(), torch.randint(0, c, (1,), generator=g), torch.ones(1))
+    problem = Problem(x.repeat(n, 1), w.float(), torch.randint(0, c, (n,), generator=g), torch.ones(n))
     check_active_set(case32, problem, filter_eps=eps)
 
 
@@ -118,6 +119,45 @@ def test_any_hyperparameters(case32, s, k, k_inter, a, b, eps, seed, make, d):
     judge.check_filter_bound(result, case32.backend)
     t = judge.truth
     assert abs(int(result.stats.active_pairs) - int(t.active.sum())) <= int(t.borderline.sum())
+
+
+@pytest.mark.parametrize("side", ["class", "sample"])
+@pytest.mark.parametrize("levels", [127, 32766])
+@pytest.mark.parametrize("d", [256, 500, 512, 1024])
+@pytest.mark.parametrize("eps", [2.0**-24, 2.0**-16])
+def test_active_rows_that_round_the_worst_way(case32, d, eps, levels, side):
+    """Active by a hair, yet every component rounds away: the error bound of a fixed-point screen is met.
+
+    One row's components are ±1/√D, which every scale holds exactly; those of the other rows lie just short of half a step
+    beyond a whole number of `levels`, on the side of the first. The screened cosine is short by the norm of their rounding
+    error: the whole of the Cauchy-Schwarz bound.
+    """
+    n = 40  # the native int8 screen takes more than a panel of 32 samples
+    g = torch.Generator().manual_seed(d)
+    sign = (torch.randint(0, 2, (d,), generator=g) * 2 - 1).double()
+    threshold = threshold_cosine(80.0, 1.23, eps) + 3e-4  # clear of what fp32 may decide either way
+    noise = (torch.rand(n, d, generator=g) * 1.5 - 0.75) * levels
+    lean = torch.full((d,), 0.499, dtype=torch.float64)
+    lean[0] = 0  # the largest, which sets the scale
+
+    def at(share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [n, D] that lean so far to the first, and their cosines to it."""
+        w = torch.round(noise + share * levels * sign).clamp(1 - levels, levels - 1)
+        w[:, 0] = levels * sign[0]
+        w = w + lean * sign
+        return w, (w @ sign) / (w.norm(dim=1) * d**0.5)
+
+    low, high = torch.full((n, 1), -0.25), torch.full((n, 1), 0.25)
+    for _ in range(40):  # the cosine grows with the share, in steps of one component's rounding
+        middle = (low + high) / 2
+        active = (at(middle)[1] >= threshold).unsqueeze(1)
+        low, high = torch.where(active, low, middle), torch.where(active, middle, high)
+    rows, cos = at(high)
+    assert ((cos >= threshold) & (cos < threshold + 1e-3)).all(), cos - threshold
+    exact, rows = sign.float().repeat(n, 1), rows.float()
+    x, w = (exact, rows) if side == "class" else (rows, exact)
+    labels = torch.full((n,), n)  # the opposite of a class
+    check_active_set(case32, Problem(x, torch.cat([w, -w]), labels, torch.ones(n)), filter_eps=eps)
 
 
 @pytest.mark.parametrize("filter_eps", [2.0**-16, 2.0**-8])

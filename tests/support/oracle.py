@@ -7,18 +7,34 @@ measuring the reference, and how far the filter may (`missing_*`).
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sface_kernels.backends import native
+
 DEFAULTS = {"s": 64.0, "k": 80.0, "a": 0.80, "b": 1.23}
 
 
-# How far a screen may move a cosine, in six standard deviations of its roundings. The native screen's inner products are of unit rows rounded to steps of 1/32766: each row adds an error of standard deviation
-# (1/32766)/√12 whatever D is, as the other row has norm 1.
-NATIVE_SCREEN_ERROR = 6 * (2 / 12) ** 0.5 / 32766
+def int8_screen(features: int, k: float) -> bool:
+    """Whether the C++ backend screens such rows in int8 here, where it screens at all: docs/math.md, 3."""
+    if native.missing is not None:
+        return False
+    chosen = os.environ.get("SFACE_CPU_ISA") or torch.ops.sface.native_instruction_sets()[0]
+    return chosen in ("avx512_amx", "avx512_vnni") and features >= 256 and k <= 160
+
+
+# How far a screen may move a cosine, in six standard deviations of its roundings.
+def native_screen_error(x_unit: Tensor, w_unit: Tensor, k: float) -> Tensor:
+    """Inner products of unit rows rounded to steps of 1/32766, or in int8 of their largest component / 127: each row adds
+    an error of standard deviation step/√12 whatever D is, as the other row has norm 1."""
+    steps = [torch.full((len(rows), 1), 1 / 32766, dtype=torch.float64) for rows in (x_unit, w_unit)]
+    if int8_screen(x_unit.shape[1], k):
+        steps = [rows.abs().amax(1, keepdim=True) / 127 for rows in (x_unit, w_unit)]
+    return 6 * ((steps[0] ** 2 + steps[1].t() ** 2) / 12).sqrt()
 
 
 def triton_screen_error(x_unit: Tensor, w_unit: Tensor) -> Tensor:
@@ -152,7 +168,11 @@ def truth(
 
     worst = worst_cosine_roundings(x.shape[1])
     sensitivity = torch.where(active, 0, q + q * (1 - q / s) * k_inter * c.abs() / sine)  # [N, C], of l_i to a cosine
-    triton_error = triton_screen_error(F.normalize(x64.detach()), F.normalize(w64.detach()))
+    units = F.normalize(x64.detach()), F.normalize(w64.detach())
+    triton_error, native_error = triton_screen_error(*units), native_screen_error(*units, k_inter)
+    # an int8 cosine may be off by so much that q does not follow it in a straight line
+    steepness = k_inter * native_error / sine
+    native_error = native_error * torch.expm1(steepness) / steepness
     return Truth(
         row_loss=((q - p) * c).sum(1),
         intra=(-p * c).sum(1),
@@ -173,7 +193,7 @@ def truth(
         one_rounding=bounds(unit * c.abs(), 1),
         worst=bounds(unit * worst, worst),
         screen_loss={
-            "native": sensitivity.sum(1) * NATIVE_SCREEN_ERROR,
+            "native": (sensitivity * native_error).sum(1),
             "triton": (sensitivity * triton_error).sum(1),
         },
     )

@@ -9,5 +9,16 @@
 #include "dense.inl"
 #include "screen.inl"
 #include "update.inl"
+#if defined(SFACE_INT8)
+#include SFACE_INT8
+#else
+// No int8 screen: what kernels.inl asks of one.
+struct Int8 {
+  static constexpr decltype(Kernels::pack_int8) pack = nullptr;
+  static void plan(const Group&, Ahead&) {}
+  static void prepare_rows(const float* const*, const float*, const float*, int, int, float*, Ahead&, Workspace&) {}
+  static void screen(const Rules&, const Group&, const Block&, Ahead&, RowSums&, Workspace&) {}
+};
+#endif
 
 #include "kernels.inl"

@@ -22,18 +22,25 @@ __attribute__((noinline, cold)) void shorten_rows(int d, Block& block, Workspace
   block.row_stride = d;
 }
 
-// 1/‖w‖ of each row, Σ ŵ over the block where it is wanted, and the rows in fixed point where they are screened.
-inline void prepare_rows(const Group& group, Block& block, bool screen, Workspace& work) {
+enum class Screening { kNone, kInt16, kInt8 };
+
+// 1/‖w‖ of each row, Σ ŵ over the block where it is wanted, and the rows in what they are screened in.
+inline void prepare_rows(const Group& group, Block& block, Screening screening, Ahead& ahead, Workspace& work) {
   const int d = group.d, padded_d = group.padded_d;
+  if (screening == Screening::kInt8) Int8::plan(group, ahead);
   for (int start = 0; start < block.count; start += kRowsAtOnce) {
     const float* rows[kRowsAtOnce];
-    float squares[kRowsAtOnce], inv[kRowsAtOnce] = {};
+    float squares[kRowsAtOnce], largest[kRowsAtOnce], inv[kRowsAtOnce] = {};
     bool all_finite = true;
     const auto square = [&] {
       // past the last row: that row again, 0 times
       for (int r = 0; r < kRowsAtOnce; ++r)
         rows[r] = block.w + (start + r < block.count ? start + r : block.count - 1) * block.row_stride;
-      sums_of_squares(rows, d, squares);
+      if (screening == Screening::kInt8) {
+        sums_of_squares<true>(rows, d, squares, largest);
+      } else {
+        sums_of_squares<false>(rows, d, squares, nullptr);
+      }
     };
     square();
     bool any_long = false;
@@ -48,7 +55,12 @@ inline void prepare_rows(const Group& group, Block& block, bool screen, Workspac
       work.inv_norm[start + r] = inv[r];
       all_finite &= is_finite(norm);
     }
-    if (screen)
+    const bool summed = block.sum_rows && all_finite;
+    if (screening == Screening::kInt8) {
+      Int8::prepare_rows(rows, largest, inv, start, d, summed ? work.class_sum.data() : nullptr, ahead, work);
+      continue;
+    }
+    if (screening == Screening::kInt16)
       for (int r = 0; r < kRowsAtOnce && start + r < block.count; ++r) {
         Int16* fixed =
             reinterpret_cast<Int16*>(work.fixed_point.data() + static_cast<int64_t>(start + r) * (padded_d / 2));
@@ -59,7 +71,7 @@ inline void prepare_rows(const Group& group, Block& block, bool screen, Workspac
         }
       }
     // a row that is not finite makes every loss NaN: what Σ ŵ holds then is not read
-    if (block.sum_rows && all_finite) add_scaled(rows, inv, d, work.class_sum.data());
+    if (summed) add_scaled(rows, inv, d, work.class_sum.data());
   }
 }
 
@@ -85,23 +97,46 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
   return kDenseStored;
 }
 
+// Of the pairs an int8 screen may leave as candidates without being active, as it is faster still; past that share the
+// next blocks are screened in int16.
+constexpr double kInt8Waste = 0.03;
+// With fewer samples w's way from memory takes longer than either product, and int8 rows take longer to prepare.
+constexpr int kInt8Panels = 2;
+constexpr int kInt16Blocks = 15;
+
+inline Screening screening_of(const Rules& rules, const Group& group, Workspace& work) {
+  if (!rules.screen) return Screening::kNone;
+  if (work.skip_screens > 0) {
+    --work.skip_screens;
+    return Screening::kNone;
+  }
+  if (group.int8.words == nullptr || group.panels < kInt8Panels) return Screening::kInt16;
+  if (work.skip_int8 > 0) {
+    --work.skip_int8;
+    return Screening::kInt16;
+  }
+  return Screening::kInt8;
+}
+
 int64_t forward_block(const Rules& rules, const Group& group, const Block& given, Task& task, Workspace& work) {
   Block block = given;
   work.shortened = 0;
-  prepare_rows(group, block, rules.screen && work.skip_screens == 0, work);
-  if (!rules.screen || work.skip_screens > 0) {
-    work.skip_screens -= rules.screen;
-    return dense_block(rules, group, block, task, work);
-  }
+  const Screening screening = screening_of(rules, group, work);
+  Ahead ahead(block);
+  prepare_rows(group, block, screening, ahead, work);
+  if (screening == Screening::kNone) return dense_block(rules, group, block, task, work);
   const int stride = group.panels * kPanel;
   std::memset(work.below.data(), 0, sizeof(float) * stride);
   std::memset(work.below_weight.data(), 0, sizeof(float) * stride);
-  if (rules.cheap_below) {
-    screen_block<true>(rules, group, block, task.sums, work);
+  if (screening == Screening::kInt8) {
+    Int8::screen(rules, group, block, ahead, task.sums, work);
+  } else if (rules.cheap_below) {
+    screen_block(Int16Screen<true>(rules, group, work), group, block, ahead, task.sums, work);
   } else {
-    screen_block<false>(rules, group, block, task.sums, work);
+    screen_block(Int16Screen<false>(rules, group, work), group, block, ahead, task.sums, work);
   }
-  if (count_candidates(group, block, work) > kDenseShare * block.count * group.count) {
+  const int64_t candidates = count_candidates(group, block, work), before = task.tally.active;
+  if (candidates > kDenseShare * block.count * group.count) {
     work.skip_screens = kBlindBlocks;
     return dense_block(rules, group, block, task, work);
   }
@@ -111,7 +146,10 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
     task.sums.dropped[i] += work.below_weight[i];
   }
   const int64_t begin = task.arena.used;
-  if (rescore_block(rules, group, block, task, work)) return (task.arena.used - begin) / 2;
+  const bool listed = rescore_block(rules, group, block, task, work);
+  const int64_t wasted = candidates - (task.tally.active - before);
+  if (screening == Screening::kInt8 && wasted > kInt8Waste * block.count * group.count) work.skip_int8 = kInt16Blocks;
+  if (listed) return (task.arena.used - begin) / 2;
   task.arena.used = begin;
   return kRecompute;
 }
@@ -121,6 +159,7 @@ const Kernels kTable = {
     .panel_samples = kPanel,
     .strip_rows = kStripRows,
     .pack_panel = pack_panel,
+    .pack_int8 = Int8::pack,
     .forward_block = forward_block,
     .flush_dense_grad = flush_dense_grad,
     .recompute_tile = recompute_tile,

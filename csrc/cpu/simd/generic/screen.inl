@@ -14,9 +14,12 @@ SFACE_INLINE void keep_in_register(T& value) {
   asm("" : "+r"(value));
 }
 
-// `depth` words of two features each; `next` moves by `prefetch_bytes` with each of them, at most two cache lines.
-SFACE_INLINE void multiply(const int32_t* w_fixed, const int32_t* x_fixed, int depth, const char*& next,
-                           int64_t prefetch_bytes, Products& out) {
+// `depth` words of a few features each, multiplied by Screen::dot, the sums from `start` on. Each word is a step, of
+// two cache lines at most.
+template <typename Screen>
+SFACE_INLINE void multiply(const int32_t* w_words, const int32_t* x_words, const I32 start[kPanelVectors], int depth,
+                           Ahead& ahead, Products& out) {
+  const char* next = ahead.next;
   // A pointer per row would leave no register for the prefetch, and a spilled one costs 8 % of the time: every fourth
   // row has a pointer, and addressing adds the strides of the three after it.
   constexpr int kQuads = (kStripRows + 3) / 4;
@@ -24,23 +27,26 @@ SFACE_INLINE void multiply(const int32_t* w_fixed, const int32_t* x_fixed, int d
   keep_in_register(stride);
   keep_in_register(three);
   const int32_t* quad[kQuads];
-  for (int q = 0; q < kQuads; ++q) quad[q] = w_fixed + 4 * q * stride;
-  I32 sum[kStripRows][kPanelVectors] = {};
-  for (int k = 0; k < depth; ++k, x_fixed += kPanel) {
+  for (int q = 0; q < kQuads; ++q) quad[q] = w_words + 4 * q * stride;
+  I32 sum[kStripRows][kPanelVectors];
+  for (int r = 0; r < kStripRows; ++r)
+    for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = start[v];
+  for (int k = 0; k < depth; ++k, x_words += kPanel) {
     __builtin_prefetch(next, 0, 2);
     __builtin_prefetch(next + 64, 0, 2);
-    next += prefetch_bytes;
+    next += ahead.bytes;
     I32 x[kPanelVectors];
-    for (int v = 0; v < kPanelVectors; ++v) x[v] = load_int(x_fixed + v * kLanes);
+    for (int v = 0; v < kPanelVectors; ++v) x[v] = load_int(x_words + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kStripRows; ++r) {
       const int64_t offset = r % 4 == 0 ? 0 : r % 4 == 1 ? stride : r % 4 == 2 ? 2 * stride : three;
       const I32 w = broadcast_int(quad[r / 4][offset]);
-      for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = dot_int16(sum[r][v], x[v], w);
+      for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = Screen::dot(sum[r][v], x[v], w);
     }
 #pragma GCC unroll 4
     for (int q = 0; q < kQuads; ++q) keep_in_register(++quad[q]);
   }
+  ahead.next = next;
 #pragma GCC unroll 16
   for (int r = 0; r < kStripRows; ++r)
     for (int v = 0; v < kPanelVectors; ++v) out.sum[r][v] = sum[r][v];
@@ -118,28 +124,64 @@ SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, in
   }
 }
 
+// The screen in int16, on every instruction set.
 template <bool kCheap>
-inline void screen_block(const Rules& rules, const Group& group, const Block& block, RowSums& sums, Workspace& work) {
-  const int depth = group.padded_d / 2, strips = (block.count + kStripRows - 1) / kStripRows;
-  const int64_t steps = static_cast<int64_t>(strips) * group.panels * depth;
-  const int64_t bytes = block.next ? block.count * block.row_stride * static_cast<int64_t>(sizeof(float)) : 0;
-  const char* next = reinterpret_cast<const char*>(block.next ? block.next : block.w);
+class Int16Screen {
+ public:
+  Int16Screen(const Rules& rules, const Group& group, Workspace& work)
+      : rules_(rules), group_(group), work_(work), depth_(group.padded_d / 2) {}
+
+  int64_t steps() const { return depth_; }  // of a tile
+  static SFACE_INLINE I32 dot(I32 sum, I32 x, I32 w) { return dot_int16(sum, x, w); }
+  void begin() const {}
+  void end(const Block&, RowSums&) const {}
+
+  Products& multiply_tile(int strip, int panel, Ahead& ahead) {
+    const I32 start[kPanelVectors] = {};
+    multiply<Int16Screen>(work_.fixed_point.data() + static_cast<int64_t>(strip) * kStripRows * depth_,
+                          group_.fixed_point + static_cast<int64_t>(panel) * depth_ * kPanel, start, depth_, ahead,
+                          products_);
+    return products_;
+  }
+
+  void sum(const Block& block, int strip, int panel, bool, const Products& products, RowSums& sums, Ahead&) {
+    sum_tile<kCheap>(rules_, block, strip, panel, group_.panels, products, sums, work_);
+  }
+
+ private:
+  const Rules& rules_;
+  const Group& group_;
+  Workspace& work_;
+  int depth_;  // words of two features
+  Products products_;
+};
+
+template <typename Screen>
+inline void screen_block(Screen&& screen, const Group& group, const Block& block, Ahead& ahead, RowSums& sums,
+                         Workspace& work) {
+  const int strips = (block.count + kStripRows - 1) / kStripRows;
+  ahead.plan(ahead.left, static_cast<int64_t>(strips) * group.panels * screen.steps());
   for (int i = 0; i < block.own_count; ++i)
     work.own_tiles[block.own[i].row / kStripRows * group.panels + block.own[i].sample / kPanel] = 1;
+  screen.begin();
   for (int panel = 0; panel < group.panels; ++panel)
     for (int strip = 0; strip < strips; ++strip) {
-      Products products;
-      multiply(work.fixed_point.data() + static_cast<int64_t>(strip) * kStripRows * depth,
-               group.fixed_point + static_cast<int64_t>(panel) * depth * kPanel, depth, next, bytes / steps, products);
+      Products& products = screen.multiply_tile(strip, panel, ahead);
       uint8_t& own = work.own_tiles[strip * group.panels + panel];
+      bool masked = false;
       if (__builtin_expect(own, 0)) {
         mask_own_classes(block, strip, panel, products);
         own = 0;
+        masked = true;
       }
       const int rows = block.count - strip * kStripRows;
-      if (__builtin_expect(rows < kStripRows, 0)) mask_absent_rows(rows, products);
-      sum_tile<kCheap>(rules, block, strip, panel, group.panels, products, sums, work);
+      if (__builtin_expect(rows < kStripRows, 0)) {
+        mask_absent_rows(rows, products);
+        masked = true;
+      }
+      screen.sum(block, strip, panel, masked, products, sums, ahead);
     }
+  screen.end(block, sums);
 }
 
 // The candidates of one class: cosines in fp32 from the original row, then (4) and the filter.

@@ -2,6 +2,27 @@
 
 constexpr int kPanel = kPanelVectors * kLanes;  // samples in a panel
 
+// The memory of the next block, fetched a little with each step of this one.
+struct Ahead {
+  const char* next;
+  int64_t left;       // bytes
+  int64_t bytes = 0;  // a step
+
+  explicit Ahead(const Block& block)
+      : next(reinterpret_cast<const char*>(block.next ? block.next : block.w)),
+        left(block.next ? block.count * block.row_stride * static_cast<int64_t>(sizeof(float)) : 0) {}
+
+  // So much of what is left in the next `steps`.
+  void plan(int64_t total, int64_t steps) {
+    bytes = total / steps;
+    left -= bytes * steps;
+  }
+  SFACE_INLINE void step() {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+    next += bytes;
+  }
+};
+
 SFACE_INLINE F32 load(const float* p) { return *reinterpret_cast<const F32*>(p); }
 SFACE_INLINE void store(float* p, F32 v) { *reinterpret_cast<F32*>(p) = v; }
 SFACE_INLINE I32 load_int(const int32_t* p) { return *reinterpret_cast<const I32*>(p); }
@@ -12,6 +33,12 @@ SFACE_INLINE float sum_lanes(F32 v) {
   for (int width = kLanes / 2; width > 0; width /= 2)  // halves: a chain of kLanes additions takes longer than a row
     for (int i = 0; i < width; ++i) part[i] += part[i + width];
   return part[0];
+}
+
+inline float largest_lane(F32 v) {
+  float largest = v[0];
+  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
 }
 
 float dot(const float* x, const float* y, int d) {
@@ -93,19 +120,27 @@ inline void to_fixed_point(const float* row, int d, int padded_d, float scale, I
   for (; k < padded_d; ++k) out[k] = 0;
 }
 
-// Σ x² of each row. Together: the additions of one row wait for each other.
-inline void sums_of_squares(const float* const rows[kRowsAtOnce], int d, float out[kRowsAtOnce]) {
-  F32 sum[kRowsAtOnce] = {}, more[kRowsAtOnce] = {};
+// Σ x² of each row, and the largest |x| where it is wanted. Together: the additions of one row wait for each other.
+template <bool kLargest>
+inline void sums_of_squares(const float* const rows[kRowsAtOnce], int d, float out[kRowsAtOnce],
+                            float largest[kRowsAtOnce]) {
+  F32 sum[kRowsAtOnce] = {}, more[kRowsAtOnce] = {}, top[kRowsAtOnce] = {};
   int k = 0;
   for (; k + 2 * kLanes <= d; k += 2 * kLanes)
     for (int r = 0; r < kRowsAtOnce; ++r) {
       const F32 first = load(rows[r] + k), second = load(rows[r] + k + kLanes);
       sum[r] += first * first;
       more[r] += second * second;
+      if constexpr (kLargest) top[r] = larger(top[r], larger(absolute(first), absolute(second)));
     }
   for (int r = 0; r < kRowsAtOnce; ++r) out[r] = sum_lanes(sum[r] + more[r]);
+  if constexpr (kLargest)
+    for (int r = 0; r < kRowsAtOnce; ++r) largest[r] = largest_lane(top[r]);
   for (; k < d; ++k)
-    for (int r = 0; r < kRowsAtOnce; ++r) out[r] += rows[r][k] * rows[r][k];
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      out[r] += rows[r][k] * rows[r][k];
+      if constexpr (kLargest) largest[r] = __builtin_fmaxf(largest[r], __builtin_fabsf(rows[r][k]));
+    }
 }
 
 // sum += Σ_r scale[r]·rows[r]

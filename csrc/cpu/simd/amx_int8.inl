@@ -1,0 +1,85 @@
+// The int8 screen by AMX: a tile of 16 classes times one of 16 samples, 64 features at a time.
+#include "avx512_int8.inl"
+
+// What ldtilecfg reads: every tile is 16 rows of 64 bytes.
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+class Int8Screen : public Int8Sums {
+ public:
+  Int8Screen(const Rules& rules, const Group& group, Workspace& work)
+      : Int8Sums(rules, group, work), depth_(int8_depth(group.d)) {
+    const TileShapes shapes;
+    _tile_loadconfig(&shapes);
+  }
+  ~Int8Screen() { _tile_release(); }
+
+  int64_t steps() const { return kStripRows; }  // the rows of w are fetched ahead in `sum`, which takes longer
+
+  // Those of all strips come with the first.
+  Products& multiply_tile(int strip, int panel, Ahead&) {
+    if (strip == 0) multiply_block(panel);
+    return products_[strip];
+  }
+
+  void sum(const Block& block, int strip, int panel, bool masked, const Products& products, RowSums&, Ahead& ahead) {
+    sum_strip(block, strip, panel, masked, products, &ahead);
+  }
+
+ private:
+  static constexpr int kTile = 16;
+  static_assert(kBlockClasses == 3 * kTile && kPanel == 2 * kTile && kBlockClasses % kStripRows == 0);
+
+  // Tiles 0 … 5: sums of [3][2] tiles of classes and samples; 6: classes; 7: samples.
+  void multiply_block(int panel) {
+    const int32_t* start = group_.int8.start + panel * kPanel;
+    _tile_loadd(0, start, 0);  // a stride of 0: the same start for every class
+    _tile_loadd(2, start, 0);
+    _tile_loadd(4, start, 0);
+    _tile_loadd(1, start + kTile, 0);
+    _tile_loadd(3, start + kTile, 0);
+    _tile_loadd(5, start + kTile, 0);
+    const uint8_t* w = work_.int8.data.get();
+    const int32_t* x = group_.int8.words + int64_t{panel} * depth_ / 4 * kPanel;
+    const int64_t next_tile = int64_t{kTile} * depth_;
+    constexpr int kStride = kPanel * sizeof(int32_t);
+    for (int k = 0; k < depth_; k += 64, x += kTile * kPanel, w += 64) {
+      _tile_loadd(6, w, depth_);
+      _tile_loadd(7, x, kStride);
+      _tile_dpbusd(0, 6, 7);
+      _tile_loadd(7, x + kTile, kStride);
+      _tile_dpbusd(1, 6, 7);
+      _tile_loadd(6, w + next_tile, depth_);
+      _tile_dpbusd(3, 6, 7);
+      _tile_loadd(7, x, kStride);
+      _tile_dpbusd(2, 6, 7);
+      _tile_loadd(6, w + 2 * next_tile, depth_);
+      _tile_dpbusd(4, 6, 7);
+      _tile_loadd(7, x + kTile, kStride);
+      _tile_dpbusd(5, 6, 7);
+    }
+    int32_t* out = reinterpret_cast<int32_t*>(products_);
+    _tile_stored(0, out, kStride);
+    _tile_stored(1, out + kTile, kStride);
+    _tile_stored(2, out + kTile * kPanel, kStride);
+    _tile_stored(3, out + kTile * kPanel + kTile, kStride);
+    _tile_stored(4, out + 2 * kTile * kPanel, kStride);
+    _tile_stored(5, out + 2 * kTile * kPanel + kTile, kStride);
+  }
+
+  int depth_;  // bytes of a row
+  alignas(64) Products products_[kBlockClasses / kStripRows];
+};
+
+struct Int8 : Int8Preparation {
+  // A panel's products and sums take about a third of the rows' preparation (measured at D = 512).
+  static void plan(const Group& group, Ahead& ahead) { plan_share(group, 1 / (1 + 0.5 * group.panels), ahead); }
+
+  static void screen(const Rules& rules, const Group& group, const Block& block, Ahead& ahead, RowSums& sums,
+                     Workspace& work) {
+    screen_block(Int8Screen(rules, group, work), group, block, ahead, sums, work);
+  }
+};
