@@ -171,7 +171,7 @@ def truth(
     units = F.normalize(x64.detach()), F.normalize(w64.detach())
     triton_error, native_error = triton_screen_error(*units), native_screen_error(*units, k_inter)
     # an int8 cosine may be off by so much that q does not follow it in a straight line
-    steepness = k_inter * native_error / sine
+    steepness = (k_inter * native_error / sine).clamp_max(300)  # keeps 0 · exp finite where the pair is active
     native_error = native_error * torch.expm1(steepness) / steepness
     return Truth(
         row_loss=((q - p) * c).sum(1),

@@ -6,7 +6,6 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstring>
 #include <vector>
 

@@ -167,7 +167,9 @@ class Int8Sums {
   Int8Sums(const Rules& rules, const Group& group, Workspace& work)
       : group_(group), work_(work), slope_(rules.hyper.k_inter), active_cosine_(rules.active_cosine), series_(rules) {}
 
-  void begin() const { std::fill_n(work_.best.begin(), group_.panels * kPanel, kNone); }
+  void begin() const {
+    for (int i = 0; i < group_.panels * kPanel; ++i) work_.best[i] = kNone;
+  }
 
   // The best of the block among the task's.
   void end(const Block& block, RowSums& sums) const {
@@ -201,7 +203,8 @@ class Int8Sums {
 
   Int8Tile tile_of(int strip, int panel) const {
     float error = 0;
-    for (int r = strip * kStripRows; r < (strip + 1) * kStripRows; ++r) error = std::max(error, work_.int8_error[r]);
+    for (int r = strip * kStripRows; r < (strip + 1) * kStripRows; ++r)
+      error = work_.int8_error[r] > error ? work_.int8_error[r] : error;
     error *= 1 + group_.int8_worst_error;
     Int8Tile tile;
     const __m512 limit = _mm512_set1_ps(active_cosine_ - error);

@@ -100,9 +100,9 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
 // Of the pairs an int8 screen may leave as candidates without being active, as it is faster still; past that share the
 // next blocks are screened in int16.
 constexpr double kInt8Waste = 0.03;
+constexpr int kInt16Blocks = 15;
 // With fewer samples w's way from memory takes longer than either product, and int8 rows take longer to prepare.
 constexpr int kInt8Panels = 2;
-constexpr int kInt16Blocks = 15;
 
 inline Screening screening_of(const Rules& rules, const Group& group, Workspace& work) {
   if (!rules.screen) return Screening::kNone;
