@@ -105,7 +105,7 @@ class _RowLoss(torch.autograd.Function):
 
 
 def row_losses(
-    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, strict: bool
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, strict: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses `[N]` of equation (5), differentiable in the embeddings `[N, D]` and the weight `[C, D]`; beside them
     row statistics `[6, N]` (`types.RowStats`) and counts `[2]` (`types.Forward`).
