@@ -15,7 +15,7 @@ from sface_kernels.summary import describe_rows
 from sface_kernels.types import INVALID, RowStats
 from sface_kernels.validation import make_hyperparameters
 from tests.support.cases import f32, f64
-from tests.support.oracle import NATIVE_SCREEN_ERROR, triton_screen_error, worst_cosine_roundings
+from tests.support.oracle import native_screen_error, triton_screen_error, worst_cosine_roundings
 from tests.support.problems import GEOMETRIES, Problem
 
 
@@ -33,7 +33,7 @@ def other_cosines(case, problem: Problem) -> tuple[torch.Tensor, torch.Tensor, t
     cos = (x @ w.t()).clamp(-1, 1)
     own = cos.gather(1, labels.unsqueeze(1)).squeeze(1)
     cos.scatter_(1, labels.unsqueeze(1), -math.inf)
-    screen = {"native": torch.full_like(cos, NATIVE_SCREEN_ERROR), "triton": triton_screen_error(x, w)}
+    screen = {"native": native_screen_error(x, w, 80.0), "triton": triton_screen_error(x, w)}
     return cos, own, screen.get(case.backend, torch.zeros_like(cos))
 
 

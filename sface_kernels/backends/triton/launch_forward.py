@@ -112,6 +112,8 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
         "PADDED_D": call.padded_d,
         **call.product("screen"),
     }
+    if call.padded_d > tiles.DEEP_FEATURES:
+        screened["num_stages"] = min(screened["num_stages"], tiles.DEEP_STAGES)
     for first, rows in call.chunks(chunk):
         prepared.launch(first, rows)
         begun = 0 if first == 0 else call.padded_n

@@ -50,6 +50,8 @@ SCREEN = {
     "gfx942": Tile(128, 128, 32, 8, 2),
     "interpreter": Tile(64, 128, 64, 4, 1),
 }
+# Stages of the screen with more features: with three of them sm_90 spills in the loop of the product at 1024.
+DEEP_FEATURES, DEEP_STAGES = 512, 2
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the
 # output; for row_gradient block_c, for class_gradient block_n are features, and block_k what is summed over.
 PRODUCT = {
