@@ -74,7 +74,7 @@ def _measure_here(provider: Provider, case: Case, run: MemoryRun) -> dict[str, A
     n, c, d = case.shape
     run_once(timed(case.shape if provider.compiled else Shape(min(n, 64), min(c, 512), d)))
     whole = timed(case.shape)
-    peak = resident_peak(lambda: run_once(whole), whole.x, whole.w)
+    peak = resident_peak(lambda: run_once(whole), *whole.leaves[0])
     return {"peak_extra_bytes": peak, "method": "VmHWM reset before two runs"}
 
 
