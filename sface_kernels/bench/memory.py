@@ -75,10 +75,11 @@ def _measure_here(provider: Provider, case: Case, run: MemoryRun) -> dict[str, A
     n, c, d = case.shape
     run_once(timed(case.shape if provider.compiled else Shape(min(n, 64), min(c, 512), d)))
     whole = timed(case.shape)
+    x, w = whole.leaves[0]
     if mode == "step":
         run_once(whole)  # makes the optimizer's state
-        whole.x.grad = None
-    peak = resident_peak(lambda: run_once(whole), whole.x, whole.w)
+        x.grad = None
+    peak = resident_peak(lambda: run_once(whole), x, w)
     return {"peak_extra_bytes": peak, "method": "VmHWM reset before two runs"}
 
 
