@@ -216,6 +216,9 @@ class ClassParallelSFaceLoss(nn.Module):
     def _next_sample(self) -> Sampling | None:
         if not self.training or self.sample_rate == 1:
             return None
+        if "sample_step" not in self._buffers:  # the rate was lowered after the head was made
+            steps = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+            self.register_buffer("sample_step", steps)
         self.sample_step += 1
         return Sampling(self.sample_rate, self.sample_seed, int(self.sample_step))
 

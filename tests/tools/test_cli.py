@@ -56,7 +56,7 @@ def test_check_says_what_is_over_and_exits_1(capsys, monkeypatch):
     monkeypatch.setattr(budget, "package_errors", errors)
     assert cli.main(["check", "--backends", "chunked", "--device", "cpu", "-v"]) == 1
     text = capsys.readouterr().out
-    assert "OVER: chunked, float32, 2^-24, random 257×331×127" in text and "nan of" in text
+    assert "OVER: chunked, float32, 2^-24, random 257×331×61" in text and "nan of" in text
 
 
 def test_a_check_of_nothing_is_no_success(capsys, monkeypatch):
