@@ -94,7 +94,7 @@ $(OLDEST)/built: $(VENV)/built requirements-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/built
-	$(OLDEST)/bin/python -m pytest tests/tools tests/examples tests/compat tests/loss/test_torch_features.py
+	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest tests/tools tests/examples tests/compat tests/loss/test_torch_features.py
 	$(MAKE) test-triton36 OTHER_TRITON=3.4.0
 
 # dist/: one wheel for every Python and every PyTorch from 2.11 on, and the sources that it is built from. On Linux its tag
