@@ -219,4 +219,5 @@ class HeadOptimizer(torch.optim.Optimizer):
         )
 
     def _move(self, group: dict[str, Any], gradients: list[WeightGradient]) -> None:
+        """Move weight and state by the optimizer's own rule; each subclass has one."""
         raise NotImplementedError
