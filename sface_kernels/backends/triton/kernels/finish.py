@@ -222,7 +222,7 @@ def finish_samples(
     if counted & ~poison:
         tl.atomic_add(counts_ptr, active.to(tl.int64))
     if overflowed:
-        tl.atomic_add(counts_ptr + 1, c.to(tl.int64))
+        tl.atomic_add(counts_ptr + 1, overflowed.to(tl.int64) * c)  # c = 1 is no tensor
         tl.store(flags_ptr, 1)
     if counted & ~is_finite(norm):
         tl.store(flags_ptr + 1, 1)
