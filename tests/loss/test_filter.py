@@ -61,7 +61,7 @@ def around_threshold(c: int, d: int, threshold: float, seed: int) -> torch.Tenso
 
 @examples
 @given(
-    n=st.sampled_from([1, 1, 1, 33]),
+    n=st.sampled_from([1, 1, 1, 3 if INTERPRETED else 33]),
     c=st.integers(2, 200),
     d=st.sampled_from([2, 3, 16, 31, 64, 200, 512]),
     eps=EPS,
@@ -80,7 +80,7 @@ def test_active_set_at_the_threshold(case32, n, c, d, eps, seed, norms):
 
 @examples
 @given(
-    n=st.integers(1, 20),
+    n=st.integers(1, 6 if INTERPRETED else 20),
     c=st.integers(2, 120),
     d=st.sampled_from([2, 5, 17, 64, 130]),
     eps=EPS,
@@ -123,7 +123,7 @@ def test_any_hyperparameters(case32, s, k, k_inter, a, b, eps, seed, make, d):
 
 @pytest.mark.parametrize("side", ["class", "sample"])
 @pytest.mark.parametrize("levels", [127, 32766])
-@pytest.mark.parametrize("d", [256, 500, 512, 1024])
+@pytest.mark.parametrize("d", [512] if INTERPRETED else [256, 500, 512, 1024])  # Triton's screen has no fixed point
 @pytest.mark.parametrize("eps", [2.0**-24, 2.0**-16])
 def test_active_rows_that_round_the_worst_way(case32, d, eps, levels, side):
     """Active by a hair, yet every component rounds away: the error bound of a fixed-point screen is met.
@@ -164,7 +164,7 @@ def test_active_rows_that_round_the_worst_way(case32, d, eps, levels, side):
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_certificate(case32, geometry, filter_eps):
     """`dropped` of a single row bounds the norm of what ∂l/∂x̂ lacks, measured on the backend's own gradients."""
-    rows, classes = (4, 331) if case32.emulated else (12, 1009)
+    rows, classes = (2, 150) if case32.emulated else (12, 1009)
     whole = GEOMETRIES[geometry](rows, classes, 128)
     seen = 0.0
     for i in range(rows):
@@ -191,9 +191,9 @@ def test_certificate(case32, geometry, filter_eps):
 def test_a_row_alone_and_in_a_batch(case32, geometry):
     """The batch around a row decides nothing: neither what is kept nor, beyond rounding, any value."""
     filter_eps = 2.0**-12
-    whole = GEOMETRIES[geometry](300, 131 if case32.emulated else 331, 96)
+    whole = GEOMETRIES[geometry](*(70, 131, 96) if case32.emulated else (300, 331, 96))
     batch = run(case32, whole, filter_eps=filter_eps)
-    for i in (0, 256, 299) if case32.emulated else (0, 1, 15, 16, 255, 256, 299):
+    for i in (0, 64, 69) if case32.emulated else (0, 1, 15, 16, 255, 256, 299):
         one = slice(i, i + 1)
         alone = Problem(whole.x[one], whole.w, whole.labels[one], whole.upstream[one])
         result, t = run(case32, alone, filter_eps=filter_eps), truth(*alone, filter_eps=filter_eps)
@@ -201,7 +201,7 @@ def test_a_row_alone_and_in_a_batch(case32, geometry):
         assert (difference <= 2 * t.worst.loss).all()
         difference = (result.grad_x - batch.grad_x[one]).double().cpu().norm()
         assert difference <= 2 * (t.worst.x + t.flip_x)
-    some = [16, 299] if case32.emulated else [0, 16, 255, 299]
+    some = [16, 69] if case32.emulated else [0, 16, 255, 299]
     pick = Problem(whole.x[some], whole.w, whole.labels[some], whole.upstream[some])
     together = active_pairs(case32, pick, filter_eps=filter_eps)
     for place, i in enumerate(some):
@@ -215,7 +215,7 @@ def test_a_row_alone_and_in_a_batch(case32, geometry):
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 def test_loss_scale_does_not_reach_the_filter(case32, geometry, reduction):
     """Gradients under a loss scale of 65536 are those under 1, scaled: no bit differs, as the scale is a power of two."""
-    shape = (17, 131, 96) if case32.emulated else (32, 331, 96)
+    shape = (5, 131, 40) if case32.emulated else (32, 331, 96)
     problem = GEOMETRIES[geometry](*shape).to(case32.device, f32, f32)
     grads = []
     for scale in (1.0, 65536.0, 2.0**-16):

@@ -35,17 +35,16 @@ class TestLayouts:
     def test_views(self, case, geometry, layout):
         """The same from a view, to the last bit but in PyTorch, whose products sum in an order of the strides."""
         plain = GEOMETRIES[geometry](21, 130, 37).to(case.device, case.dtype, case.weight_dtype)
-        expected = run(case, plain)
         judge = cached_judge(GEOMETRIES[geometry], (21, 130, 37), case.dtype, case.weight_dtype, filter_eps=0.0)
-        for where in ("x", "w"):
+        for where in ("xw",) if case.emulated else ("x", "w"):
             leaf = {"x": plain.x.clone().requires_grad_(), "w": plain.w.clone().requires_grad_()}
-            used = {**leaf, where: LAYOUTS[layout](leaf[where])}
-            assert torch.equal(used[where], leaf[where])
+            used = {**leaf, **{name: LAYOUTS[layout](leaf[name]) for name in where}}
+            assert all(torch.equal(used[name], leaf[name]) for name in where)
             rows = sface_loss(
                 used["x"], used["w"], plain.labels, reduction="none", filter_eps=0.0, backend=case.backend
             )
             rows.backward(plain.upstream.to(rows.dtype))
-            result = Result(rows.detach(), expected.stats, leaf["x"].grad, leaf["w"].grad)
+            result = Result(rows.detach(), None, leaf["x"].grad, leaf["w"].grad)
             judge.check(result, case.backend)
             if case.backend == "native":
                 assert_same(result, run(case, plain, filter_eps=0.0))
