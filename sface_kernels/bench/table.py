@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from . import report
 from .providers import PRODUCTS
@@ -123,3 +126,10 @@ def plain_table(rows: list[Row]) -> Table:
     cells = [[value if isinstance(value, str) else f"{value:.2g}" for value in row.values()] for row in rows]
     words = sum(isinstance(value, str) for value in rows[0].values()) if rows else 0
     return Table("", list(rows[0]) if rows else [], cells, words)
+
+
+def write_table(rows: list[Row], settings: dict[str, Any], out: Path | None) -> None:
+    """Prints rows that were computed on the CPU as they are, and writes a results file where there is an `out`."""
+    print(plain_table(rows).markdown())
+    if out is not None:
+        report.save({**report.new_report("table", settings, torch.device("cpu")), "rows": rows}, out)

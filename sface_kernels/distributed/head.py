@@ -115,17 +115,7 @@ class ClassParallelSFaceLoss(nn.Module):
         self.reset_parameters()
 
     def _options(self) -> Options:
-        return Options(
-            self.s,
-            self.k,
-            self.a,
-            self.b,
-            self.k_inter,
-            self.reduction,
-            self.ignore_index,
-            self.filter_eps,
-            self.backend,
-        )
+        return Options(*(getattr(self, name) for name in Options._fields))
 
     @property
     def _mesh(self) -> DeviceMesh:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -108,29 +110,16 @@ def test_a_graph_is_captured_before_the_clock_starts_and_replayed(monkeypatch):
     """With a stub for CUDA: captured once for each copy of the inputs, again after a rest, gradients not reused."""
     events = []
 
-    class Graph:
-        def replay(self):
-            events.append("replay")
-
     @contextlib.contextmanager
     def graph(graph):
         assert one.x.grad is None and one.w.grad is None
         events.append("capture")
         yield
 
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    stub = {
-        "Stream": Stream,
-        "current_stream": Stream,
-        "stream": contextlib.nullcontext,
-        "CUDAGraph": Graph,
-        "graph": graph,
-    }
-    for attribute, value in stub.items():
-        monkeypatch.setattr(torch.cuda, attribute, value)
+    replayed = functools.partial(mock.Mock, replay=lambda: events.append("replay"))
+    stubs = {"Stream": mock.Mock, "current_stream": mock.Mock, "stream": contextlib.nullcontext}
+    for attribute, stub in {**stubs, "CUDAGraph": replayed, "graph": graph}.items():
+        monkeypatch.setattr(torch.cuda, attribute, stub)
     one = TimedLoss(providers.resolve("careful"), make_workload(SMALL), "graph", copies=2)
     one.cuda = True
     for _ in range(3):
@@ -158,6 +147,17 @@ def test_work_is_counted_as_stated(mode):
     assert providers.Work(10**12, 10**9).rates(500.0) == {"tflops": 2.0, "gb_per_s": 2.0}
 
 
+@pytest.mark.parametrize("name", ["mm-fp32", "mm-bf16", "mm3-bf16", "read-w"])
+def test_bare_operations_give_what_float64_does(name):
+    """Within the a-priori bound of sums of D terms in any order."""
+    one = TimedLoss(providers.resolve(name), make_workload(SMALL), "both")
+    one.prepare()
+    one.run()
+    x, w = torch.ones(1, 16) if name == "read-w" else one.x, one.w
+    exact, scale = (a.double() @ b.double().t() for a, b in ((x, w), (x.abs(), w.abs())))
+    assert ((one.y - exact).abs() <= 16 * torch.finfo(one.y.dtype).eps / 2 * scale).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_provider_that_runs_here_passes_the_check(dtype):
     checker, checked = runner.Checker(make_workload(Case(Shape(16, 300, 64), "trained"), dtype=dtype)), []
@@ -183,6 +183,11 @@ def test_large_workloads_are_checked_on_fewer_classes(monkeypatch):
     assert torch.equal(part.w[part.y], work.w[work.y])
     found = runner.Checker(work).check(providers.resolve("careful"))
     assert found["ok"] and found["classes"] == part.case.shape.c
+
+
+def test_small_problems_are_small():
+    for _, x, w, _ in selfcheck.problems(torch.device("cpu"), torch.float32, small=True):
+        assert all(own <= most for own, most in zip((len(x), *w.shape), selfcheck.SMALL, strict=True))
 
 
 def check_with(monkeypatch, change, dtype=torch.float32):

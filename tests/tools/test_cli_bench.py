@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -160,25 +161,11 @@ def test_what_cannot_run_says_why(tmp_path, name, word):
 def test_ctrl_c_in_a_terminal(tmp_path):
     """A real signal to a real process, in the second of three workloads."""
     out = tmp_path / "out.json"
-    more = [
-        "--c",
-        "60,61,62",
-        "--repeats",
-        "100000",
-        "--budget-seconds",
-        "2",
-        "--providers",
-        "careful,chunked",
-        "--out",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sface_kernels", *TINY, *more, str(out)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignore"
-    )
+    more = f"--c 60,61,62 --repeats 100000 --budget-seconds 2 --providers careful,chunked --out {out}".split()
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    interruptible = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background it is ignored
+    command = [sys.executable, "-m", "sface_kernels", *TINY, *more]
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=interruptible, **streams)
     try:
         end = time.monotonic() + 120
         while not out.exists() and time.monotonic() < end:  # written when the first workload is done

@@ -7,13 +7,15 @@ import json
 import math
 import re
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("typer")
+
+import typer
+from typer.testing import CliRunner
 
 from benchmarks import accuracy, gpu_model, tables
 from sface_kernels import cli
@@ -137,13 +139,16 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, content, 
     one_line(capsys, word)
 
 
+def accuracy_command(options):
+    app = typer.Typer()
+    app.command()(accuracy.main)
+    return CliRunner().invoke(app, options.split())
+
+
 def test_accuracy_marks_the_filters_within_the_rule(tmp_path):
     out = tmp_path / "accuracy.json"
-    options = ["--n", "16", "--c", "300", "--d", "64", "--dtypes", "float32,bfloat16", "--backend", "chunked", "--out"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.accuracy", *options, str(out)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "| trained | 64 | 300 |" in done.stdout, done.stderr
+    done = accuracy_command(f"--n 16 --c 300 --d 64 --dtypes float32,bfloat16 --backend chunked --out {out}")
+    assert done.exit_code == 0 and "| trained | 64 | 300 |" in done.output, done.output
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 2 * 2 * len(accuracy.FILTERS)
     for row in rows:
@@ -151,6 +156,11 @@ def test_accuracy_marks_the_filters_within_the_rule(tmp_path):
         if row["dtype"] == "float32":
             assert row["within_rule"] or row["filter_eps"] > 2.0**-24
             assert not row["within_rule"] or row["filter_eps"] < 2.0**-12
+
+
+def test_accuracy_refuses_an_unknown_backend():
+    done = accuracy_command("--backend abacus")
+    assert done.exit_code == 2 and "'abacus'" in done.output
 
 
 def test_commit_is_dirty_where_code_differs_and_not_where_results_do(tmp_path, monkeypatch):
