@@ -8,16 +8,19 @@ same arithmetic for its softmax head.
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
+
+import typer
+
+from sface_kernels.bench.table import Table
 
 GPUS = (8, 64, 256, 1024)
 CLASSES = (1_000_000, 10_000_000, 100_000_000)
-OVER_PRODUCT = (
-    1.5  # time of the screened pass beside a bare product of its shape: between this project's bar, 2, and its aim, 1.2
-)
+# time of the screened pass beside a bare product of its shape: between this project's bar, 2, and its aim, 1.2
+OVER_PRODUCT = 1.5
 EXCHANGES = 5  # sizes, labels, embeddings, loss, ∂x: each pays the latency
 
 
@@ -135,57 +138,43 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:,.1f}"
 
 
-def table(m: Machine, active: float) -> list[str]:
-    lines = [
-        "| GPUs | classes | N | bytes sent a GPU, MB | head, ms | of that sending, ms | GiB a GPU "
-        "| Partial FC, ms | GiB | rate 0.1, ms | GiB |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for classes in CLASSES:
-        for gpus in GPUS:
-            p = Problem(gpus, classes, active=active)
-            ours, theirs, sampled = sface(p, m), partial_fc(p, m), partial_fc(p, m, 0.1)
-            lines.append(
-                f"| {gpus} | {classes / 1e6:g} M | {p.all_rows:,} | {communication(p).total / 1e6:.1f} "
-                f"| {1e3 * ours.seconds:.1f} | {1e3 * ours.communication:.2f} "
-                f"| {_gib(ours.memory)} | {1e3 * theirs.seconds:.1f} | {_gib(theirs.memory)} "
-                f"| {1e3 * sampled.seconds:.1f} | {_gib(sampled.memory)} |"
-            )
-    return lines
+def table(m: Machine, active: float) -> Table:
+    head = ["GPUs", "classes", "N", "bytes sent a GPU, MB", "head, ms", "of that sending, ms", "GiB a GPU"]
+    head += ["Partial FC, ms", "GiB", "rate 0.1, ms", "GiB"]
+    rows = []
+    for classes, gpus in itertools.product(CLASSES, GPUS):
+        p = Problem(gpus, classes, active=active)
+        ours, *theirs = sface(p, m), partial_fc(p, m), partial_fc(p, m, 0.1)
+        row = [f"{gpus}", f"{classes / 1e6:g} M", f"{p.all_rows:,}", f"{communication(p).total / 1e6:.1f}"]
+        row += [f"{1e3 * ours.seconds:.1f}", f"{1e3 * ours.communication:.2f}", _gib(ours.memory)]
+        rows.append(row + [text for one in theirs for text in (f"{1e3 * one.seconds:.1f}", _gib(one.memory))])
+    return Table("", head, rows, 0)
 
 
-def against_published() -> list[str]:
-    lines = [
-        "| sample rate | step without the head, ms | head a million classes, ms | this model of it, ms | this model of SFace, ms |",
-        "|---:|---:|---:|---:|---:|",
-    ]
+def against_published() -> Table:
+    def per_million(cost: Callable[..., Cost], *rate: float) -> str:
+        large, small = (cost(Problem(8, c), V100, *rate).seconds for c in (4_000_000, 1_000_000))
+        return f"{1e3 * (large - small) / 3:.1f}"
+
+    head = ["sample rate", "step without the head, ms", "head a million classes, ms", "this model of it, ms"]
+    rows = []
     for rate in (1.0, 0.1):
         base, slope = published_head_seconds(rate)
-
-        def per_million(cost: Callable[..., Any], *arguments: Any, **options: Any) -> float:
-            large, small = (cost(Problem(8, c), V100, *arguments, **options).seconds for c in (4_000_000, 1_000_000))
-            return (large - small) / 3
-
-        ours = f"{1e3 * per_million(sface):.1f}" if rate == 1 else "–"
-        lines.append(
-            f"| {rate:g} | {1e3 * base:.0f} | {1e3 * slope:.1f} | {1e3 * per_million(partial_fc, rate):.1f} | {ours} |"
-        )
-    return lines
+        ours = per_million(sface) if rate == 1 else "–"
+        rows.append([f"{rate:g}", f"{1e3 * base:.0f}", f"{1e3 * slope:.1f}", per_million(partial_fc, rate), ours])
+    return Table("", [*head, "this model of SFace, ms"], rows, 0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="scaling_model", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--active", type=float, default=1e-3, help="share of pairs with a gradient (default: %(default)s)"
-    )
-    options = parser.parse_args()
-    print(
-        f"{H100.name}: {Problem(8, 1).rows} rows a GPU, D = {Problem(8, 1).features}, {options.active:g} of the pairs active\n"
-    )
-    print("\n".join(table(H100, options.active)))
+def main(
+    active: Annotated[float, typer.Option(help="Share of pairs with a gradient.")] = 1e-3,
+) -> None:
+    """What a class-parallel head costs on 8 to 1024 GPUs, counted rather than measured."""
+    p = Problem(8, 1)
+    print(f"{H100.name}: {p.rows} rows a GPU, D = {p.features}, {active:g} of the pairs active\n")
+    print(table(H100, active).markdown())
     print(f"\n8 × {V100.name}, batch {PUBLISHED_BATCH}, published throughput of Partial FC\n")
-    print("\n".join(against_published()))
+    print(against_published().markdown())
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -17,7 +17,7 @@ import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,19 +32,15 @@ SECONDS = 600  # that one process may take
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-class MemoryRun(NamedTuple):
-    """How a process of its own is run."""
+def measure(provider: Provider, case: Case, threads: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """With embeddings of `dtype` on a CPU, in a process of its own with so many threads.
 
-    threads: int
-    dtype: torch.dtype = torch.float32  # of the embeddings
-
-
-def measure(provider: Provider, case: Case, run: MemoryRun) -> dict[str, Any]:
-    """On a CPU, in a process of its own; returns `peak_extra_bytes` and `method`, or `error` and `out_of_memory`."""
+    Returns `peak_extra_bytes` and `method`, or `error` and `out_of_memory`.
+    """
     context: Any = multiprocessing.get_context(METHOD)
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, provider, case, run))
+    process = context.Process(target=_child, args=(theirs, provider, case, threads, dtype))
     process.start()
     theirs.close()
     try:
@@ -57,20 +53,20 @@ def measure(provider: Provider, case: Case, run: MemoryRun) -> dict[str, Any]:
         process.join()
 
 
-def _child(pipe: Connection, provider: Provider, case: Case, run: MemoryRun) -> None:
+def _child(pipe: Connection, *arguments: Any) -> None:
     try:
-        pipe.send(_measure_here(provider, case, run))
+        pipe.send(_measure_here(*arguments))
     except Exception as error:
         pipe.send({"error": failure_text(error), "out_of_memory": out_of_memory(error)})
 
 
-def _measure_here(provider: Provider, case: Case, run: MemoryRun) -> dict[str, Any]:
-    torch.set_num_threads(run.threads)
-    function = build(provider, torch.device("cpu"), run.dtype)
+def _measure_here(provider: Provider, case: Case, threads: int, dtype: torch.dtype) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    function = build(provider, torch.device("cpu"), dtype)
     mode = "step" if provider.optimizer.startswith("head-") else "both"
 
     def timed(shape: Shape) -> TimedLoss:
-        return TimedLoss(provider, make_workload(case._replace(shape=shape), "cpu", run.dtype), mode, function)
+        return TimedLoss(provider, make_workload(case._replace(shape=shape), "cpu", dtype), mode, function)
 
     n, c, d = case.shape
     run_once(timed(case.shape if provider.compiled else Shape(min(n, 64), min(c, 512), d)))

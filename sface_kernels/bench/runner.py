@@ -108,8 +108,7 @@ class _Entry:
             return
         if settings.measure_memory and provider.kind != BARE and settings.device.type == "cpu":
             say(f"memory of {provider.name}")
-            run = memory.MemoryRun(settings.threads, settings.dtype)
-            self.row["memory"] = found = memory.measure(provider, case, run)
+            self.row["memory"] = found = memory.measure(provider, case, settings.threads, settings.dtype)
             if found.get("out_of_memory"):
                 # in this process it would take the others with it
                 self.fails("out of memory", found["error"])

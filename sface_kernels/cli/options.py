@@ -78,5 +78,5 @@ def output_file(text: str) -> Path:
     return path
 
 
-DEVICE = option(device, "cpu, cuda or cuda:<number>; the GPU if there is one.", "DEVICE")
+DEVICE = option(device, "cpu, cuda or cuda:1 and so on; the GPU if there is one.", "DEVICE")
 OUT = option(output_file, "Write the results to this JSON file.", "FILE.json")

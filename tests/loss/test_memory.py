@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from sface_kernels.bench.memory import MemoryRun, measure
+from sface_kernels.bench.memory import measure
 from sface_kernels.bench.providers import resolve
 from sface_kernels.testing.workloads import Case as Workload
 from sface_kernels.testing.workloads import Shape
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def extra(provider: str, n: int, c: int) -> int:
-    found = measure(resolve(provider), Workload(Shape(n, c, D)), MemoryRun(torch.get_num_threads()))
+    found = measure(resolve(provider), Workload(Shape(n, c, D)), torch.get_num_threads())
     assert "error" not in found, found["error"]
     return found["peak_extra_bytes"]
 

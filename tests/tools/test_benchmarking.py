@@ -17,7 +17,6 @@ from sface_kernels.bench.timing import MODES, TimedLoss
 from sface_kernels.testing import budget, selfcheck
 from sface_kernels.testing.workloads import Case, Shape, make_workload
 
-RUN = memory.MemoryRun(threads=1)
 SMALL = Case(Shape(4, 30, 16), "trained")
 
 
@@ -36,7 +35,7 @@ def killed(x, w, y):
 def test_peak_memory_of_a_process_of_its_own():
     # 4·N·C bytes = 8 MB: the reference makes 21 such tensors and holds 9 at its peak. What the allocator keeps of the
     # others varies from process to process (8 to 15 in all were seen), so the middle of three.
-    found = [memory.measure(providers.resolve("reference"), Case(Shape(100, 20_000, 8)), RUN) for _ in range(3)]
+    found = [memory.measure(providers.resolve("reference"), Case(Shape(100, 20_000, 8)), threads=1) for _ in range(3)]
     if found[0].get("error", "").startswith("FileNotFoundError"):
         pytest.skip("this system has no /proc")
     assert 5 * 8e6 < sorted(measured["peak_extra_bytes"] for measured in found)[1] < 21 * 8e6
@@ -44,7 +43,7 @@ def test_peak_memory_of_a_process_of_its_own():
 
 @pytest.mark.parametrize("function, out_of_memory", [(ran_out, True), (killed, True), (broken, False)])
 def test_memory_that_ran_out_in_the_process_is_told_from_other_failures(function, out_of_memory):
-    found = memory.measure(providers.Provider("fake", providers.OPPONENT, "", function), SMALL, RUN)
+    found = memory.measure(providers.Provider("fake", providers.OPPONENT, "", function), SMALL, threads=1)
     assert found["out_of_memory"] == out_of_memory and ("luck" in found["error"]) != out_of_memory
 
 

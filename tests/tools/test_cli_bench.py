@@ -128,7 +128,7 @@ def test_a_failing_provider_does_not_stop_the_others(tmp_path, monkeypatch, caps
 
 
 def test_memory_that_runs_out_in_the_probe_is_reported_and_not_tried_here(tmp_path, monkeypatch):
-    def measure(provider, case, run):
+    def measure(provider, case, threads, dtype):
         if provider.name == "reference":
             return {"error": "killed, most likely out of memory", "out_of_memory": True}
         return {"peak_extra_bytes": 1, "method": "made up"}
