@@ -34,7 +34,7 @@ demo: build
 
 # The interpreter runs Triton's kernels on the CPU, and must be asked for before they are imported: a process of its own.
 test: build
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/triton/test_triton.py tests/loss/test_compile.py \
 		tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py
 	SFACE_PTX=sm_90 $(COMPILED) tests/triton/test_triton.py
