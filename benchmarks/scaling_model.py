@@ -8,12 +8,11 @@ same arithmetic for its softmax head.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
-
-import typer
+from typing import NamedTuple
 
 from sface_kernels.bench.table import Table
 
@@ -165,11 +164,10 @@ def against_published() -> Table:
     return Table("", [*head, "this model of SFace, ms"], rows, 0)
 
 
-def main(
-    active: Annotated[float, typer.Option(help="Share of pairs with a gradient.")] = 1e-3,
-) -> None:
-    """What a class-parallel head costs on 8 to 1024 GPUs, counted rather than measured."""
-    p = Problem(8, 1)
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scaling_model", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--active", type=float, default=1e-3, help="share of pairs with a gradient, 1e-3 if left out")
+    active, p = parser.parse_args().active, Problem(8, 1)
     print(f"{H100.name}: {p.rows} rows a GPU, D = {p.features}, {active:g} of the pairs active\n")
     print(table(H100, active).markdown())
     print(f"\n8 × {V100.name}, batch {PUBLISHED_BATCH}, published throughput of Partial FC\n")
@@ -177,4 +175,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
