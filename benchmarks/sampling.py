@@ -35,7 +35,8 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
 
 def rows_of_table(geometry: str, shape: Shape, draws: int) -> list[dict[str, Any]]:
     _, x, w, y, _ = make_workload(Case(shape, geometry))
-    x.requires_grad_(), w.requires_grad_()
+    x.requires_grad_()
+    w.requires_grad_()
     exact_hp, fast_hp = (
         make_hyperparameters(64.0, 80.0, 0.8, 1.23, None, eps, torch.float32, shape.d) for eps in (0.0, FAST_EPS)
     )
