@@ -5,13 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sface_kernels.backends.triton.kernels.screen import nearest_column, tag_margin
+from sface_kernels.backends.triton.kernels.screen import by_lane, first_of_lane, nearest_column, tag_margin
 
 
 @triton.jit
-def tag(values_ptr, nearest_ptr, margin_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The largest of each row of `[ROWS, COLUMNS]` with its column in the low bits, and what that may cost."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+def tag(values_ptr, nearest_ptr, column_ptr, margin_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr):
+    """The largest of each lane of rows `[ROWS, COLUMNS]`, its column from its low bits, and what these may cost."""
+    row, column, lane = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, 4)
     values = tl.load(values_ptr + row[:, None] * COLUMNS + column[None, :])
-    tl.store(nearest_ptr + row, nearest_column(values, column, COLUMNS))
+    nearest = nearest_column(by_lane(values, ROWS, COLUMNS, RUN), COLUMNS, RUN)  # [ROWS, 4]
+    place = row[:, None] * 4 + lane[None, :]
+    tl.store(nearest_ptr + place, nearest)
+    tl.store(column_ptr + place, (nearest.to(tl.int32, bitcast=True) & (COLUMNS - 1)) + first_of_lane(RUN))
     tl.store(margin_ptr, tag_margin(COLUMNS))

@@ -274,21 +274,21 @@ def test_a_dense_call_whose_lists_were_copied():
     assert (grad.cpu() - expected).norm() <= 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("columns", [128, 256])
-def test_the_tag_of_a_column_stays_inside_its_margin(columns):
+@pytest.mark.parametrize("columns, run", [(128, 2), (128, 32), (32, 8)])
+def test_the_tag_of_a_column_stays_inside_its_margin(columns, run):
     """A column number replaces the low bits of a cosine; the screen looks that much below its threshold."""
     from tests.triton.small_kernels import tag
 
     values = torch.rand(16, columns, device=DEVICE) * 2 - 1
     values[0], values[1], values[2] = 0.999999, 1.000001, -1.000001
-    nearest, margin = torch.empty(16, device=DEVICE), torch.empty(1, device=DEVICE)
-    tag[(1,)](values, nearest, margin, ROWS=16, COLUMNS=columns)
-    largest = values.amax(1)
-    taken = (largest - nearest).abs().max()
+    nearest, margin = torch.empty(16, 4, device=DEVICE), torch.empty(1, device=DEVICE)
+    column = torch.empty(16, 4, dtype=torch.int32, device=DEVICE)
+    tag[(1,)](values, nearest, column, margin, ROWS=16, COLUMNS=columns, RUN=run)
+    lanes = values.view(16, -1, 4, run)
+    taken = (lanes.amax((1, 3)) - nearest).abs().max()
     assert taken <= margin < 1e-4 and taken > 0
-    assert (
-        values.gather(1, (nearest.view(torch.int32) & (columns - 1)).long()[:, None])[:, 0] >= largest - margin
-    ).all()
+    assert (values.gather(1, column.long()) >= lanes.amax((1, 3)) - margin).all()
+    assert (column // run % 4 == torch.arange(4, device=DEVICE)).all()
 
 
 def test_rows_below_the_least_norm():

@@ -19,6 +19,7 @@ from .tiles import GRANULE
 # Sizes follow from the shapes and the GPU's number of multiprocessors, an argument, so that fakes know them.
 LIST_BYTES = 27 << 20  # of lists, plus what the memory bound grants for C and N·D
 SLOT_BYTES = 12  # class, which becomes a link, weight and cosine
+MOST_PARTS = 256  # that finish_samples looks through at once without more registers
 PARTIAL_BYTES = 16 << 20  # of partial sums of ∂x
 CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: it stays in the L2 cache
 
@@ -64,8 +65,8 @@ def padded(rows: int) -> int:
 def shares(blocks: int, most: int, multiprocessors: int) -> int:
     """Into how many shares, at most `most`, to cut the work of each of `blocks` so that a GPU is busy to the end.
 
-    The kernels concerned leave room for one program a multiprocessor: as many programs as fit at once, or, where that
-    could leave more than a tenth of a GPU idle, four times as many.
+    `multiprocessors` is how many programs run at once, one each unless the caller says otherwise: so many programs, or,
+    where that could leave more than a tenth of a GPU idle, four times as many.
     """
     waves = 1 if 10 * blocks <= multiprocessors else 4
     return max(1, min(waves * multiprocessors // max(1, blocks), most))
@@ -76,7 +77,11 @@ def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple
     tiles = cdiv(classes, GRANULE)
     # a chunk holds a tile of every stripe
     in_chunk = max(1, CHUNK_BYTES // (2 * GRANULE * (features + GRANULE - 1)))
-    stripes = shares(padded(rows) // GRANULE, min(tiles, in_chunk), multiprocessors)
+    blocks, most = padded(rows) // GRANULE, min(tiles, in_chunk)
+    # a multiprocessor runs two programs of the screen at the same time (`tiles.TWO_SCREENS`) or one after the other
+    enough = 2 * multiprocessors <= blocks * min(most, MOST_PARTS)
+    programs = 2 * multiprocessors if enough else multiprocessors
+    stripes = shares(blocks, most, programs)
     granted = LIST_BYTES + 8 * classes + 4 * rows * features
     capacity = granted // SLOT_BYTES // (max(GRANULE, padded(rows)) * stripes)
     return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE))

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...types import Forward, HyperParameters
 from . import buffers, tiles
@@ -22,6 +24,8 @@ from .launch import Call, block_parts, launch
 from .plan import threshold_of
 from .tiles import GRANULE
 
+# Triton before 3.6 spills under the limit that makes room for two programs.
+LIMITS_REGISTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 SUM_PLANES = 4  # per sample: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
 
 
@@ -82,6 +86,23 @@ def dense_chunk(call: Call, stripes: int) -> int:
     return min(rounds * stripes, cdiv(call.c, GRANULE)) * GRANULE
 
 
+def screen_operands(call: Call, prepared: Preparation) -> dict[str, Any]:
+    """Unit rows as the screen takes them on this GPU, and what follows from how."""
+    tile, tma = call.tile("screen"), call.family in tiles.BY_DESCRIPTOR
+    unit_x, unit_w = prepared.unit_x, prepared.unit_w
+    if tma:
+        unit_x = TensorDescriptor.from_tensor(unit_x, [tile.block_n, tile.block_k])
+        unit_w = TensorDescriptor.from_tensor(unit_w, [tile.block_c, tile.block_k])
+    limit = tiles.most_registers(call.family, tile.warps) if LIMITS_REGISTERS else None
+    return {
+        "unit_x": unit_x,
+        "unit_w": unit_w,
+        "RUN": min(tiles.RUN[call.family], tile.block_c // tiles.LANES),
+        "TMA": tma,
+        **({"maxnreg": limit} if limit else {}),
+    }
+
+
 def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold: float) -> dict[str, Any]:
     """Every class past every sample; the sums and lists, under the names that `finish_samples` knows them by."""
     saved = Saved(*result.saved)
@@ -98,8 +119,6 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
     screened = {
         **made,
         **call.target,
-        "unit_x_ptr": prepared.unit_x,
-        "unit_w_ptr": prepared.unit_w,
         "c": call.c,
         "padded_n": call.padded_n,
         "row_blocks": row_blocks,
@@ -110,6 +129,7 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
         "k_inter": call.hp.k_inter,
         "b": call.hp.b,
         "PADDED_D": call.padded_d,
+        **screen_operands(call, prepared),
         **call.product("screen"),
     }
     if call.padded_d > tiles.DEEP_FEATURES:

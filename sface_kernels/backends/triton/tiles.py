@@ -50,6 +50,15 @@ SCREEN = {
     "gfx942": Tile(128, 128, 32, 8, 2),
     "interpreter": Tile(64, 128, 64, 4, 1),
 }
+# Families whose screen reads by tensor descriptors (TMA): no registers for addresses, and no barrier before each step
+# of the product. Its buffers meet what they ask for: rows of a multiple of 16 bytes, aligned, without gaps.
+BY_DESCRIPTOR = ("sm_90", "sm_100")
+# Columns side by side in a thread, by the layout of a product: sums over a tile then stay in the thread.
+RUN = {"sm_80": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 32, "interpreter": 2}
+LANES = 4  # shares of a tile's columns that are summed apart; 128 columns have as many in each as a word has bits
+# Families on which two programs of the screen fit a multiprocessor without a spill: one's sums run under the other's
+# product.
+TWO_SCREENS = ("sm_90",)
 # Stages of the screen with more features: with three of them sm_90 spills in the loop of the product at 1024.
 DEEP_FEATURES, DEEP_STAGES = 512, 2
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the
@@ -119,6 +128,11 @@ def tile(kernel: str, family: str, precision: str) -> Tile:
 
 def rows_at_once(wanted: int, family: str) -> int:
     return INTERPRETER_BLOCK if family == "interpreter" else wanted
+
+
+def most_registers(family: str, warps: int) -> int | None:
+    """Registers of a thread that leave room for a second program of the screen; None for as many as there are."""
+    return min(255, 65536 // (2 * 32 * warps)) if family in TWO_SCREENS else None
 
 
 def family(capability: tuple[int, int] | None, hip: str | None) -> str:

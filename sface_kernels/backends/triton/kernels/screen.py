@@ -7,6 +7,10 @@ Reads the chunk's unit rows once per block of samples (from the L2 cache); cosin
 
 A program owns a block of samples and every `stripes`-th tile of classes, chunk after chunk: its sums and its part of
 each list have one writer, so there are no atomics and the result does not depend on scheduling.
+
+The columns of a tile are cut into four *lanes*, in runs of `RUN` columns that take turns. With the run that fits the
+layout of the GPU's products a thread holds all of a lane's columns in its rows: what is summed by lane needs no
+exchange between threads, and lanes are added up once, at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +18,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NO_COSINE, inter_weight_below, sums_with_one_trip
+from .. import tiles
+from .math import IGNORED, NO_CLASS, NO_COSINE, inter_weight_below, sums_with_one_trip
+
+LANES: tl.constexpr = tl.constexpr(tiles.LANES)
+
+
+@triton.jit
+def by_lane(tile, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, RUN: tl.constexpr):
+    """A tile `[BLOCK_N, BLOCK_C]` as `[BLOCK_N, runs of a lane, LANES, RUN]`."""
+    return tile.reshape(BLOCK_N, BLOCK_C // (LANES * RUN), LANES, RUN)
+
+
+@triton.jit
+def lane_sums(tile):
+    """Of a tile by lane, `[BLOCK_N, LANES]`."""
+    return tl.sum(tl.sum(tile, 1), 2)
+
+
+@triton.jit
+def lane_columns(BLOCK_C: tl.constexpr, RUN: tl.constexpr):
+    """Columns of a tile by lane, `[1, runs, 1, RUN]`, counted from the first of the lane."""
+    run = tl.arange(0, BLOCK_C // (LANES * RUN)) * (LANES * RUN)
+    return (run[:, None] + tl.arange(0, RUN)[None, :])[None, :, None, :]
+
+
+@triton.jit
+def first_of_lane(RUN: tl.constexpr):
+    """The first column of each lane, `[1, LANES]`."""
+    return (RUN * tl.arange(0, LANES))[None, :]
 
 
 @triton.jit
@@ -28,26 +60,27 @@ def count_bits(word):
 
 
 @triton.jit
-def append_candidates(found, list_ptr, count, first_class, capacity, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Appends the set columns of `found` `[BLOCK_N, BLOCK_C]` to each row's part of its list, in order of the class.
+def append_candidates(
+    cos, threshold, list_ptr, count, first_class, capacity, BLOCK_C: tl.constexpr, RUN: tl.constexpr
+):  # fmt: skip
+    """Appends the columns of `cos` by lane that reach the threshold to each row's part of its list, lane after lane.
 
     `list_ptr` `[BLOCK_N]` points to each row's part, `count` is how many it has had. Returns the new counts, which go
-    on past `capacity`. A column is a bit of a word of 32, and a pass takes one bit of every word.
+    on past `capacity`. A lane's columns are the bits of a word, and a pass takes one bit of every word.
     """
-    bit = tl.arange(0, BLOCK_C) % 32
-    WORDS: tl.constexpr = BLOCK_C // 32
-    bits = tl.where(found, tl.full([1, BLOCK_C], 1, tl.uint32) << bit[None, :].to(tl.uint32), 0).to(tl.uint32)
-    words = tl.sum(bits.reshape(BLOCK_N, WORDS, 32), 2).to(tl.uint32)  # [BLOCK_N, WORDS]
-    in_word = count_bits(words)
-    place = count[:, None] + tl.cumsum(in_word, 1) - in_word  # [BLOCK_N, WORDS] of the word's first
-    word_class = (first_class + tl.arange(0, WORDS) * 32)[None, :]
-    while tl.max(sums_with_one_trip(tl.max((words != 0).to(tl.int32), 1)), 0) > 0:
+    column = lane_columns(BLOCK_C, RUN)
+    bit = tl.full([1, 1, 1, 1], 1, tl.uint32) << (column // (LANES * RUN) * RUN + column % RUN).to(tl.uint32)
+    words = lane_sums(tl.where(cos >= threshold, bit, 0).to(tl.uint32)).to(tl.uint32)  # [BLOCK_N, LANES]
+    found = count_bits(words)
+    place = count[:, None] + tl.cumsum(found, 1) - found  # of the lane's first
+    for _ in range(0, tl.max(sums_with_one_trip(tl.max(found, 1)), 0)):
         lowest = words & (words ^ (words - 1))
-        position = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        tl.store(list_ptr[:, None] + place, word_class + position, mask=(words != 0) & (place < capacity))
-        place += (words != 0).to(tl.int32)
+        number = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        cls = first_class + first_of_lane(RUN) + ((number & -RUN) * LANES | (number & (RUN - 1)))
+        tl.store(list_ptr[:, None] + place, cls, mask=(words != 0) & (place < capacity))
+        place += 1
         words = words & (words - 1)
-    return count + tl.sum(in_word, 1)
+    return count + tl.sum(found, 1)
 
 
 @triton.jit
@@ -57,17 +90,19 @@ def tag_margin(BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def nearest_column(cos, column, BLOCK_C: tl.constexpr):
-    """The largest of each row of `cos` `[N, BLOCK_C]`, its column in place of its low bits."""
-    tagged = (cos.to(tl.int32, bitcast=True) & ~(BLOCK_C - 1)) | column[None, :]
-    return sums_with_one_trip(tl.max(tagged.to(tl.float32, bitcast=True), 1))
+def nearest_column(cos, BLOCK_C: tl.constexpr, RUN: tl.constexpr):
+    """The largest of each lane of `cos` by lane, its column, counted from the first of the lane, as its low bits."""
+    # num_programs(1) is 1: as a register this mask and the column, a constant, go into one instruction
+    kept = -BLOCK_C * tl.num_programs(1)
+    tagged = (cos.to(tl.int32, bitcast=True) & kept) | lane_columns(BLOCK_C, RUN)
+    return tl.max(tl.max(tagged.to(tl.float32, bitcast=True), 1), 2)
 
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "capacity", "slots", "begun"])
 def screen(
     # pointers
-    unit_x_ptr,  # [padded N, PADDED_D] fp16
-    unit_w_ptr,  # [padded chunk, PADDED_D] fp16
+    unit_x,  # [padded N, PADDED_D] fp16
+    unit_w,  # [padded chunk, PADDED_D] fp16
     target_ptr,  # [N] int64
     sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ weight, Σ cosine, the largest cosine with its column
     best_class_ptr,  # [stripes, padded N] int32
@@ -92,65 +127,75 @@ def screen(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PADDED_D: tl.constexpr,
+    RUN: tl.constexpr,
+    TMA: tl.constexpr,  # unit rows are given by descriptors, else by pointers
     UPCAST: tl.constexpr,  # multiply in fp32 what is stored in fp16: the interpreter
 ):
     pid = tl.program_id(0)
     stripe = (pid // row_blocks).to(tl.int64)
-    i = (pid % row_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    first_row = (pid % row_blocks) * BLOCK_N
+    i = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     column = tl.arange(0, BLOCK_C)
     feature = tl.arange(0, BLOCK_K)
-    target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
+    target = tl.load(target_ptr + i, mask=i < n, other=IGNORED).to(tl.int32)
 
     at = stripe * padded_n + i  # [BLOCK_N], the program's slot in the sums
     plane = padded_n.to(tl.int64) * stripes
-    later = i < begun
-    inter = tl.load(sums_ptr + at, mask=later, other=0.0)
-    dropped = tl.load(sums_ptr + plane + at, mask=later, other=0.0)
-    cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
-    best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
-    best_class = tl.load(best_class_ptr + at, mask=later, other=-1)
-    count = tl.load(count_ptr + at, mask=later, other=0)
-    list_part = list_ptr + i * slots + stripe * capacity
+    # what an earlier chunk began goes on in the first lane
+    in_lane = at[:, None] + tl.zeros([1, LANES], tl.int64)
+    later = (i < begun)[:, None] & (tl.arange(0, LANES) == 0)[None, :]  # [BLOCK_N, LANES]
+    inter = tl.load(sums_ptr + in_lane, mask=later, other=0.0)
+    dropped = tl.load(sums_ptr + plane + in_lane, mask=later, other=0.0)
+    cos_sum = tl.load(sums_ptr + 2 * plane + in_lane, mask=later, other=0.0)
+    best = tl.load(sums_ptr + 3 * plane + in_lane, mask=later, other=NO_COSINE)
+    best_class = tl.load(best_class_ptr + in_lane, mask=later, other=-1)
+    count = tl.load(count_ptr + at, mask=i < begun, other=0)
 
-    x_tile = unit_x_ptr + i[:, None] * PADDED_D + feature[None, :]
-    for tile in range(stripe, tiles, stripes):
+    for tile in range(pid // row_blocks, tiles, stripes):
         first = tile * BLOCK_C  # of the chunk
-        w_tile = unit_w_ptr + (first + column)[None, :] * PADDED_D + feature[:, None]
-        cos = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        tile_product = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for k in range(0, PADDED_D, BLOCK_K):
-            x = tl.load(x_tile + k)
-            w = tl.load(w_tile + k)
-            if UPCAST:
-                cos += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+            if TMA:
+                x = unit_x.load([first_row, k])
+                w = unit_w.load([first, k]).T
             else:
-                cos = tl.dot(x, w, cos)
-        cos_sum += tl.sum(cos, 1)
+                x = tl.load(unit_x + i[:, None] * PADDED_D + (k + feature)[None, :])
+                w = tl.load(unit_w + (first.to(tl.int64) + column)[None, :] * PADDED_D + (k + feature)[:, None])
+            if UPCAST:
+                tile_product += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+            else:
+                tile_product = tl.dot(x, w, tile_product)
+        cos = by_lane(tile_product, BLOCK_N, BLOCK_C, RUN)
+        cos_sum += lane_sums(cos)
 
         first += first_class
         own = target - first  # [BLOCK_N], the own class as a column
         owned = tl.max(((own >= 0) & (own < BLOCK_C)).to(tl.int32), 0)
         if (owned > 0) | (first + BLOCK_C > c):
-            other = (column[None, :] != own[:, None]) & (first + column < c)[None, :]
+            lane_column, first_column = lane_columns(BLOCK_C, RUN), first_of_lane(RUN)
+            own_column, past = own[:, None] - first_column, c - first - first_column  # [BLOCK_N or 1, LANES]
+            other = (lane_column != own_column[:, None, :, None]) & (lane_column < past[:, None, :, None])
             cos = tl.where(other, cos, NO_COSINE)
 
-        nearest = nearest_column(cos, column, BLOCK_C)  # [BLOCK_N]
+        nearest = nearest_column(cos, BLOCK_C, RUN)  # [BLOCK_N, LANES]
         tag = nearest.to(tl.int32, bitcast=True) & (BLOCK_C - 1)
-        best_class = tl.where(nearest > best, first.to(tl.int32) + tag, best_class)
+        best_class = tl.where(nearest > best, first + first_of_lane(RUN) + tag, best_class)
         best = tl.maximum(nearest, best)
 
         below = tl.minimum(cos, threshold)
         weight = inter_weight_below(below, k_inter, b)
-        inter += tl.sum(weight * below, 1)
-        dropped += tl.sum(weight, 1)
+        inter += lane_sums(weight * below)
+        dropped += lane_sums(weight)
 
-        if tl.max(nearest, 0) >= threshold - tag_margin(BLOCK_C):
+        if tl.max(sums_with_one_trip(tl.max(nearest, 1)), 0) >= threshold - tag_margin(BLOCK_C):
             # neither NaN nor the zeros of ignored rows are candidates
-            found = cos >= threshold
-            count = append_candidates(found, list_part, count, first.to(tl.int32), capacity, BLOCK_N, BLOCK_C)
+            list_part = list_ptr + i * slots + stripe * capacity
+            count = append_candidates(cos, threshold, list_part, count, first, capacity, BLOCK_C, RUN)
 
-    tl.store(sums_ptr + at, inter)
-    tl.store(sums_ptr + plane + at, dropped)
-    tl.store(sums_ptr + 2 * plane + at, cos_sum)
-    tl.store(sums_ptr + 3 * plane + at, best)
-    tl.store(best_class_ptr + at, best_class)
+    nearest = tl.max(best, 1)  # [BLOCK_N]
+    tl.store(sums_ptr + at, tl.sum(inter, 1))
+    tl.store(sums_ptr + plane + at, tl.sum(dropped, 1))
+    tl.store(sums_ptr + 2 * plane + at, tl.sum(cos_sum, 1))
+    tl.store(sums_ptr + 3 * plane + at, nearest)
+    tl.store(best_class_ptr + at, tl.min(tl.where(best == nearest[:, None], best_class, NO_CLASS), 1))
     tl.store(count_ptr + at, count)

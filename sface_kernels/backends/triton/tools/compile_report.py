@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ....precision import kept
 from ....types import HyperParameters
@@ -47,7 +48,7 @@ TARGETS = {
     "sm_120": Target(GPUTarget("cuda", 120, 32), (12, 0), 99 << 10),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), None, 64 << 10),
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of the compiler, among a launch's arguments
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")  # of the compiler, among a launch's arguments
 TENSOR_MEMORY = 512  # columns that a program may have on sm_100; where it asks for more, Triton's code is one trap
 TYPES = {
     torch.float32: "fp32",
@@ -132,7 +133,9 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, 
         if name.isupper() or (looks and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            signature[name], divisible = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>", False
+        elif isinstance(value, torch.Tensor):
             signature[name], divisible = "*" + TYPES[value.dtype], True
         elif isinstance(value, float):
             signature[name], divisible = "fp32", False
