@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 
 import pytest
@@ -228,20 +229,30 @@ class TestLaunches:
         assert len(compile_report.distinct(variants)) <= 10
 
     @compiles
-    def test_no_stride_is_multiplied_in_32_bits(self):
-        """Strides of a transposed weight, which are constants of a contiguous one."""
+    @pytest.mark.parametrize("size, stride", [(1, 1), (16, 2**31), (17, 3)], ids=["ones", "sixteens", "odd"])
+    def test_compiles_whatever_integers_it_is_given(self, monkeypatch, size, stride):
+        """Triton makes a constant of an argument that is 1, which has no methods of a tensor, marks what 16 divides, and
+        takes what is past 2³¹ as int64. All that are not multiples of 128 by construction take such values here, strides
+        too, which are constants of a contiguous weight and others of a transposed one."""
         import triton
 
         from sface_kernels.backends.triton.tools import compile_report, machine_code
 
+        small = {"block_n": 16, "block_c": 32, "block_k": 16, "warps": 4}  # compiles fast
+        monkeypatch.setenv("SFACE_TILES", json.dumps(dict.fromkeys(tiles.TABLES, small)))
+        found: list = []
+        for dense, need_x in compile_report.MODES:
+            found += compile_report.recorded("sm_90", (1, 1, 1), bf16, f32, FAST, dense, need_x)
+        assert {kernel.fn.__name__ for kernel, _ in found} >= {"prepare", "finish_samples", *tiles.TABLES}
         seen = 0
-        for dense in (False, True):
-            for kernel, arguments in compile_report.distinct(self.launches((100, 1009, 100), dense)):
-                odd = {name: 3 + 2 * at for at, name in enumerate(arguments) if "_stride_" in name}
-                if not odd:
-                    continue
-                source, options = compile_report.specialised(kernel, {**arguments, **odd})
-                compiled = triton.compile(source, target=compile_report.TARGETS["sm_90"].gpu, options=options)
+        for kernel, arguments in compile_report.distinct(found):
+            given = dict(arguments)
+            for name in kernel.arg_names:
+                if type(arguments[name]) is int and not name.isupper() and not name.startswith("padded_"):
+                    given[name] = stride if "_stride_" in name else size
+            source, options = compile_report.specialised(kernel, given)
+            compiled = triton.compile(source, target=compile_report.TARGETS["sm_90"].gpu, options=options)
+            if stride == 3:
                 seen += compiled.asm["ttir"].count("_stride_")
                 assert not machine_code.narrow_strides(compiled.asm["ttir"]), kernel
-        assert seen > 20 or backend.TRITON_VERSION < (3, 6)
+        assert stride != 3 or seen > 20 or backend.TRITON_VERSION < (3, 6)
