@@ -13,6 +13,7 @@ import os
 import pytest
 import torch
 
+from sface_kernels import sface_loss, validation
 from sface_kernels.backends import triton as backend
 from sface_kernels.backends.triton import buffers, device, tiles
 from sface_kernels.types import HyperParameters, Request
@@ -21,6 +22,10 @@ from tests.support.cases import BACKENDS, bf16, f32
 FAST = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 2.0**-16)
 CUDA = Request(torch.device("cuda"), f32, f32)
 needs_triton = pytest.mark.skipif(backend.TRITON_VERSION is None, reason="Triton is not installed")
+# of PyTorch's operations, those that launch nothing
+FREE = (
+    "alias as_strided detach empty empty_like empty_strided expand reshape result_type select to unsqueeze view".split()
+)
 compiles = pytest.mark.skipif(
     backend.TRITON_VERSION is None or os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled here"
 )
@@ -166,6 +171,24 @@ class TestLaunches:
     def test_a_small_step_has_few(self, dense, launches):
         """There the host decides, at some microseconds a launch."""
         assert len(self.launches((128, 10_575, 512), dense)) == launches
+
+    def test_a_small_step_has_few_operations_of_pytorch(self, monkeypatch):
+        """Each that is more than a view or an allocation is a launch too."""
+        monkeypatch.setenv("SFACE_VERIFY", "0")
+        monkeypatch.setattr(validation, "checks_labels", lambda _: False)  # as on a GPU
+        y = torch.arange(128)
+        x, w = (torch.zeros(size, 512, dtype=t, requires_grad=True) for size, t in ((128, bf16), (10_575, f32)))
+
+        def outermost(event) -> list[str]:
+            space, _, name = event.name.partition("::")
+            if space == "aten" and name not in FREE:
+                return [name]
+            return [name for child in event.cpu_children for name in outermost(child)]
+
+        with device.pretend((9, 0), run=lambda *_: None), torch.profiler.profile() as profile:
+            sface_loss(x, w, y, backend="triton", filter_eps=FAST.filter_eps).backward()
+        made = [name for event in profile.events() if event.cpu_parent is None for name in outermost(event)]
+        assert len(made) <= 17, made
 
     @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
     def test_every_launch_says_that_sums_and_products_fuse(self, dense):

@@ -24,7 +24,6 @@ from .math import (
     store_class_gradient,
 )
 
-
 FP16_PEAK: tl.constexpr = tl.constexpr(13)  # exponent of the largest coefficient in fp16, which ends at 15
 
 
