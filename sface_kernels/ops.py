@@ -90,20 +90,21 @@ prepare_labels_op = torch.ops.sface.prepare_labels.default
 
 def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int, count: int) -> Tensor:
     target = labels.reshape(-1).to(torch.int64)
+    # few operations: on a GPU each is a launch, and `where` with a number two
     ignored = target == ignore_index
-    valid = (target >= 0) & (target < num_classes)
+    place = target.clamp(0, num_classes - 1)
+    outside = place != target
     if check:
-        invalid = ~(valid | ignored)
+        invalid = outside & ~ignored
         if bool(invalid.any()):
             row = int(invalid.nonzero()[0])
             raise ValueError(
                 f"labels: expected values in [0, {num_classes}) or ignore_index={ignore_index}, "
                 f"got {int(target[row])} in row {row} ({int(invalid.sum())} such rows)"
             )
-    place = target
-    if (first, count) != (0, num_classes):  # on a GPU each operation is a launch
+    if (first, count) != (0, num_classes):
         place = torch.where((target >= first) & (target < first + count), target - first, NO_TARGET)
-    return torch.where(ignored, IGNORED, torch.where(valid, place, INVALID))
+    return place.masked_fill_(outside, INVALID).masked_fill_(ignored, IGNORED)
 
 
 implement("prepare_labels", _prepare_labels)

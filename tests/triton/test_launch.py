@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 
 import pytest
 import torch
 
+from sface_kernels import sface_loss, validation
 from sface_kernels.backends import triton as backend
 from sface_kernels.backends.triton import buffers, device, tiles
 from sface_kernels.types import HyperParameters, Request
@@ -20,6 +22,20 @@ from tests.support.cases import BACKENDS, bf16, f32
 FAST = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 2.0**-16)
 CUDA = Request(torch.device("cuda"), f32, f32)
 needs_triton = pytest.mark.skipif(backend.TRITON_VERSION is None, reason="Triton is not installed")
+# of PyTorch's operations, those that launch nothing
+FREE = {
+    "alias",
+    "as_strided",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "expand",
+    "reshape",
+    "to",
+    "unsqueeze",
+    "view",
+}
 compiles = pytest.mark.skipif(
     backend.TRITON_VERSION is None or os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled here"
 )
@@ -166,6 +182,24 @@ class TestLaunches:
         """There the host decides, at some microseconds a launch."""
         assert len(self.launches((128, 10_575, 512), dense)) == launches
 
+    def test_a_small_step_has_few_operations_of_pytorch(self, monkeypatch):
+        """Each that is more than a view or an allocation is a launch too."""
+        monkeypatch.setenv("SFACE_VERIFY", "0")
+        monkeypatch.setattr(validation, "checks_labels", lambda _: False)  # as on a GPU
+        y = torch.arange(128)
+        x, w = (torch.zeros(size, 512, dtype=t, requires_grad=True) for size, t in ((128, bf16), (10_575, f32)))
+
+        def outermost(event) -> list[str]:
+            space, _, name = event.name.partition("::")
+            if space == "aten" and name not in FREE:
+                return [name]
+            return [name for child in event.cpu_children for name in outermost(child)]
+
+        with device.pretend((9, 0), run=lambda *_: None), torch.profiler.profile() as profile:
+            sface_loss(x, w, y, backend="triton", filter_eps=FAST.filter_eps).backward()
+        made = [name for event in profile.events() if event.cpu_parent is None for name in outermost(event)]
+        assert len(made) <= 17, made
+
     @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
     def test_every_launch_says_that_sums_and_products_fuse(self, dense):
         """Triton means to change its default."""
@@ -228,20 +262,30 @@ class TestLaunches:
         assert len(compile_report.distinct(variants)) <= 10
 
     @compiles
-    def test_no_stride_is_multiplied_in_32_bits(self):
-        """Strides of a transposed weight, which are constants of a contiguous one."""
+    @pytest.mark.parametrize("size, stride", [(1, 1), (16, 2**31), (17, 3)], ids=["ones", "sixteens", "odd"])
+    def test_compiles_whatever_integers_it_is_given(self, monkeypatch, size, stride):
+        """Triton makes a constant of an argument that is 1, which has no methods of a tensor, marks what 16 divides, and
+        takes what is past 2³¹ as int64. All that are not multiples of 128 by construction take such values here, strides
+        too, which are constants of a contiguous weight and others of a transposed one."""
         import triton
 
         from sface_kernels.backends.triton.tools import compile_report, machine_code
 
+        small = {"block_n": 16, "block_c": 32, "block_k": 16, "warps": 4}  # compiles fast
+        monkeypatch.setenv("SFACE_TILES", json.dumps(dict.fromkeys(tiles.TABLES, small)))
+        found: list = []
+        for dense, need_x in compile_report.MODES:
+            found += compile_report.recorded("sm_90", (1, 1, 1), bf16, f32, FAST, dense, need_x)
+        assert {kernel.fn.__name__ for kernel, _ in found} >= {"prepare", "finish_samples", *tiles.TABLES}
         seen = 0
-        for dense in (False, True):
-            for kernel, arguments in compile_report.distinct(self.launches((100, 1009, 100), dense)):
-                odd = {name: 3 + 2 * at for at, name in enumerate(arguments) if "_stride_" in name}
-                if not odd:
-                    continue
-                source, options = compile_report.specialised(kernel, {**arguments, **odd})
-                compiled = triton.compile(source, target=compile_report.TARGETS["sm_90"].gpu, options=options)
+        for kernel, arguments in compile_report.distinct(found):
+            given = dict(arguments)
+            for name in kernel.arg_names:
+                if type(arguments[name]) is int and not name.isupper() and not name.startswith("padded_"):
+                    given[name] = stride if "_stride_" in name else size
+            source, options = compile_report.specialised(kernel, given)
+            compiled = triton.compile(source, target=compile_report.TARGETS["sm_90"].gpu, options=options)
+            if stride == 3:
                 seen += compiled.asm["ttir"].count("_stride_")
                 assert not machine_code.narrow_strides(compiled.asm["ttir"]), kernel
-        assert seen > 20 or backend.TRITON_VERSION < (3, 6)
+        assert stride != 3 or seen > 20 or backend.TRITON_VERSION < (3, 6)

@@ -50,11 +50,15 @@ def _dense(call: Call, common: dict[str, Any]) -> None:
     norm, inv_norm = call.empty(call.padded_n), call.empty(call.c)
     counts, flags, head = (call.empty(2, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.int32))
     prepared = Preparation(call, chunk, norm, inv_norm, counts, flags, head)
+    coefficients_of, gradient_of = call.tile("coefficients"), call.tile("class_gradient")
+    row_blocks = call.row_blocks("coefficients")
     shared = {
         "unit_x_ptr": prepared.unit_x,
         "coefficient_ptr": call.empty(call.padded_n, chunk, dtype=call.unit_dtype),
         "along_ptr": call.empty(chunk),
+        "shift_ptr": call.empty(row_blocks + 1, chunk, dtype=torch.int32),
         "largest_ptr": common["largest_ptr"],
+        "row_blocks": row_blocks,
         "padded_chunk": chunk,
         "PADDED_D": call.padded_d,
         "PRECISION": call.precision,
@@ -69,7 +73,6 @@ def _dense(call: Call, common: dict[str, Any]) -> None:
         "active_ptr": flags,
         "grad_row_ptr": common["grad_row_ptr"],
         "padded_n": call.padded_n,
-        "row_blocks": call.row_blocks("coefficients"),
         "tiles": 0,
         "stripes": 1,
         "begun": 0,
@@ -87,12 +90,13 @@ def _dense(call: Call, common: dict[str, Any]) -> None:
         "d": call.d,
         "s": call.hp.s,
         **call.product("class_gradient"),
+        "ROWS": coefficients_of.block_n,
+        "BLOCK_K": min(gradient_of.block_k, coefficients_of.block_n),
     }
-    block_c, gradient_of = call.tile("coefficients").block_c, call.tile("class_gradient")
     d_blocks = cdiv(call.d, gradient_of.block_n)
     for first, rows in call.chunks(chunk):
         prepared.launch(first, rows)
-        launch(coefficients, (cdiv(rows, block_c),), **weighed, first_class=first)
+        launch(coefficients, (cdiv(rows, coefficients_of.block_c),), **weighed, first_class=first)
         launch(class_gradient, (cdiv(rows, gradient_of.block_c), d_blocks), **multiplied, first_class=first)
 
 

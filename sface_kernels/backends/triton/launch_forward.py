@@ -183,6 +183,7 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
         "grad_row_ptr": sums,
         "largest_ptr": sums,
         "along_ptr": sums,
+        "shift_ptr": active,
         "row_blocks": row_blocks,
         "stripes": stripes,
         "BACKWARD": False,

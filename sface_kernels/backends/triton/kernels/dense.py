@@ -24,6 +24,8 @@ from .math import (
     store_class_gradient,
 )
 
+FP16_PEAK: tl.constexpr = tl.constexpr(13)  # exponent of the largest coefficient in fp16, which ends at 15
+
 
 @triton.jit
 def cosine_tile(
@@ -46,13 +48,15 @@ def coefficients(
     unit_x_ptr,  # [padded N, PADDED_D]
     unit_w_ptr,  # [padded chunk, PADDED_D]
     target_ptr,  # [N]
-    coefficient_ptr,  # [padded N, padded chunk] out: (6) without s; forward: own classes left out, BACKWARD: times u
+    coefficient_ptr,  # [padded N, padded chunk] out: (6) without s; forward: own classes left out; BACKWARD: times u,
+    # and in fp16 times 2^shift of the block of samples and the class
     sums_ptr,  # forward, [4, stripes, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
     best_class_ptr,  # forward, [stripes, padded N] int32
     active_ptr,  # forward, [stripes, padded N] int32
     grad_row_ptr,  # BACKWARD, [N], u
     largest_ptr,  # BACKWARD, [1], max |u|
     along_ptr,  # BACKWARD, [padded chunk] out: Σ_i u_i g_ij c_ij / s
+    shift_ptr,  # BACKWARD and fp16, [row blocks + 1, padded chunk] int32 out; the last row: the least of the others
     # sizes, floats
     n,
     c,
@@ -80,7 +84,8 @@ def coefficients(
 ):
     """A program owns a block of samples, and takes every `stripes`-th tile of classes; BACKWARD the other way round.
 
-    In the backward u is brought to 1 by a power of two, as fp16 has little range: `class_gradient` takes it off again.
+    In the backward powers of two bring u to 1 and, as fp16 has little range, the largest coefficient of each class and
+    block of samples to FP16_PEAK: `class_gradient` takes them off again.
     """
     pid = tl.program_id(0)
     own_block = pid % row_blocks
@@ -90,6 +95,8 @@ def coefficients(
         first, last = pid * 0, row_blocks
         scale = power_of_two(-exponent_of(tl.load(largest_ptr)))
         along = tl.zeros([BLOCK_C], tl.float32)
+        own_rows = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+        least_shift = tl.full([BLOCK_C], 126, tl.int32)
     else:
         at = first.to(tl.int64) * padded_n + own_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         plane = padded_n.to(tl.int64) * stripes
@@ -118,10 +125,15 @@ def coefficients(
         if BACKWARD:
             u = tl.load(grad_row_ptr + i, mask=target != IGNORED, other=0.0) * scale
             u = tl.where(is_finite(u), u, float("nan"))  # for all classes, as 0·NaN is NaN
-            weight = tl.where((j < c)[None, :], sigmoid_of_angle(theta, k_inter, b), 0.0)
-            g = tl.where(weight >= filter_eps, weight, 0.0)
-            g = tl.where(own, -sigmoid_of_angle(theta, -k_intra, a), g) * u[:, None]
+            weight = sigmoid_of_angle(theta, tl.where(own, -k_intra, k_inter), tl.where(own, a, b))
+            g = tl.where((j < c)[None, :] & (weight >= filter_eps), weight, 0.0)
+            g = tl.where(own, -weight, g) * u[:, None]
             along += tl.sum(g * cos, 0)
+            if PRECISION == "half":
+                shift = tl.minimum(-exponent_of(tl.max(tl.abs(g), 0)) + FP16_PEAK, 126)  # [BLOCK_C]
+                g *= power_of_two(shift)[None, :]
+                least_shift = tl.minimum(least_shift, shift)
+                tl.store(shift_ptr + own_rows + block * padded_chunk, shift)
         else:
             other = (j < c)[None, :] & ~own
             weight = tl.where(other, sigmoid_of_angle(theta, k_inter, b), 0.0)
@@ -136,7 +148,9 @@ def coefficients(
         if NEED_GRAD:
             tl.store(coefficient_ptr + i[:, None] * padded_chunk + row[None, :], operand(g, PRECISION))
     if BACKWARD:
-        tl.store(along_ptr + pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C), along)
+        tl.store(along_ptr + own_rows, along)
+        if PRECISION == "half":
+            tl.store(shift_ptr + own_rows + row_blocks * padded_chunk, least_shift)
     else:
         tl.store(sums_ptr + at, inter)
         tl.store(sums_ptr + plane + at, dropped)
@@ -185,12 +199,13 @@ def row_gradient(
     tl.store(at, grad, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "row_blocks"])
 def class_gradient(
     # pointers
     coefficient_ptr,  # [padded N, padded chunk]
     unit_x_ptr,  # [padded N, PADDED_D]
     along_ptr,  # [padded chunk]
+    shift_ptr,  # fp16, [row blocks + 1, padded chunk], of `coefficients`
     w_ptr,
     inv_norm_ptr,  # [C]
     largest_ptr,  # [1], max |u|
@@ -200,6 +215,7 @@ def class_gradient(
     c,
     d,
     padded_chunk,
+    row_blocks,
     first_class,
     w_stride_c,
     w_stride_d,
@@ -207,7 +223,8 @@ def class_gradient(
     # compile time
     BLOCK_N: tl.constexpr,  # features of the output
     BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # samples
+    BLOCK_K: tl.constexpr,  # samples, all in the same of the row blocks
+    ROWS: tl.constexpr,  # in a row block
     PADDED_D: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -217,14 +234,23 @@ def class_gradient(
     out = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_K).to(tl.int64)
     raw = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+    if PRECISION == "half":
+        least_shift = tl.load(shift_ptr + row_blocks * padded_chunk + row)  # [BLOCK_C]
     for first in range(0, n, BLOCK_K):
         i = first + sample
         # rows past the last sample were not written
         g = tl.load(coefficient_ptr + i[None, :] * padded_chunk + row[:, None], mask=(i < n)[None, :], other=0.0)
         x = tl.load(unit_x_ptr + i[:, None] * PADDED_D + out[None, :], mask=(out < PADDED_D)[None, :], other=0.0)
+        if PRECISION == "half":
+            # from the scale of the block to that of the class; what is lost is below 2⁻²⁴ of the class's largest
+            shift = tl.load(shift_ptr + first // ROWS * padded_chunk + row)
+            to_class = power_of_two(tl.maximum(least_shift - shift, -126))
+            g = operand(g.to(tl.float32) * to_class[:, None], PRECISION)
         raw = product(g, x, raw, PRECISION, UPCAST)
     j = first_class + row
     inv_w = tl.load(inv_norm_ptr + j, mask=j < c, other=0.0)
     along = tl.load(along_ptr + row)
+    if PRECISION == "half":
+        raw *= power_of_two(-least_shift)[:, None]
     scale = s * power_of_two(exponent_of(tl.load(largest_ptr)))
     store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, scale, c, d, w_stride_c, w_stride_d)
