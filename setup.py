@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ try:
 except ImportError:  # metadata is asked for before torch is installed, or torch is broken: the portable backend remains
     BuildExtension = CppExtension = None
 
-# GCC and Clang: the kernels use their vector types.
-FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+# GCC and Clang: the kernels use their vector types. C++20 under the name that GCC 9 knows too.
+FLAGS = ["-O3", "-std=c++2a", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # Of PyTorch's stable ABI, what 2.11 has: the library then loads under every version from there on.
 FLAGS.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
+# Each of these is left out by itself where the compiler, or its assembler, does not know the instruction set.
+INSTRUCTION_SETS = [str(Path("csrc", "cpu", "simd", name)) for name in ("amx.cpp", "avx512.cpp", "avx2.cpp")]
 
 
 def extensions() -> list:
@@ -61,6 +64,25 @@ if BuildExtension is not None:
             except Exception as error:  # no compiler, one that is too old, one that is broken
                 print(f"warning: sface_kernels is built without its C++ kernels: {error}")
                 self.extensions = []
+
+        def build_extension(self, extension: Any) -> None:
+            unknown = [source for source in INSTRUCTION_SETS if not self.compiles(source)]
+            extension.sources = [source for source in extension.sources if source not in unknown]
+            extension.extra_compile_args = [
+                *extension.extra_compile_args,
+                *(f"-DSFACE_WITHOUT_{Path(source).stem.upper()}" for source in unknown),
+            ]
+            super().build_extension(extension)
+            for source in unknown:
+                print(f"warning: sface_kernels is built without {source}: this compiler does not know its instructions")
+
+        def compiles(self, source: str) -> bool:
+            with tempfile.TemporaryDirectory() as scratch:
+                try:
+                    self.compiler.compile([source], output_dir=scratch, extra_postargs=[*FLAGS, "-O0"])
+                except Exception:  # distutils and ninja raise errors of their own
+                    return False
+            return True
 
     commands["build_ext"] = PlainName
 setup(ext_modules=extensions(), cmdclass=commands)

@@ -8,13 +8,6 @@ namespace sface {
 namespace baseline {
 extern const Kernels* const table;
 }
-#if defined(__x86_64__) && defined(__linux__)
-namespace amx {
-bool supported();
-extern const Kernels* const table;
-}  // namespace amx
-#endif
-#if defined(__x86_64__)
 namespace avx2 {
 bool supported();
 extern const Kernels* const table;
@@ -23,15 +16,21 @@ namespace avx512 {
 bool supported();
 extern const Kernels* const table;
 }  // namespace avx512
-#endif
+namespace amx {
+bool supported();
+extern const Kernels* const table;
+}  // namespace amx
 
+// setup.py defines SFACE_WITHOUT_… for each file of simd/ that the compiler cannot compile.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(SFACE_WITHOUT_AMX)
   if (amx::supported()) usable.push_back(amx::table);
 #endif
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SFACE_WITHOUT_AVX512)
   if (avx512::supported()) usable.push_back(avx512::table);
+#endif
+#if defined(__x86_64__) && !defined(SFACE_WITHOUT_AVX2)
   if (avx2::supported()) usable.push_back(avx2::table);
 #endif
   usable.push_back(baseline::table);

@@ -16,10 +16,19 @@
 
 namespace sface {
 
+// v's bits as a To: std::bit_cast, which GCC 10 lacks.
+template <typename To, typename From>
+SFACE_INLINE To bit_cast(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &v, sizeof(To));
+  return to;
+}
+
 // By their bits: no compiler flag (-ffast-math) and no fused operation changes what these answer. Inlined, so that no
 // copy exists that is compiled for one instruction set.
-SFACE_INLINE bool is_finite(double v) { return (__builtin_bit_cast(uint64_t, v) >> 52 & 0x7ff) != 0x7ff; }
-SFACE_INLINE bool is_nan(float v) { return (__builtin_bit_cast(uint32_t, v) & 0x7fffffffu) > 0x7f800000u; }
+SFACE_INLINE bool is_finite(double v) { return (bit_cast<uint64_t>(v) >> 52 & 0x7ff) != 0x7ff; }
+SFACE_INLINE bool is_nan(float v) { return (bit_cast<uint32_t>(v) & 0x7fffffffu) > 0x7f800000u; }
 
 constexpr int kBlockClasses = 48;   // classes handled together: their rows stay in the L2 cache
 constexpr int kGroupSamples = 256;  // samples handled together

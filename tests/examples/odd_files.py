@@ -139,13 +139,14 @@ def _kinds() -> dict[str, Kind]:
         "pgm": Kind(".pgm", "L", _grey),
         "pgm 16 bits": Kind(".pgm", "I", _deep(np.int32, 65535)),
         "ppm": Kind(".ppm", "RGB", _rgb),
-        "pfm": Kind(".pfm", "F", _deep(np.float32, 1), options={"format": "PPM"}),
         "tga RGBA": Kind(".tga", "RGBA", _alpha),
         "pcx": Kind(".pcx", "RGB", _rgb),
         "sgi": Kind(".sgi", "RGB", _rgb),
         "png named jpg": Kind(".jpg", "RGB", _rgb, options={"format": "PNG"}),
         "png without a suffix": Kind("", "L", _grey, options={"format": "PNG"}),
     }
+    if ".pfm" in Image.registered_extensions():  # Pillow 10.1 knows none
+        kinds["pfm"] = Kind(".pfm", "F", _deep(np.float32, 1), options={"format": "PPM"})
     if features.check("webp"):
         kinds["webp"] = Kind(".webp", "RGB", _rgb, options=lossless, oriented=True)
         kinds["webp RGBA"] = Kind(".webp", "RGBA", _alpha, options=lossless, oriented=True)

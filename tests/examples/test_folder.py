@@ -37,7 +37,8 @@ def test_every_kind_looks_as_it_was_made(tmp_path, name):
         file = tmp_path / f"{orientation}{kind.suffix}"
         shown = odd_files.write(file, kind, seed=orientation, orientation=orientation)
         with odd_files.Image.open(file) as image:
-            assert image.mode == kind.mode  # else the case is another one than its name says
+            # else the case is another one than its name says; Pillow 10.1 opens PNG's 16 bits in 32
+            assert image.mode == kind.mode or (name, image.mode) == ("png 16 bits", "I")
         assert _apart(read_face(file), shown) <= kind.apart, orientation
 
 

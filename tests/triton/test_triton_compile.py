@@ -51,6 +51,8 @@ def test_compiles_fits_and_uses_the_tensor_cores(target):
     """
     every = target == "sm_90" or os.environ.get("SFACE_COMPILE_EVERY") == "1"
     rows = table(target, "--jobs", "2", *(["--every"] if every else []))[0]
+    if any("ROCm linker" in (row["problem"] or "") for row in rows):
+        pytest.skip("this Triton brings no linker for AMD, and TRITON_HIP_LLD_PATH names none")
     problems = [f"{row['kernel']} ({row['variant']}): {row['problem']}" for row in rows if row["problem"]]
     assert not problems, "\n".join(problems)
     assert {row["kernel"] for row in rows} == KERNELS

@@ -179,8 +179,7 @@ class Int8Sums {
       const int32_t product = static_cast<int32_t>(tagged * (kScale * kScale));
       if (product <= sums.best[i]) continue;
       sums.best[i] = product;
-      sums.best_class[i] =
-          static_cast<int32_t>(block.first) + kRowBits - (__builtin_bit_cast(int32_t, tagged) & kRowBits);
+      sums.best_class[i] = static_cast<int32_t>(block.first) + kRowBits - (bit_cast<int32_t>(tagged) & kRowBits);
     }
   }
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ...precision import rounds_to_tf32
@@ -78,7 +79,7 @@ class Call:
         del self.pairs["s"]
 
     def tile(self, kernel: str) -> tiles.Tile:
-        return tiles.tile(kernel, self.family, self.precision)
+        return tiles.tile(kernel, self.family, self.precision, triton.__version__)
 
     def product(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel that multiplies."""

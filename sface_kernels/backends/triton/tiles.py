@@ -81,6 +81,8 @@ COEFFICIENTS = {
     "gfx942": Tile(128, 64, 32, 8, 2),
     "interpreter": Tile(64, 128, 64, 4, 1),
 }
+# With these versions of Triton sm_90 spills with three stages at 512 features too, and with two it does not.
+TWO_STAGES = {"screen": ("3.4.", "3.9."), "coefficients": ("3.9.",)}
 TABLES = {
     "screen": SCREEN,
     "coefficients": COEFFICIENTS,
@@ -115,14 +117,16 @@ def _overrides(text: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def tile(kernel: str, family: str, precision: str) -> Tile:
-    """The tile of `kernel` for a GPU of `family` and dense products of `precision`.
+def tile(kernel: str, family: str, precision: str, triton: str = "") -> Tile:
+    """The tile of `kernel` for a GPU of `family`, dense products of `precision` and a version of Triton.
 
     fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide.
     """
     chosen = TABLES[kernel][family]
     if precision != "half" and kernel != "screen" and family != "interpreter":
         chosen = chosen._replace(block_k=chosen.block_k // 2)
+    if family == "sm_90" and triton.startswith(TWO_STAGES.get(kernel, ())):
+        chosen = chosen._replace(stages=2)
     return chosen._replace(**_overrides(os.environ.get("SFACE_TILES", "{}")).get(kernel, {}))
 
 

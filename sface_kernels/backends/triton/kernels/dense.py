@@ -107,11 +107,11 @@ def coefficients(
         best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
         best_class = tl.load(best_class_ptr + at, mask=later, other=-1)
         active = tl.load(active_ptr + at, mask=later, other=0)
-    for other in range(first, last, stripes):
+    for turn in range(first, last, stripes):
         if BACKWARD:
-            block, tile = other, pid
+            block, tile = turn, pid
         else:
-            block, tile = own_block, other
+            block, tile = own_block, turn
         i = (block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # [BLOCK_N]
         row = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C] of the chunk
         j = first_class + row
