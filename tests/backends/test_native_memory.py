@@ -103,6 +103,17 @@ class TestRecycledMemory:
             places.append([run(native, problem).grad_w.data_ptr() for problem in problems])
         assert len(set(places[0])) == 4 and places[1] == places[0] and places[2] == places[0]
 
+    def test_two_heads_alive_at_once_keep_their_blocks(self, native):
+        """As in a training with two heads: both gradients live until the next step, of the same or another size."""
+        torch.ops.sface.native_release_memory()
+        for sizes in ((9001, 20_000), (9001, 9001)):
+            problems, places = [trained_problem(16, c, 256) for c in sizes], []
+            for _ in range(4):
+                grads = [run(native, problem).grad_w for problem in problems]
+                places.append({grad.data_ptr() for grad in grads})
+                del grads
+            assert len(places[0]) == 2 and all(place == places[0] for place in places)
+
     def test_few_blocks_are_kept(self, native, monkeypatch):
         """Sizes that never come again leave four blocks at most, and none once 16 other gradients were made."""
         memory = GradientMemory()

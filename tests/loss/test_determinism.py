@@ -26,14 +26,18 @@ class TestDeterminism:
             assert_same(again, first)
             assert again.stats == first.stats
 
+    # many blocks of classes and a last one of 5; two groups of samples; a single task; few samples; few classes
+    @pytest.mark.parametrize(
+        "n, c, d", [(70, 48 * 16 * 8 + 5, 64), (300, 3001, 64), (5, 40, 8), (3, 30_000, 8), (600, 900, 96)]
+    )
     @pytest.mark.parametrize("geometry", GEOMETRIES)
     @pytest.mark.parametrize("filter_eps", [0.0, 2.0**-16])
-    def test_native_does_not_depend_on_threads(self, geometry, filter_eps, native):
+    def test_native_does_not_depend_on_threads(self, geometry, filter_eps, n, c, d, native):
         """Partial sums belong to ranges of classes, not to threads."""
-        problem = GEOMETRIES[geometry](300, 3001, 64)
+        problem = GEOMETRIES[geometry](n, c, d)
         before, results = torch.get_num_threads(), []
         try:
-            for threads in (1, 2, 3, 7):
+            for threads in (1, 2, 3, 5, 5):
                 torch.set_num_threads(threads)
                 results.append(run(native, problem, filter_eps=filter_eps))
         finally:
