@@ -56,10 +56,14 @@ SavedPairs::SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, c
       up(problem, grad_row, target_weight, scale),
       samples(problem, kernels, {.columns = ways.recompute, .fixed_point = false, .int8 = false}),
       call{problem, kernels, rules, samples},
-      columns(ways.dense ? problem.n * problem.padded_d : 0) {
+      columns(ways.dense ? ceil_div(problem.n, kernels.panel_samples) * problem.padded_d * kernels.column_words : 0) {
   if (ways.dense)
     for (const Group& group : samples.groups)
-      kernels.pack_features(group.rows, group.count, group.padded_d, &columns[group.first * group.padded_d]);
+      kernels.pack_features(group.rows, group.count, group.padded_d, columns_of(group));
+}
+
+float* SavedPairs::columns_of(const Group& group) const {
+  return columns.data.get() + group.first / kernels.panel_samples * problem.padded_d * kernels.column_words;
 }
 
 // The part of one group of samples, as the forward left it.
@@ -101,8 +105,8 @@ void BlockSums::add_tile(const Group& group, int rows, const void* tile, int64_t
     std::memcpy(scaled, static_cast<const char*>(tile) + row * stride * sizeof(float), sizeof(float) * group.count);
     for (int i = 0; i < group.count; ++i) scaled[i] *= saved_.up.u[group.first + i];
   }
-  saved_.kernels.add_dense(scaled_.data(), group.count, rows, &saved_.columns[group.first * group.padded_d],
-                           group.count, group.padded_d, rows_.memory());
+  saved_.kernels.add_dense(scaled_.data(), group.count, rows, saved_.columns_of(group), group.count, group.padded_d,
+                           rows_.memory(), work_);
 }
 
 void BlockSums::recompute(const Group& group, Block& block) {

@@ -33,13 +33,14 @@ struct SavedPairs {
   const Upstream up;
   const Samples samples;
   const Call call;
-  std::vector<float> columns;  // x̂ as Kernels::pack_features writes it, where some block went the dense way
+  Uninitialised<float> columns;  // x̂ as Kernels::pack_features writes it, where some block went the dense way
 
   // Raises unless everything fits.
   SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, const Hyper& hyper,
              const Tensor& inv_norm_, const Tensor& target_weight, const Tensor& arena, const Tensor& segments_,
              float scale);
   SavedPairs(const SavedPairs&) = delete;
+  float* columns_of(const Group& group) const;  // the part of a group
 };
 
 // The sums of the rows of one block, in Workspace::raw.

@@ -74,7 +74,7 @@ struct Problem {
 struct Samples {
   int64_t padded_d;
   Uninitialised<float> rows;                      // [N][padded D]
-  Uninitialised<float> columns;                   // [panels][D][panel]
+  Uninitialised<float> columns;                   // [panels][padded D][Kernels::column_words]
   Uninitialised<int32_t> fixed_point;             // [panels][padded D / 2][panel]
   Uninitialised<int32_t> int8_words, int8_start;  // as in Int8Samples
   Uninitialised<float> int8_scale, int8_error;
