@@ -74,7 +74,7 @@ class RawRows {
 class BlockSums {
  public:
   BlockSums(const SavedPairs& saved, Workspace& work, RawRows& rows)
-      : saved_(saved), work_(work), rows_(rows), scaled_(kBlockClasses * kGroupSamples) {}
+      : saved_(saved), work_(work), rows_(rows) {}
 
   void add_block(int64_t b) {
     for (int64_t g = 0; g < saved_.problem.groups; ++g) add_segment(g, b);
@@ -84,7 +84,7 @@ class BlockSums {
   void add_segment(int64_t g, int64_t b);
   void add(int row, int64_t sample, float scale);
   void add_pairs(const Group& group, int rows, const int32_t* words, int64_t count);
-  void add_tile(const Group& group, int rows, const void* tile, int64_t stride);
+  void add_tile(const Group& group, Block& block, const void* tile, int64_t stride);
   void recompute(const Group& group, Block& block);
   void shorten(Block& block);
 
@@ -92,7 +92,6 @@ class BlockSums {
   Workspace& work_;
   RawRows& rows_;
   std::vector<OwnClass> own_;
-  std::vector<float> scaled_;  // [rows][group] u_i g_ij / s
 };
 
 // body(next_block) on each of PyTorch's threads, as for_each_worker; next_block() hands out blocks in stretches.

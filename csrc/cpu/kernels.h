@@ -74,6 +74,8 @@ struct Rules {
   int32_t candidate_min;  // a pair whose screened product is ≥ this is a candidate: it may be active
   bool cheap_below;       // inter_weight_below is accurate for every pair below candidate_min
   bool int8;              // the int8 screen may be used, where there is one
+  // Below these a coefficient, as a share of s, and its cosine may have the errors of products of two parts.
+  float two_parts_share, two_parts_cosine;
   float active_cosine;    // no pair whose cosine is below this is active: what the int8 screen's own bound comes off
 };
 
@@ -163,6 +165,8 @@ struct Workspace {
   bool has_dense_grad = false;
   Uninitialised<uint8_t> parts;      // operands of products that take numbers apart, Kernels::parts_bytes of them
   int pending = 0;                   // blocks among them whose Σ g ŵ is still to be added
+  bool all_parts = false, pending_all_parts = false;  // whether the block needs, and any of those, all its parts
+  std::vector<float> scaled;         // [block][group] u_i g_ij / s
   int skip_screens = 0;                    // blocks still taken to be dense, as the one before was
   std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task; as long as an int8 row is padded
   std::vector<uint32_t> candidates;        // [block][panels] bits
@@ -223,9 +227,10 @@ struct Kernels {
   // Coefficients of a block, again: tile[row][panels·panel] = sigmoid where kept, 0 elsewhere.
   void (*recompute_tile)(const Rules&, const Group&, const Block&, Workspace&);
 
-  // raw[rows][padded D] += tile[rows][count] · x̂ of the group, with `columns` as pack_features leaves them.
-  void (*add_dense)(const float* tile, int tile_stride, int rows, const float* columns, int count, int padded_d,
-                    float* raw, Workspace&);
+  // raw[rows][padded D] += (tile[rows][count] times u[count]) · x̂ of the group, with `columns` as pack_features leaves
+  // them. Of the block it reads the number of rows, and fetches what `next` points to.
+  void (*add_dense)(const Rules&, const float* tile, int tile_stride, const float* u, const Block& block,
+                    const float* columns, int count, int padded_d, float* raw, Workspace&);
   // `rows` x̂ [count][padded D] in the order that add_dense reads, in the memory of `columns` of as many panels.
   void (*pack_features)(const float* rows, int count, int padded_d, float* columns);
 

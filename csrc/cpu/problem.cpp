@@ -187,7 +187,7 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
       group.int8_worst_error = *std::max_element(group.int8.error, group.int8.error + group.count);
 }
 
-Rules make_rules(const Hyper& hyper, int64_t d) {
+Rules make_rules(const Hyper& hyper, int64_t d, float smallest_own) {
   Rules rules{};
   rules.hyper = hyper;
   rules.slope_log2 = hyper.k_inter * 1.44269504088896340736f;
@@ -207,6 +207,15 @@ Rules make_rules(const Hyper& hyper, int64_t d) {
   rules.active_cosine = static_cast<float>(std::cos(std::max(angle, 0.0)) - rounding_slack(d) - 1e-6);
   rules.int8 =
       rules.screen && rules.cheap_below && d >= kInt8MinFeatures && d <= kInt8MaxFeatures && k <= kInt8Steepest;
+  // Two parts of each number and three products lose 3·2⁻¹⁶ of a product at most, and so move a cosine by as much and a
+  // coefficient by (1 + k) times that. The shares below which this is no more than 2⁻²⁴ of any sample's own class
+  // (docs/math.md, 3).
+  constexpr double kTwoParts = 3.0 / 65536;
+  const double two_parts = rules.screen ? 0 : smallest_own * 0x1p-24 / (kTwoParts * (1 + k));
+  const double two_parts_angle = two_parts > 0 ? b + std::log((1 - two_parts) / two_parts) / k : M_PI;
+  rules.two_parts_share = static_cast<float>(two_parts);
+  rules.two_parts_cosine =
+      two_parts_angle < M_PI ? static_cast<float>(std::cos(std::max(two_parts_angle, 0.0)) - kTwoParts) : -2.0f;
   return rules;
 }
 
@@ -223,6 +232,7 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
   work.tile.resize((kBlockClasses + 1) * kGroupSamples);  // one more: a strip may read past the last sample
   work.packed.resize(kBlockClasses * kernels.panel_samples);
   work.dense_grad = Uninitialised<float>(padded * kGroupSamples);
+  work.scaled.resize(kBlockClasses * kGroupSamples);
   work.parts = Uninitialised<uint8_t>(kernels.parts_bytes(padded));
   work.class_sum.assign(ceil_div(problem.d, kInt8Pad) * kInt8Pad, 0);
   work.candidates.resize(kBlockClasses * panels);

@@ -131,7 +131,7 @@ class GradientMemory:
                 self._blocks = [(t, used) for t, used in self._blocks if self._time - used <= self.PATIENCE]
                 block = torch.empty(size, dtype=torch.uint8, device="cpu")
             self._blocks = [(block, self._time), *self._blocks[: self.BLOCKS - 1]]
-        return torch.empty(0, dtype=w.dtype, device="cpu").set_(block.untyped_storage(), 0, w.shape, (w.shape[1], 1))
+        return torch.empty(0, dtype=w.dtype, device="cpu").set_(block.untyped_storage(), 0, w.shape, w.new_empty(w.shape, device="meta").stride())
 
     def held(self) -> int:
         """Bytes of the blocks that it knows, in use or not."""

@@ -10,7 +10,7 @@
 
 // Share of candidates above which products beat rescoring pair by pair.
 constexpr double kDenseShare = 0.18;
-constexpr int kParts = 3;
+constexpr int kParts = 3, kProducts = 6;
 constexpr int kColumnWords = kParts * kPanel / 2;
 constexpr int kTileRows = 16, kTileBytes = 1024;
 constexpr int kTerms = 32;                               // of a sum, in a tile
@@ -87,44 +87,51 @@ SFACE_INLINE void multiply_parts(const uint8_t* a, const uint8_t* b) {
   }
 }
 
-// c[16·kRowTiles][32] (+)= a · b over `steps` of 32 terms; a [steps][part][kRowTiles], b [steps][part][2].
-template <int kRowTiles>
-inline void multiply_floats(const uint8_t* a, const uint8_t* b, int steps, float* c, int64_t stride, bool accumulate,
-                            Ahead* ahead = nullptr) {
+// Which of the products of parts: those of the first two parts, the three that make up for the others, or all.
+enum class Which { kFirst, kRest, kAll };
+
+// c[16·kRowTiles][32] = a · b over `steps` of 32 terms, added to what is there with kAdd; a [steps][part][kRowTiles], b
+// [steps][part][2].
+template <int kRowTiles, bool kAdd>
+inline void multiply_floats(Which which, const uint8_t* a, const uint8_t* b, int steps, float* c, int64_t stride,
+                            Ahead* ahead) {
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
   float* const second = c + kTileRows * stride;
   float* const third = second + kTileRows * stride;
   finish_writing();
-  if (accumulate) {
+  if constexpr (kAdd) {
     _tile_loadd(0, c, bytes);
     _tile_loadd(1, c + kTileRows, bytes);
     _tile_loadd(2, second, bytes);
     _tile_loadd(3, second + kTileRows, bytes);
+    if constexpr (kRowTiles == 3) {
+      _tile_loadd(4, third, bytes);
+      _tile_loadd(5, third + kTileRows, bytes);
+    }
   } else {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-  }
-  if constexpr (kRowTiles == 3) {
-    static_assert(kRowTiles == 3);
-    if (accumulate) {
-      _tile_loadd(4, third, bytes);
-      _tile_loadd(5, third + kTileRows, bytes);
-    } else {
-      _tile_zero(4);
-      _tile_zero(5);
-    }
+    _tile_zero(4);
+    _tile_zero(5);
   }
   constexpr int kA = kRowTiles * kTileBytes, kB = kPanelTiles * kTileBytes;
-  for (int step = 0; step < steps; ++step, a += kParts * kA, b += kParts * kB) {
+  const auto add = [&](int p, int q) __attribute__((always_inline)) {
+    multiply_parts<kRowTiles>(a + p * kA, b + q * kB);
     if (ahead) ahead->step();
-    multiply_parts<kRowTiles>(a, b + 2 * kB);
-    multiply_parts<kRowTiles>(a, b + kB);
-    multiply_parts<kRowTiles>(a, b);
-    multiply_parts<kRowTiles>(a + kA, b);
-    multiply_parts<kRowTiles>(a + kA, b + kB);
-    multiply_parts<kRowTiles>(a + 2 * kA, b);
+  };
+  for (int step = 0; step < steps; ++step, a += kParts * kA, b += kParts * kB) {
+    if (which != Which::kFirst) {
+      add(0, 2);
+      add(2, 0);
+      add(1, 1);
+    }
+    if (which != Which::kRest) {
+      add(1, 0);
+      add(0, 0);
+      add(0, 1);
+    }
   }
   _tile_stored(0, c, bytes);
   _tile_stored(1, c + kTileRows, bytes);
@@ -155,49 +162,79 @@ void pack_columns(const float* rows, int count, int, int padded_d, float* column
   }
 }
 
-// Two rows of a block of ŵ, row and row + 1, in the order of pack_columns; with kPend as tiles of classes by features too.
-template <bool kPend>
-inline void pack_classes(const Group& group, const Block& block, int row, const PartsMemory& to, Workspace& work) {
-  const float* w[2];
-  float inv[2] = {};
-  int d[2];
-  for (int r = 0; r < 2; ++r) {
-    const bool there = row + r < block.count && is_finite(work.inv_norm[row + r]);  // else zeros
-    w[r] = block.w + (row + r) * block.row_stride;
-    d[r] = there ? group.d : 0;
-    if (there) inv[r] = work.inv_norm[row + r];
-  }
-  const int at = work.pending * kBlockClasses + row;
-  uint8_t* out = to.block + row / kTileRows * kTileBytes + row % kTileRows * 64;
-  uint8_t* pending = to.pending + at / kTerms * kPanelStep + at % kTerms / 2 * 64;
-  for (int k = 0; k < group.padded_d; k += kTerms, out += kBlockStep, pending += kPendingSteps * kPanelStep) {
-    const Parts first[2] = {Parts(load_first(w[0] + k, d[0] - k) * inv[0]),
-                            Parts(load_first(w[0] + k + kLanes, d[0] - k - kLanes) * inv[0])};
-    const Parts second[2] = {Parts(load_first(w[1] + k, d[1] - k) * inv[1]),
-                             Parts(load_first(w[1] + k + kLanes, d[1] - k - kLanes) * inv[1])};
-    for (int p = 0; p < kParts; ++p) {
-      uint8_t* tile = out + p * kBlockTiles * kTileBytes;
-      store_pairs(tile, first[0].v[p], first[1].v[p]);
-      store_pairs(tile + 64, second[0].v[p], second[1].v[p]);
+// The parts kFirst … kEnd − 1 of a block of ŵ, in the order of pack_columns; with kPend all three as tiles of classes by
+// features too, in the place of the next pending block.
+template <int kFirst, int kEnd, bool kPend>
+inline void pack_classes(const Group& group, const Block& block, Workspace& work) {
+  const PartsMemory to(work, group.padded_d);
+  for (int row = 0; row < kBlockClasses; row += 2) {
+    const float* w[2];
+    float inv[2] = {};
+    int d[2];
+    for (int r = 0; r < 2; ++r) {
+      const bool there = row + r < block.count && is_finite(work.inv_norm[row + r]);  // else zeros
+      w[r] = block.w + (there ? row + r : 0) * block.row_stride;
+      d[r] = there ? group.d : 0;
+      if (there) inv[r] = work.inv_norm[row + r];
+    }
+    const int at = work.pending * kBlockClasses + row;
+    uint8_t* out = to.block + row / kTileRows * kTileBytes + row % kTileRows * 64;
+    uint8_t* pending = to.pending + at / kTerms * kPanelStep + at % kTerms / 2 * 64;
+    for (int k = 0; k < group.padded_d; k += kTerms, out += kBlockStep, pending += kPendingSteps * kPanelStep) {
+      const Parts first[2] = {Parts(load_first(w[0] + k, d[0] - k) * inv[0]),
+                              Parts(load_first(w[0] + k + kLanes, d[0] - k - kLanes) * inv[0])};
+      const Parts second[2] = {Parts(load_first(w[1] + k, d[1] - k) * inv[1]),
+                               Parts(load_first(w[1] + k + kLanes, d[1] - k - kLanes) * inv[1])};
+      for (int p = kFirst; p < kEnd; ++p) {
+        uint8_t* tile = out + p * kBlockTiles * kTileBytes;
+        store_pairs(tile, first[0].v[p], first[1].v[p]);
+        store_pairs(tile + 64, second[0].v[p], second[1].v[p]);
+      }
       if constexpr (kPend)
-        for (int half = 0; half < 2; ++half)
-          store_pairs(pending + (p * kPanelTiles + half) * kTileBytes, first[half].v[p], second[half].v[p]);
+        for (int p = 0; p < kParts; ++p)
+          for (int half = 0; half < 2; ++half)
+            store_pairs(pending + (p * kPanelTiles + half) * kTileBytes, first[half].v[p], second[half].v[p]);
     }
   }
 }
 
-// (1) for a block: tile[row][panels·kPanel].
-template <bool kPend>
-inline void cosine_tile(const Group& group, const Block& block, Workspace& work, Ahead* ahead) {
+template <bool kAdd>
+inline void multiply_cosines(Which which, const Group& group, Workspace& work, Ahead* ahead) {
   const PartsMemory parts(work, group.padded_d);
-  for (int row = 0; row < kBlockClasses; row += 2) pack_classes<kPend>(group, block, row, parts, work);
-  const int steps = group.padded_d / kTerms;
-  if (ahead) ahead->plan(ahead->left, int64_t{steps} * group.panels);
+  const int steps = group.padded_d / kTerms, products = which == Which::kAll ? kProducts : kProducts / 2;
+  if (ahead) ahead->plan(ahead->left, int64_t{steps} * group.panels * products);
   const TileRegisters registers;
   for (int panel = 0; panel < group.panels; ++panel)
-    multiply_floats<kBlockTiles>(parts.block,
-                                 reinterpret_cast<const uint8_t*>(group.columns) + int64_t{panel} * steps * kPanelStep,
-                                 steps, work.tile.data() + panel * kPanel, group.panels * kPanel, false, ahead);
+    multiply_floats<kBlockTiles, kAdd>(
+        which, parts.block, reinterpret_cast<const uint8_t*>(group.columns) + int64_t{panel} * steps * kPanelStep,
+        steps, work.tile.data() + panel * kPanel, group.panels * kPanel, ahead);
+}
+
+// Whether no other class comes as near as that; own classes are overwritten.
+inline bool all_below(float cosine, const Group& group, const Block& block, Workspace& work) {
+  const int stride = group.panels * kPanel;
+  float* const tile = work.tile.data();
+  for (int i = 0; i < block.own_count; ++i) tile[block.own[i].row * stride + block.own[i].sample] = -1;
+  F32 largest = broadcast(-1.0f);
+  for (int i = 0; i < block.count * stride; i += kLanes) largest = larger(load(tile + i), largest);
+  return largest_lane(largest) < cosine;
+}
+
+// (1) for a block: tile[row][panels·kPanel].
+template <bool kPend>
+inline void cosine_tile(const Rules& rules, const Group& group, const Block& block, Workspace& work, Ahead* ahead) {
+  work.all_parts = true;
+  if (rules.two_parts_cosine > -1) {
+    pack_classes<0, 2, kPend>(group, block, work);
+    multiply_cosines<false>(Which::kFirst, group, work, ahead);
+    work.all_parts = !all_below(rules.two_parts_cosine, group, block, work);
+    if (!work.all_parts) return;
+    pack_classes<2, 3, false>(group, block, work);
+    multiply_cosines<true>(Which::kRest, group, work, nullptr);
+  } else {
+    pack_classes<0, 3, kPend>(group, block, work);
+    multiply_cosines<false>(Which::kAll, group, work, ahead);
+  }
 }
 
 // rows[i][lane l] becomes rows[l][lane i].
@@ -263,13 +300,16 @@ inline void finish_unit_rows(const Group& group, Workspace& work) {
           std::memset(parts.coefficients + panel * kStride + (steps - 1) * kPanelStep + tile * kTileBytes + i * 64 + 32,
                       0, 32);
     }
+  const Which which = work.pending_all_parts ? Which::kAll : Which::kFirst;
   work.pending = 0;
+  work.pending_all_parts = false;
   const TileRegisters registers;
   for (int k = 0; k < group.padded_d; k += kTerms)
     for (int panel = 0; panel < group.panels; ++panel)
-      multiply_floats<kPanelTiles>(
-          parts.coefficients + panel * kStride, parts.pending + int64_t{k} / kTerms * kStride, steps,
-          work.dense_grad.data.get() + static_cast<int64_t>(k) * kGroupSamples + panel * kPanel * kPanel, kPanel, true);
+      multiply_floats<kPanelTiles, true>(
+          which, parts.coefficients + panel * kStride, parts.pending + int64_t{k} / kTerms * kStride, steps,
+          work.dense_grad.data.get() + static_cast<int64_t>(k) * kGroupSamples + panel * kPanel * kPanel, kPanel,
+          nullptr);
 }
 
 // Σ_r tile[r][i] ŵ_r to be added to work.dense_grad; ŵ stands in the operands since cosine_tile<true>.
@@ -283,6 +323,7 @@ inline void add_unit_rows(const Group& group, const Block& block, Workspace& wor
       pack_coefficients(work.tile.data(), stride, row, block.count, i,
                         out + i / kPanel * kPendingSteps * kPanelStep + i % kPanel / kTileRows * kTileBytes);
   }
+  work.pending_all_parts |= work.all_parts;
   if (++work.pending == kPendingBlocks) finish_unit_rows(group, work);
 }
 
@@ -313,30 +354,39 @@ struct RowScale {
   }
 };
 
-void add_dense(const float* tile, int tile_stride, int rows, const float* columns, int count, int padded_d, float* raw,
-               Workspace& work) {
+void add_dense(const Rules& rules, const float* tile, int tile_stride, const float* u, const Block& block,
+               const float* columns, int count, int padded_d, float* raw, Workspace& work) {
   const PartsMemory parts(work, padded_d);
-  const int steps = (count + kTerms - 1) / kTerms;
+  const int steps = (count + kTerms - 1) / kTerms, rows = block.count;
   float down[kBlockClasses];
+  F32 largest_weight{};
   for (int r = 0; r < rows; ++r) {
     const float* const row = tile + r * tile_stride;
-    F32 largest{};
-    for (int i = 0; i < count; i += kLanes) largest = larger(largest, absolute(load_first(row + i, count - i)));
+    F32 largest{}, scaled[kGroupSamples / kLanes];
+    for (int i = 0; i < count; i += kLanes) {
+      const F32 weight = load_first(row + i, count - i);
+      largest_weight = larger(weight, largest_weight);
+      scaled[i / kLanes] = weight * load_first(u + i, count - i);
+      largest = larger(largest, absolute(scaled[i / kLanes]));
+    }
+    if (count % kTerms > 0 && count % kTerms <= kLanes) scaled[count / kLanes + (count % kLanes > 0)] = F32{};
     const RowScale scale(largest_lane(largest));
     down[r] = scale.down;
     uint8_t* out = parts.coefficients + r / kTileRows * kTileBytes + r % kTileRows * 64;
-    for (int i = 0; i < count; i += kTerms, out += kBlockStep) {
-      const Parts low(load_first(row + i, count - i) * scale.up);
-      const Parts high(load_first(row + i + kLanes, count - i - kLanes) * scale.up);
+    for (int v = 0; v < steps * kPanelTiles; v += kPanelTiles, out += kBlockStep) {
+      const Parts low(scaled[v] * scale.up), high(scaled[v + 1] * scale.up);
       for (int p = 0; p < kParts; ++p) store_pairs(out + p * kBlockTiles * kTileBytes, low.v[p], high.v[p]);
     }
   }
+  const Which which = largest_lane(largest_weight) < rules.two_parts_share ? Which::kFirst : Which::kAll;
+  Ahead ahead(block);
+  ahead.plan(ahead.left, int64_t{padded_d} / kTerms * steps * (which == Which::kAll ? kProducts : kProducts / 2));
   alignas(64) float sums[kBlockClasses * kTerms];
   const TileRegisters registers;
   for (int k = 0; k < padded_d; k += kTerms) {
-    multiply_floats<kBlockTiles>(parts.coefficients,
-                                 reinterpret_cast<const uint8_t*>(columns) + int64_t{k} / kTerms * steps * kPanelStep,
-                                 steps, sums, kTerms, false);
+    multiply_floats<kBlockTiles, false>(
+        which, parts.coefficients, reinterpret_cast<const uint8_t*>(columns) + int64_t{k} / kTerms * steps * kPanelStep,
+        steps, sums, kTerms, &ahead);
     for (int r = 0; r < rows; ++r)
       for (int v = 0; v < kTerms; v += kLanes) {
         float* const out = raw + static_cast<int64_t>(r) * padded_d + k + v;

@@ -70,6 +70,6 @@ void flush_dense_grad(const Group& group, RowSums& sums, Workspace& work) {
 }
 
 void recompute_tile(const Rules& rules, const Group& group, const Block& block, Workspace& work) {
-  cosine_tile<false>(group, block, work, nullptr);
+  cosine_tile<false>(rules, group, block, work, nullptr);
   coefficient_tile<false>(rules, group, block, work, nullptr);
 }

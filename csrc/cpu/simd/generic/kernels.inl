@@ -84,9 +84,9 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
                            Workspace& work) {
   Arena& arena = task.arena;
   if (task.sums.grad) {
-    cosine_tile<true>(group, block, work, &ahead);
+    cosine_tile<true>(rules, group, block, work, &ahead);
   } else {
-    cosine_tile<false>(group, block, work, &ahead);
+    cosine_tile<false>(rules, group, block, work, &ahead);
   }
   for (int panel = 0; panel < group.panels; ++panel)
     task.tally.dense_pairs += static_cast<int64_t>(block.count) * __builtin_popcount(group.participates[panel]);

@@ -48,10 +48,17 @@ inline void gemm_panel(int rows, const float* a, int64_t a_row, int64_t a_k, con
   if (r < rows) gemm_tail<kStripRows - 1>(rows - r, a + r * a_row, a_row, a_k, b, k, c + r * c_row, c_row, accumulate);
 }
 
-void add_dense(const float* tile, int tile_stride, int rows, const float* columns, int count, int padded_d, float* raw,
-               Workspace&) {
+void add_dense(const Rules&, const float* tile, int tile_stride, const float* u, const Block& block,
+               const float* columns, int count, int padded_d, float* raw, Workspace& work) {
+  float* const scaled = work.scaled.data();  // [rows][count]
+  for (int row = 0; row < block.count; ++row) {
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      store(scaled + row * count + i, load(tile + row * tile_stride + i) * load(u + i));
+    for (; i < count; ++i) scaled[row * count + i] = tile[row * tile_stride + i] * u[i];
+  }
   for (int k = 0; k < padded_d; k += kPanel)
-    gemm_panel(rows, tile, tile_stride, 1, columns + static_cast<int64_t>(k) * count, count, raw + k, padded_d, true);
+    gemm_panel(block.count, scaled, count, 1, columns + static_cast<int64_t>(k) * count, count, raw + k, padded_d, true);
 }
 
 void pack_features(const float* rows, int count, int padded_d, float* columns) {
@@ -73,7 +80,7 @@ void pack_columns(const float* rows, int count, int d, int padded_d, float* colu
 // (1) for a block: tile[row][panels·kPanel]. Features in parts: a part of a panel stays in the L1 cache for all rows,
 // and shorter sums round less.
 template <bool>
-inline void cosine_tile(const Group& group, const Block& block, Workspace& work, Ahead*) {
+inline void cosine_tile(const Rules&, const Group& group, const Block& block, Workspace& work, Ahead*) {
   constexpr int kPart = 128;
   const int d = group.d;
   const int stride = group.panels * kPanel;
