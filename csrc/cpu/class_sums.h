@@ -73,8 +73,7 @@ class RawRows {
 // Adds to the sums of a block what one forward left for it.
 class BlockSums {
  public:
-  BlockSums(const SavedPairs& saved, Workspace& work, RawRows& rows)
-      : saved_(saved), work_(work), rows_(rows) {}
+  BlockSums(const SavedPairs& saved, Workspace& work, RawRows& rows) : saved_(saved), work_(work), rows_(rows) {}
 
   void add_block(int64_t b) {
     for (int64_t g = 0; g < saved_.problem.groups; ++g) add_segment(g, b);

@@ -1,5 +1,5 @@
-// The kernels for AVX-512 with AMX: those of avx512.cpp, with the screen's int8 products and the dense blocks' products in
-// matrix tiles. The headers come before the target region, as there.
+// The kernels for AVX-512 with AMX: those of avx512.cpp, with the screen's int8 products and the dense blocks' products
+// in matrix tiles. The headers come before the target region, as there.
 #include "../kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)

@@ -13,14 +13,14 @@ constexpr double kDenseShare = 0.18;
 constexpr int kParts = 3, kProducts = 6;
 constexpr int kColumnWords = kParts * kPanel / 2;
 constexpr int kTileRows = 16, kTileBytes = 1024;
-constexpr int kTerms = 32;                               // of a sum, in a tile
+constexpr int kTerms = 32;                              // of a sum, in a tile
 constexpr int kBlockTiles = kBlockClasses / kTileRows;  // of classes
-constexpr int kPanelTiles = 2;                           // of samples, or of as many features
+constexpr int kPanelTiles = 2;                          // of samples, or of as many features
 constexpr int kBlockStep = kParts * kBlockTiles * kTileBytes, kPanelStep = kParts * kPanelTiles * kTileBytes;
 static_assert(kBlockTiles == 3 && kPanel == kPanelTiles * kTileRows && kPanel == kTerms && kFeaturePad == kTerms);
 
-// Blocks whose Σ g ŵ is added at once: 48 classes would fill one tile and a half, and sums be loaded and stored twice as
-// often.
+// Blocks whose Σ g ŵ is added at once: 48 classes would fill one tile and a half, and sums be loaded and stored twice
+// as often.
 constexpr int kPendingBlocks = 2;
 constexpr int kPendingSteps = kPendingBlocks * kBlockClasses / kTerms;
 // Tiles take a number below 2⁻¹²⁶ for 0. Coefficients, which go down to there, are multiplied times this, ∂x̂ with them.
@@ -28,9 +28,10 @@ constexpr float kDenseGradScale = 0x1p100f;
 
 // The operands in Workspace::parts.
 struct PartsMemory {
-  uint8_t* block;         // [D / 32][part][3] classes by features: a block of ŵ
-  uint8_t* pending;       // [D / 32][pending steps][part][2] classes by features: blocks of ŵ
-  uint8_t* coefficients;  // [panels][pending steps][part][2] samples by classes; or [panels][part][3] classes by samples
+  uint8_t* block;    // [D / 32][part][3] classes by features: a block of ŵ
+  uint8_t* pending;  // [D / 32][pending steps][part][2] classes by features: blocks of ŵ
+  uint8_t*
+      coefficients;  // [panels][pending steps][part][2] samples by classes; or [panels][part][3] classes by samples
   PartsMemory(Workspace& work, int padded_d)
       : block(work.parts.data.get()),
         pending(block + int64_t{padded_d} / kTerms * kBlockStep),
@@ -162,11 +163,13 @@ void pack_columns(const float* rows, int count, int, int padded_d, float* column
   }
 }
 
-// The parts kFirst … kEnd − 1 of a block of ŵ, in the order of pack_columns; with kPend all three as tiles of classes by
-// features too, in the place of the next pending block.
+// The parts kFirst … kEnd − 1 of a block of ŵ, in the order of pack_columns; with kPend all three as tiles of classes
+// by features too, in the place of the next pending block.
 template <int kFirst, int kEnd, bool kPend>
-inline void pack_classes(const Group& group, const Block& block, Workspace& work) {
+inline void pack_classes(const Group& group, const Block& block, Workspace& work, Ahead* ahead) {
   const PartsMemory to(work, group.padded_d);
+  // half of the next block here: all of it would take longer than the products
+  if (ahead) ahead->plan(ahead->left / 2, int64_t{kBlockClasses} / 2 * group.padded_d / kTerms);
   for (int row = 0; row < kBlockClasses; row += 2) {
     const float* w[2];
     float inv[2] = {};
@@ -181,6 +184,7 @@ inline void pack_classes(const Group& group, const Block& block, Workspace& work
     uint8_t* out = to.block + row / kTileRows * kTileBytes + row % kTileRows * 64;
     uint8_t* pending = to.pending + at / kTerms * kPanelStep + at % kTerms / 2 * 64;
     for (int k = 0; k < group.padded_d; k += kTerms, out += kBlockStep, pending += kPendingSteps * kPanelStep) {
+      if (ahead) ahead->step();
       const Parts first[2] = {Parts(load_first(w[0] + k, d[0] - k) * inv[0]),
                               Parts(load_first(w[0] + k + kLanes, d[0] - k - kLanes) * inv[0])};
       const Parts second[2] = {Parts(load_first(w[1] + k, d[1] - k) * inv[1]),
@@ -225,14 +229,14 @@ template <bool kPend>
 inline void cosine_tile(const Rules& rules, const Group& group, const Block& block, Workspace& work, Ahead* ahead) {
   work.all_parts = true;
   if (rules.two_parts_cosine > -1) {
-    pack_classes<0, 2, kPend>(group, block, work);
+    pack_classes<0, 2, kPend>(group, block, work, ahead);
     multiply_cosines<false>(Which::kFirst, group, work, ahead);
     work.all_parts = !all_below(rules.two_parts_cosine, group, block, work);
     if (!work.all_parts) return;
-    pack_classes<2, 3, false>(group, block, work);
+    pack_classes<2, 3, false>(group, block, work, nullptr);
     multiply_cosines<true>(Which::kRest, group, work, nullptr);
   } else {
-    pack_classes<0, 3, kPend>(group, block, work);
+    pack_classes<0, 3, kPend>(group, block, work, ahead);
     multiply_cosines<false>(Which::kAll, group, work, ahead);
   }
 }
@@ -252,7 +256,7 @@ SFACE_INLINE void transpose(F32 rows[kLanes]) {
       b[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
       b[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
     }
-  // b[i + l]: of the rows i … i + 3 the columns l, l + 4, l + 8, l + 12
+    // b[i + l]: of the rows i … i + 3 the columns l, l + 4, l + 8, l + 12
 #pragma GCC unroll 4
   for (int l = 0; l < 4; ++l) {
     const __m512 low02 = _mm512_shuffle_f32x4(b[l], b[4 + l], 0x88), low13 = _mm512_shuffle_f32x4(b[l], b[4 + l], 0xdd);
@@ -327,7 +331,8 @@ inline void add_unit_rows(const Group& group, const Block& block, Workspace& wor
   if (++work.pending == kPendingBlocks) finish_unit_rows(group, work);
 }
 
-// x̂ of a group as [padded D / 32][panels][part][2] tiles of samples by features: samples i and i + 16 of 32 share a word.
+// x̂ of a group as [padded D / 32][panels][part][2] tiles of samples by features: samples i and i + 16 of 32 share a
+// word.
 void pack_features(const float* rows, int count, int padded_d, float* columns) {
   uint8_t* out = reinterpret_cast<uint8_t*>(columns);
   for (int k = 0; k < padded_d; k += kTerms)
@@ -360,7 +365,10 @@ void add_dense(const Rules& rules, const float* tile, int tile_stride, const flo
   const int steps = (count + kTerms - 1) / kTerms, rows = block.count;
   float down[kBlockClasses];
   F32 largest_weight{};
+  Ahead ahead(block);
+  ahead.plan(ahead.left / 4, rows);
   for (int r = 0; r < rows; ++r) {
+    ahead.step();
     const float* const row = tile + r * tile_stride;
     F32 largest{}, scaled[kGroupSamples / kLanes];
     for (int i = 0; i < count; i += kLanes) {
@@ -379,7 +387,6 @@ void add_dense(const Rules& rules, const float* tile, int tile_stride, const flo
     }
   }
   const Which which = largest_lane(largest_weight) < rules.two_parts_share ? Which::kFirst : Which::kAll;
-  Ahead ahead(block);
   ahead.plan(ahead.left, int64_t{padded_d} / kTerms * steps * (which == Which::kAll ? kProducts : kProducts / 2));
   alignas(64) float sums[kBlockClasses * kTerms];
   const TileRegisters registers;

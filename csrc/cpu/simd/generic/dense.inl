@@ -1,5 +1,5 @@
-// Blocks of classes dense in active pairs: every pair by matrix products, its coefficient in a tile that stays in cache.
-// Included per instruction set, after the products.
+// Blocks of classes dense in active pairs: every pair by matrix products, its coefficient in a tile that stays in
+// cache. Included per instruction set, after the products.
 
 // Cosines in the tile become sigmoids where the entry is kept and 0 elsewhere; sums, where wanted, on the way.
 // Lanes that do not take part and own classes become 0 and count nowhere.
@@ -65,7 +65,8 @@ void flush_dense_grad(const Group& group, RowSums& sums, Workspace& work) {
     if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * padded_d);
     sums.touched[i] = 1;
     for (int k = 0; k < padded_d; k += kPanel)
-      axpy(1 / kDenseGradScale, work.dense_grad.data.get() + static_cast<int64_t>(k) * kGroupSamples + i * kPanel, grad + k, kPanel);
+      axpy(1 / kDenseGradScale, work.dense_grad.data.get() + static_cast<int64_t>(k) * kGroupSamples + i * kPanel,
+           grad + k, kPanel);
   }
 }
 

@@ -4,7 +4,7 @@
 // Share of candidates above which products beat rescoring pair by pair. Measured with AVX-512 at N=128, lists alone and
 // products alone: at D=512 37 and 42 ms with 0.15 active, 52 and 42 with 0.25; at D=128 16 and 17, then 17 and 17.
 constexpr double kDenseShare = 0.18;
-constexpr int kColumnWords = kPanel;      // words of a panel in the samples' layouts, for each feature
+constexpr int kColumnWords = kPanel;  // words of a panel in the samples' layouts, for each feature
 int64_t parts_bytes(int64_t) { return 0; }
 constexpr float kDenseGradScale = 1.0f;  // Workspace::dense_grad holds the sums times this
 
@@ -58,7 +58,8 @@ void add_dense(const Rules&, const float* tile, int tile_stride, const float* u,
     for (; i < count; ++i) scaled[row * count + i] = tile[row * tile_stride + i] * u[i];
   }
   for (int k = 0; k < padded_d; k += kPanel)
-    gemm_panel(block.count, scaled, count, 1, columns + static_cast<int64_t>(k) * count, count, raw + k, padded_d, true);
+    gemm_panel(block.count, scaled, count, 1, columns + static_cast<int64_t>(k) * count, count, raw + k, padded_d,
+               true);
 }
 
 void pack_features(const float* rows, int count, int padded_d, float* columns) {
