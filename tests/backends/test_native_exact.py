@@ -44,7 +44,9 @@ def test_rows_down_to_the_smallest_numbers(native, d):
     w = rows_at_cosines(axis, torch.linspace(-0.65, 0.6, c)).float() * torch.linspace(0.5, 3, c).unsqueeze(1)
     x = F.normalize(axis + 0.01 * torch.randn(n, d, generator=torch.Generator().manual_seed(5)) / d**0.5)
     labels = torch.full((n,), c - 1)
-    problem = Problem(x, w[torch.randperm(c, generator=torch.Generator().manual_seed(6))], labels, torch.full((n,), 1 / n))
+    problem = Problem(
+        x, w[torch.randperm(c, generator=torch.Generator().manual_seed(6))], labels, torch.full((n,), 1 / n)
+    )
     assert_each_row(run(native, problem, filter_eps=0.0), problem)
 
 
@@ -55,7 +57,9 @@ def test_a_single_near_class_among_far_ones(native):
     far = run(native, problem, filter_eps=0.0)
     for sample, cls in ((0, 0), (31, 47), (32, 48), (63, 95), (17, 90)):
         w = problem.w.clone()
-        w[cls] = F.normalize(problem.x[sample] + 1.5 * problem.x.norm(dim=1)[sample] * F.normalize(w[cls], dim=0), dim=0)
+        w[cls] = F.normalize(
+            problem.x[sample] + 1.5 * problem.x.norm(dim=1)[sample] * F.normalize(w[cls], dim=0), dim=0
+        )
         near = problem._replace(w=w, labels=(torch.arange(n) + 5) % c, upstream=torch.full((n,), 1 / n))
         result, true = run(native, near, filter_eps=0.0), compute_truth(near.x, w, near.labels)
         for ours, exact in ((result.grad_x, true.grad_x), (result.grad_w, true.grad_w)):

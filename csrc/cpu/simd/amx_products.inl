@@ -5,7 +5,7 @@
 //
 //   ab ≈ a₀b₀ + (a₀b₁ + a₁b₀) + (a₀b₂ + a₁b₁ + a₂b₀)      to 2⁻²³ of |a||b| (docs/math.md, 3),
 //
-// added in fp32, and a tile does them 10 times as fast as a vector unit one of fp32. Operands lie in memory as tiles of
+// added in fp32; a tile does 16 of them while a vector unit does one of fp32. Operands lie in memory as tiles of
 // 1 KB in the order in which they are read: for every 32 terms of the sum [part][tile]. Included after vectors.inl.
 
 // Share of candidates above which products beat rescoring pair by pair.
@@ -28,10 +28,9 @@ constexpr float kDenseGradScale = 0x1p100f;
 
 // The operands in Workspace::parts.
 struct PartsMemory {
-  uint8_t* block;    // [D / 32][part][3] classes by features: a block of ŵ
-  uint8_t* pending;  // [D / 32][pending steps][part][2] classes by features: blocks of ŵ
-  uint8_t*
-      coefficients;  // [panels][pending steps][part][2] samples by classes; or [panels][part][3] classes by samples
+  uint8_t* block;         // ŵ of a block [D / 32][part][3], classes by features
+  uint8_t* pending;       // ŵ of blocks [D / 32][pending steps][part][2], classes by features
+  uint8_t* coefficients;  // [panels][pending steps][part][2] samples by classes; [panels][part][3] classes by samples
   PartsMemory(Workspace& work, int padded_d)
       : block(work.parts.data.get()),
         pending(block + int64_t{padded_d} / kTerms * kBlockStep),
