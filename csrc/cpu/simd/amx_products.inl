@@ -8,7 +8,8 @@
 // added in fp32; a tile does 16 of them while a vector unit does one of fp32. Operands lie in memory as tiles of
 // 1 KB in the order in which they are read: for every 32 terms of the sum [part][tile]. Included after vectors.inl.
 
-// Share of candidates above which products beat rescoring pair by pair.
+// Share of candidates above which products beat rescoring pair by pair: that of fp32's products, which take somewhat
+// longer than three parts do.
 constexpr double kDenseShare = 0.18;
 constexpr int kParts = 3, kProducts = 6;
 constexpr int kColumnWords = kParts * kPanel / 2;
