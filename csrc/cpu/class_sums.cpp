@@ -29,6 +29,15 @@ const T* data_of(const char* name, const Tensor& t, ScalarType dtype, int64_t si
   return t.const_data_ptr<T>();
 }
 
+// As the forward had it, for make_rules.
+float smallest_own(const Problem& problem, const Tensor& target_weight) {
+  const float* weight = data_of<float>("target_weight", target_weight, ScalarType::Float, problem.n);
+  float smallest = 1;
+  for (int64_t i = 0; i < problem.n; ++i)
+    if (!problem.ignored(i)) smallest = problem.codes()[i] >= 0 ? std::fmin(smallest, -weight[i]) : 0;
+  return smallest;
+}
+
 }  // namespace
 
 Upstream::Upstream(const Problem& problem, const Tensor& grad_row, const Tensor& target_weight, float scale)
@@ -48,7 +57,7 @@ SavedPairs::SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, c
                        const Tensor& segments_, float scale)
     : problem(x, w, target),
       kernels(sface::kernels()),
-      rules(make_rules(hyper, problem.d)),
+      rules(make_rules(hyper, problem.d, smallest_own(problem, target_weight))),
       words(data_of<int32_t>("arena", arena, ScalarType::Int, arena.numel())),
       ways(check_segments(problem, segments_, arena.numel())),
       segments(reinterpret_cast<const Segment*>(segments_.const_data_ptr<int64_t>())),
@@ -56,10 +65,14 @@ SavedPairs::SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, c
       up(problem, grad_row, target_weight, scale),
       samples(problem, kernels, {.columns = ways.recompute, .fixed_point = false, .int8 = false}),
       call{problem, kernels, rules, samples},
-      columns(ways.dense ? problem.n * problem.padded_d : 0) {
+      columns(ways.dense ? ceil_div(problem.n, kernels.panel_samples) * problem.padded_d * kernels.column_words : 0) {
   if (ways.dense)
     for (const Group& group : samples.groups)
-      kernels.pack_features(group.rows, group.count, group.padded_d, &columns[group.first * group.padded_d]);
+      kernels.pack_features(group.rows, group.count, group.padded_d, columns_of(group));
+}
+
+float* SavedPairs::columns_of(const Group& group) const {
+  return columns.data.get() + group.first / kernels.panel_samples * problem.padded_d * kernels.column_words;
 }
 
 // The part of one group of samples, as the forward left it.
@@ -70,7 +83,7 @@ void BlockSums::add_segment(int64_t g, int64_t b) {
   if (segment.count == kRecompute) {
     recompute(group, block);
   } else if (segment.count == kDenseStored) {
-    add_tile(group, block.count, saved_.words + segment.begin, group.count);
+    add_tile(group, block, saved_.words + segment.begin, group.count);
   } else {
     add_pairs(group, block.count, saved_.words + segment.begin, segment.count);
   }
@@ -93,16 +106,14 @@ void BlockSums::add_pairs(const Group& group, int rows, const int32_t* words, in
   }
 }
 
-// `tile` holds floats, [rows] with a stride of so many.
-void BlockSums::add_tile(const Group& group, int rows, const void* tile, int64_t stride) {
-  for (int row = 0; row < rows; ++row) {
-    rows_.touch(row);
-    float* scaled = &scaled_[row * group.count];
-    std::memcpy(scaled, static_cast<const char*>(tile) + row * stride * sizeof(float), sizeof(float) * group.count);
-    for (int i = 0; i < group.count; ++i) scaled[i] *= saved_.up.u[group.first + i];
-  }
-  saved_.kernels.add_dense(scaled_.data(), group.count, rows, &saved_.columns[group.first * group.padded_d],
-                           group.count, group.padded_d, rows_.memory());
+void BlockSums::add_tile(const Group& group, Block& block, const void* tile, int64_t stride) {
+  for (int row = 0; row < block.count; ++row) rows_.touch(row);
+  // what write_row reads next; rows of another dtype are converted one by one
+  if (saved_.problem.float_weight())
+    block.next = saved_.problem.weight_rows(block.first, block.count, work_.converted, &block.row_stride);
+  saved_.kernels.add_dense(saved_.rules, static_cast<const float*>(tile), static_cast<int>(stride),
+                           &saved_.up.u[group.first], block, saved_.columns_of(group), group.count, group.padded_d,
+                           rows_.memory(), work_);
 }
 
 void BlockSums::recompute(const Group& group, Block& block) {
@@ -111,7 +122,7 @@ void BlockSums::recompute(const Group& group, Block& block) {
   if (std::any_of(inv_norm, inv_norm + block.count, [](float inv) { return inv < 0; })) shorten(block);
   for (int r = 0; r < block.count; ++r) work_.inv_norm[r] = std::abs(inv_norm[r]);
   saved_.kernels.recompute_tile(saved_.rules, group, block, work_);
-  add_tile(group, block.count, work_.tile.data(), group.panels * saved_.kernels.panel_samples);
+  add_tile(group, block, work_.tile.data(), group.panels * saved_.kernels.panel_samples);
 }
 
 // As the forward did: the rows whose inv_norm is negative.

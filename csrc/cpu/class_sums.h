@@ -33,13 +33,14 @@ struct SavedPairs {
   const Upstream up;
   const Samples samples;
   const Call call;
-  std::vector<float> columns;  // x̂ as Kernels::pack_features writes it, where some block went the dense way
+  Uninitialised<float> columns;  // x̂ as Kernels::pack_features writes it, where some block went the dense way
 
   // Raises unless everything fits.
   SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, const Hyper& hyper,
              const Tensor& inv_norm_, const Tensor& target_weight, const Tensor& arena, const Tensor& segments_,
              float scale);
   SavedPairs(const SavedPairs&) = delete;
+  float* columns_of(const Group& group) const;  // the part of a group
 };
 
 // The sums of the rows of one block, in Workspace::raw.
@@ -72,8 +73,7 @@ class RawRows {
 // Adds to the sums of a block what one forward left for it.
 class BlockSums {
  public:
-  BlockSums(const SavedPairs& saved, Workspace& work, RawRows& rows)
-      : saved_(saved), work_(work), rows_(rows), scaled_(kBlockClasses * kGroupSamples) {}
+  BlockSums(const SavedPairs& saved, Workspace& work, RawRows& rows) : saved_(saved), work_(work), rows_(rows) {}
 
   void add_block(int64_t b) {
     for (int64_t g = 0; g < saved_.problem.groups; ++g) add_segment(g, b);
@@ -83,7 +83,7 @@ class BlockSums {
   void add_segment(int64_t g, int64_t b);
   void add(int row, int64_t sample, float scale);
   void add_pairs(const Group& group, int rows, const int32_t* words, int64_t count);
-  void add_tile(const Group& group, int rows, const void* tile, int64_t stride);
+  void add_tile(const Group& group, Block& block, const void* tile, int64_t stride);
   void recompute(const Group& group, Block& block);
   void shorten(Block& block);
 
@@ -91,7 +91,6 @@ class BlockSums {
   Workspace& work_;
   RawRows& rows_;
   std::vector<OwnClass> own_;
-  std::vector<float> scaled_;  // [rows][group] u_i g_ij / s
 };
 
 // body(next_block) on each of PyTorch's threads, as for_each_worker; next_block() hands out blocks in stretches.

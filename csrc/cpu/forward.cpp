@@ -38,6 +38,8 @@ struct Partials {
         tallies(problem.ranges * problem.groups),
         need_grad(need_grad_) {}
 
+  size_t bytes(const Problem& problem) const { return problem.ranges * samples * padded_d * sizeof(float); }  // of grad
+
   // Those of one range, from a sample on.
   RowSums sums(int64_t range, int64_t sample) {
     const int64_t at = range * stride + sample;
@@ -217,6 +219,26 @@ class RowFinisher {
   std::vector<float> converted_;  // a row of w that is not taken in place
 };
 
+// The smallest share p_i / s of the samples that count; 0 where one of them has no class here.
+float smallest_own(const Problem& problem, const Kernels& kernels, const Hyper& hyper, const Samples& samples) {
+  float smallest = 1;
+  for (int64_t i = 0; i < problem.n; ++i)
+    if (!problem.ignored(i) && problem.codes()[i] < 0) return 0;
+  std::vector<float> converted;
+  const int d = static_cast<int>(problem.d);
+  for (const Labelled& own : problem.labelled) {
+    if (!samples.usable(own.sample)) continue;
+    int64_t stride;
+    const float* w = problem.weight_rows(own.cls, 1, converted, &stride);
+    const float norm = std::sqrt(kernels.dot(w, w, d));
+    float p = 0;  // where the row's norm is not finite
+    if (norm > 0 && is_finite(norm))
+      kernels.intra(hyper, clamp_cosine(kernels.dot(samples.row(own.sample), w, d) / norm), &p);
+    smallest = std::min(smallest, p);
+  }
+  return smallest;
+}
+
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
   return torch::stable::empty(sizes, dtype);
 }
@@ -229,8 +251,10 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
   const Problem problem(x, w, target);
   check(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
   const Kernels& kernels = sface::kernels();
-  const Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d);
+  Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d, 0);
   const Samples samples(problem, kernels, {.columns = true, .fixed_point = rules.screen, .int8 = rules.int8});
+  if (!rules.screen && kernels.parts_bytes(problem.padded_d) > 0)
+    rules = make_rules(rules.hyper, problem.d, smallest_own(problem, kernels, rules.hyper, samples));
   const Call call{problem, kernels, rules, samples};
 
   const int64_t words = need_grad_w ? std::min(arena_words, problem.n * problem.c) : 0;
@@ -239,7 +263,9 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
   Tensor hardest_class = empty({problem.n}, ScalarType::Long);
   Tensor row_grad_x = empty({need_grad_x ? problem.n : 0, problem.d});
   Tensor inv_norm = empty({problem.c}), target_weight = empty({problem.n});
-  Tensor arena = empty({words}, ScalarType::Int), segments = empty({2 * records}, ScalarType::Long);
+  Tensor arena = empty({words}, ScalarType::Int);
+  if (!rules.screen) arena = empty_gradient(arena);  // all of it will be written
+  Tensor segments = empty({2 * records}, ScalarType::Long);
   const Results out{
       .loss = row_loss.mutable_data_ptr<float>(),
       .stats = row_stats.mutable_data_ptr<float>(),
@@ -252,6 +278,7 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
       .arena_words = words};
 
   Partials partials(problem, need_grad_x);
+  if (!rules.screen && need_grad_x) use_huge_pages(partials.grad.data.get(), partials.bytes(problem));
   const int64_t tasks = problem.ranges * problem.groups;
   if (problem.n == 0) std::fill_n(out.inv_norm, problem.c, 0.0f);
   for_each_worker(tasks, [&](auto next_task) {

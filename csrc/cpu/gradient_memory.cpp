@@ -13,9 +13,6 @@
 
 namespace sface {
 
-namespace {
-
-// The huge pages that lie inside. Costs nothing where they are huge already.
 void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
@@ -26,14 +23,13 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) 
 #endif
 }
 
-}  // namespace
-
-Tensor empty_gradient(const Tensor& w) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(w)};
+Tensor empty_gradient(const Tensor& like) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(like)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("sface::native_empty_gradient", "", stack.data(), TORCH_ABI_VERSION));
   Tensor grad = torch::stable::detail::to<Tensor>(stack[0]);
-  check_tensor("native_empty_gradient", grad, w.scalar_type(), {w.size(0), w.size(1)});
+  check_tensor("native_empty_gradient", grad, like.scalar_type(),
+               std::vector<int64_t>(like.sizes().begin(), like.sizes().end()));
   use_huge_pages(grad.mutable_data_ptr(), grad.numel() * grad.element_size());
   return grad;
 }

@@ -83,7 +83,9 @@ struct Rules {
   int32_t candidate_min;  // a pair whose screened product is ≥ this is a candidate: it may be active
   bool cheap_below;       // inter_weight_below is accurate for every pair below candidate_min
   bool int8;              // the int8 screen may be used, where there is one
-  float active_cosine;    // no pair whose cosine is below this is active: what the int8 screen's own bound comes off
+  // Below these a coefficient, as a share of s, and its cosine may have the errors of products of two parts.
+  float two_parts_share, two_parts_cosine;
+  float active_cosine;  // no pair whose cosine is below this is active: what the int8 screen's own bound comes off
 };
 
 // Samples of a panel, or of a group, in the layout of the int8 screen: X_i = round(S_i x̂_i), |X| ≤ 127.
@@ -106,7 +108,7 @@ struct Group {
   int panels;        // panels of Kernels::panel_samples samples, the last one padded with zeros
   int d, padded_d;
   const float* rows;             // [count][padded D] unit rows, fp32
-  const float* columns;          // [panels][D][panel] the same transposed, for dense blocks
+  const float* columns;          // [panels][padded D][Kernels::column_words] the same for dense blocks
   const int32_t* fixed_point;    // [panels][padded D / 2][panel] for the screen: two int16 features in a word
   Int8Samples int8;              // for the int8 screen; null where there is none
   float int8_worst_error;        // the largest of int8.error
@@ -170,7 +172,11 @@ struct Workspace {
   std::vector<float> packed;         // [block][panel] a part of the unit rows for Σ g ŵ
   Uninitialised<float> dense_grad;   // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
   bool has_dense_grad = false;
-  int skip_screens = 0;                    // blocks still taken to be dense, as the one before was
+  Uninitialised<uint8_t> parts;  // operands of products that take numbers apart, Kernels::parts_bytes of them
+  int pending = 0;               // blocks among them whose Σ g ŵ is still to be added
+  bool all_parts = false, pending_all_parts = false;  // whether the block needs, and any of those, all its parts
+  std::vector<float> scaled;                          // [block][group] u_i g_ij / s
+  int skip_screens = 0;                               // blocks still taken to be dense, as the one before was
   std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task; as long as an int8 row is padded
   std::vector<uint32_t> candidates;        // [block][panels] bits
   std::vector<uint8_t> own_tiles;          // [strips][panels] tiles that hold an own class
@@ -208,10 +214,15 @@ struct Kernels {
   const char* name;
   int panel_samples;  // samples in a panel
   int strip_rows;     // classes in a register tile
+  int column_words;   // floats' worth of memory a panel takes for each feature, where it is to be multiplied
+  // Size of Workspace::parts.
+  int64_t (*parts_bytes)(int64_t padded_d);
 
-  // Unit rows of a panel: fills the layouts of Group, `columns` and `fixed_point` only where they are not null. `rows`
-  // holds x on entry, x̂ on return.
-  void (*pack_panel)(float* rows, int count, int d, int padded_d, float* columns, int32_t* fixed_point, double* norms);
+  // Unit rows of a panel: fills the layouts of Group, `fixed_point` only where it is not null. `rows` holds x on entry,
+  // x̂ on return.
+  void (*pack_panel)(float* rows, int count, int d, int padded_d, int32_t* fixed_point, double* norms);
+  // Group::columns of a panel, from its unit rows.
+  void (*pack_columns)(const float* rows, int count, int d, int padded_d, float* columns);
 
   // The same for the int8 screen, from unit rows; null where the instruction set has none that is faster than int16.
   void (*pack_int8)(const float* rows, int count, int d, int padded_d, const Int8Samples& out);
@@ -225,10 +236,11 @@ struct Kernels {
   // Coefficients of a block, again: tile[row][panels·panel] = sigmoid where kept, 0 elsewhere.
   void (*recompute_tile)(const Rules&, const Group&, const Block&, Workspace&);
 
-  // raw[rows][padded D] += tile[rows][count] · x̂ of the group, with `columns` = x̂ as [padded D / panel][count][panel].
-  void (*add_dense)(const float* tile, int tile_stride, int rows, const float* columns, int count, int padded_d,
-                    float* raw);
-  // `rows` x̂ [count][padded D] as [padded D / panel][count][panel]
+  // raw[rows][padded D] += (tile[rows][count] times u[count]) · x̂ of the group, with `columns` as pack_features leaves
+  // them. Of the block it reads the number of rows, and fetches what `next` points to.
+  void (*add_dense)(const Rules&, const float* tile, int tile_stride, const float* u, const Block& block,
+                    const float* columns, int count, int padded_d, float* raw, Workspace&);
+  // `rows` x̂ [count][padded D] in the order that add_dense reads, in the memory of `columns` of as many panels.
   void (*pack_features)(const float* rows, int count, int padded_d, float* columns);
 
   float (*dot)(const float*, const float*, int d);

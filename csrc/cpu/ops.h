@@ -54,9 +54,12 @@ void native_adamw_step(const Tensor& w, const Tensor& exp_avg, const Tensor& exp
                        const std::vector<Tensor>& saved, const std::vector<double>& hyper, double lr, double beta1,
                        double beta2, double eps, double weight_decay, double step, bool maximize);
 
-// Uninitialised, of the shape and dtype of `w`, contiguous; in memory that an earlier gradient had, where there is
-// some.
-Tensor empty_gradient(const Tensor& w);
+// Uninitialised, of the shape and dtype of `like`, contiguous; in memory that an earlier gradient or arena had, where
+// there is some.
+Tensor empty_gradient(const Tensor& like);
+
+// The huge pages that lie inside: they fault 512 times less often. Costs nothing where they are huge already.
+void use_huge_pages(void* data, size_t bytes);
 
 inline Hyper make_hyper(double s, double k_intra, double k_inter, double a, double b, double filter_eps) {
   return {static_cast<float>(s), static_cast<float>(k_intra), static_cast<float>(k_inter),

@@ -134,7 +134,8 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
     : padded_d(problem.padded_d), rows(problem.n * padded_d), norms(problem.n), groups(problem.groups) {
   const int64_t panel = kernels.panel_samples, d = problem.d;
   const int64_t group_panels = kGroupSamples / panel, panels = group_panels * problem.groups;
-  columns = Uninitialised<float>(layouts.columns ? panels * panel * d : 0);
+  const int64_t panel_columns = padded_d * kernels.column_words;
+  columns = Uninitialised<float>(layouts.columns ? panels * panel_columns : 0);
   fixed_point = Uninitialised<int32_t>(layouts.fixed_point ? panels * panel * (padded_d / 2) : 0);
   const bool int8 = layouts.int8 && kernels.pack_int8 != nullptr;
   const int64_t int8_words_each = int8 ? ceil_div(d, kInt8Pad) * kInt8Pad / 4 : 0, int8_each = int8 ? 1 : 0;
@@ -157,7 +158,7 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
         .d = static_cast<int>(d),
         .padded_d = static_cast<int>(padded_d),
         .rows = row(first),
-        .columns = layouts.columns ? columns.data.get() + first_panel * panel * d : nullptr,
+        .columns = layouts.columns ? columns.data.get() + first_panel * panel_columns : nullptr,
         .fixed_point = layouts.fixed_point ? fixed_point.data.get() + first_panel * panel * (padded_d / 2) : nullptr,
         .int8 = int8_samples(first_panel),
         .int8_worst_error = 0,
@@ -169,9 +170,11 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
       const int64_t first = p * panel, count = std::min(panel, problem.n - first);
       for (int64_t i = first; i < first + count; ++i) std::memcpy(row(i), x + i * d, sizeof(float) * d);
       kernels.pack_panel(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
-                         layouts.columns ? columns.data.get() + p * panel * d : nullptr,
                          layouts.fixed_point ? fixed_point.data.get() + p * panel * (padded_d / 2) : nullptr,
                          &norms[first]);
+      if (layouts.columns)
+        kernels.pack_columns(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
+                             columns.data.get() + p * panel_columns);
       if (int8)
         kernels.pack_int8(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
                           int8_samples(p));
@@ -184,7 +187,7 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
       group.int8_worst_error = *std::max_element(group.int8.error, group.int8.error + group.count);
 }
 
-Rules make_rules(const Hyper& hyper, int64_t d) {
+Rules make_rules(const Hyper& hyper, int64_t d, float smallest_own) {
   Rules rules{};
   rules.hyper = hyper;
   rules.slope_log2 = hyper.k_inter * 1.44269504088896340736f;
@@ -204,6 +207,15 @@ Rules make_rules(const Hyper& hyper, int64_t d) {
   rules.active_cosine = static_cast<float>(std::cos(std::max(angle, 0.0)) - rounding_slack(d) - 1e-6);
   rules.int8 =
       rules.screen && rules.cheap_below && d >= kInt8MinFeatures && d <= kInt8MaxFeatures && k <= kInt8Steepest;
+  // Two parts of each number and three products lose 3·2⁻¹⁶ of a product at most, and so move a cosine by as much and a
+  // coefficient by (1 + k) times that. The shares below which this is no more than 2⁻²⁴ of any sample's own class
+  // (docs/math.md, 3).
+  constexpr double kTwoParts = 3.0 / 65536;
+  const double two_parts = rules.screen ? 0 : smallest_own * 0x1p-24 / (kTwoParts * (1 + k));
+  const double two_parts_angle = two_parts > 0 ? b + std::log((1 - two_parts) / two_parts) / k : M_PI;
+  rules.two_parts_share = static_cast<float>(two_parts);
+  rules.two_parts_cosine =
+      two_parts_angle < M_PI ? static_cast<float>(std::cos(std::max(two_parts_angle, 0.0)) - kTwoParts) : -2.0f;
   return rules;
 }
 
@@ -220,6 +232,8 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
   work.tile.resize((kBlockClasses + 1) * kGroupSamples);  // one more: a strip may read past the last sample
   work.packed.resize(kBlockClasses * kernels.panel_samples);
   work.dense_grad = Uninitialised<float>(padded * kGroupSamples);
+  work.scaled.resize(kBlockClasses * kGroupSamples);
+  work.parts = Uninitialised<uint8_t>(kernels.parts_bytes(padded));
   work.class_sum.assign(ceil_div(problem.d, kInt8Pad) * kInt8Pad, 0);
   work.candidates.resize(kBlockClasses * panels);
   work.own_tiles.assign(kBlockClasses / kernels.strip_rows * panels, 0);

@@ -74,7 +74,7 @@ struct Problem {
 struct Samples {
   int64_t padded_d;
   Uninitialised<float> rows;                      // [N][padded D]
-  Uninitialised<float> columns;                   // [panels][D][panel]
+  Uninitialised<float> columns;                   // [panels][padded D][Kernels::column_words]
   Uninitialised<int32_t> fixed_point;             // [panels][padded D / 2][panel]
   Uninitialised<int32_t> int8_words, int8_start;  // as in Int8Samples
   Uninitialised<float> int8_scale, int8_error;
@@ -99,7 +99,8 @@ struct Call {
   const Samples& samples;
 };
 
-Rules make_rules(const Hyper& hyper, int64_t d);
+// `smallest_own`: no sample has less of its own class's coefficient than this share of s; 0 where that is not known.
+Rules make_rules(const Hyper& hyper, int64_t d, float smallest_own);
 Workspace make_workspace(const Problem& problem, const Kernels& kernels);
 
 // body(begin, end) on PyTorch's threads, over parts of [0, count). An exception would lose its text on its way through

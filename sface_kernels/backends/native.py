@@ -81,14 +81,15 @@ def narrow(saved: tuple[Tensor, ...], rows: int, first: int, end: int) -> tuple[
 
 
 class GradientMemory:
-    """The memory of large ∂w, kept for the next step: page faults of a fresh block cost more than the whole loss.
+    """The memory of large ∂w and of exact calls' arenas, kept for the next step: page faults of a fresh block cost more
+    than the whole loss.
 
     It holds a tensor on each of the last few storages it gave out, and gives a storage out again once nobody else holds
     it. They are storages like any other, which may be resized or shared.
     """
 
     SMALLEST = 8 << 20  # bytes; below this PyTorch's allocator does as well
-    BLOCKS = 4  # as many heads may take turns
+    BLOCKS = 4  # as many heads may take turns, half as many in exact mode
     PATIENCE = 16  # a free block that this many gradients had no use for goes back
 
     def __init__(self) -> None:
@@ -131,7 +132,9 @@ class GradientMemory:
                 self._blocks = [(t, used) for t, used in self._blocks if self._time - used <= self.PATIENCE]
                 block = torch.empty(size, dtype=torch.uint8, device="cpu")
             self._blocks = [(block, self._time), *self._blocks[: self.BLOCKS - 1]]
-        return torch.empty(0, dtype=w.dtype, device="cpu").set_(block.untyped_storage(), 0, w.shape, (w.shape[1], 1))
+        return torch.empty(0, dtype=w.dtype, device="cpu").set_(
+            block.untyped_storage(), 0, w.shape, w.new_empty(w.shape, device="meta").stride()
+        )
 
     def held(self) -> int:
         """Bytes of the blocks that it knows, in use or not."""

@@ -1,5 +1,5 @@
-// The kernels for AVX-512 with AMX: those of avx512.cpp, with the screen's int8 products in matrix tiles. The headers
-// come before the target region, as there.
+// The kernels for AVX-512 with AMX: those of avx512.cpp, with the screen's int8 products and the dense blocks' products
+// in matrix tiles. The headers come before the target region, as there.
 #include "../kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
@@ -15,7 +15,7 @@
   feature("avx2") separator feature("fma") separator feature("popcnt") separator feature("bmi")       \
       separator feature("avx512f") separator feature("avx512bw") separator feature("avx512dq")        \
           separator feature("avx512vl") separator feature("avx512vnni") separator feature("amx-tile") \
-              separator feature("amx-int8")
+              separator feature("amx-int8") separator feature("amx-bf16")
 
 namespace sface::amx {
 // A process asks the system once before its threads may use tiles; PyTorch's own products do the same.
@@ -31,7 +31,9 @@ namespace {
 constexpr const char* kName = "avx512_amx";
 
 #include "avx512_vectors.inl"
+#include "amx_tiles.inl"
 
+#define SFACE_PRODUCTS "../amx_products.inl"
 #define SFACE_INT8 "../amx_int8.inl"
 #include "generic/all.inl"
 }  // namespace

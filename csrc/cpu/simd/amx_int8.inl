@@ -1,21 +1,10 @@
 // The int8 screen by AMX: a tile of 16 classes times one of 16 samples, 64 features at a time.
 #include "avx512_int8.inl"
 
-// What ldtilecfg reads: every tile is 16 rows of 64 bytes.
-struct TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 class Int8Screen : public Int8Sums {
  public:
   Int8Screen(const Rules& rules, const Group& group, Workspace& work)
-      : Int8Sums(rules, group, work), depth_(int8_depth(group.d)) {
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
-  }
-  ~Int8Screen() { _tile_release(); }
+      : Int8Sums(rules, group, work), depth_(int8_depth(group.d)) {}
 
   int64_t steps() const { return kStripRows; }  // the rows of w are fetched ahead in `sum`, which takes longer
 
@@ -35,6 +24,7 @@ class Int8Screen : public Int8Sums {
 
   // Tiles 0 … 5: sums of [3][2] tiles of classes and samples; 6: classes; 7: samples.
   void multiply_block(int panel) {
+    finish_writing();
     const int32_t* start = group_.int8.start + panel * kPanel;
     _tile_loadd(0, start, 0);  // a stride of 0: the same start for every class
     _tile_loadd(2, start, 0);
@@ -70,6 +60,7 @@ class Int8Screen : public Int8Sums {
     _tile_stored(5, out + 2 * kTile * kPanel + kTile, kStride);
   }
 
+  TileRegisters registers_;
   int depth_;  // bytes of a row
   alignas(64) Products products_[kBlockClasses / kStripRows];
 };

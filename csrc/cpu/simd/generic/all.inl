@@ -6,6 +6,11 @@
 
 #include "vectors.inl"
 
+#if defined(SFACE_PRODUCTS)
+#include SFACE_PRODUCTS
+#else
+#include "products.inl"
+#endif
 #include "dense.inl"
 #include "screen.inl"
 #include "update.inl"

@@ -1,9 +1,6 @@
 // A block of classes from start to end, and the table of kernels of this instruction set.
 // Included last, inside the namespace and the target region of one instruction set.
 
-// Share of candidates above which products beat rescoring pair by pair. Measured with AVX-512 at N=128, lists alone and
-// products alone: at D=512 37 and 42 ms with 0.15 active, 52 and 42 with 0.25; at D=128 16 and 17, then 17 and 17.
-constexpr double kDenseShare = 0.18;
 // After a dense block this many are taken to be dense without a screen to tell. A screen takes about a sixth of a dense
 // block, so one in 16 costs a hundredth.
 constexpr int kBlindBlocks = 15;
@@ -83,9 +80,14 @@ inline int64_t count_candidates(const Group& group, const Block& block, const Wo
   return found;
 }
 
-inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, Task& task, Workspace& work) {
+inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, Task& task, Ahead& ahead,
+                           Workspace& work) {
   Arena& arena = task.arena;
-  cosine_tile(group, block, work);
+  if (task.sums.grad) {
+    cosine_tile<true>(rules, group, block, work, &ahead);
+  } else {
+    cosine_tile<false>(rules, group, block, work, &ahead);
+  }
   for (int panel = 0; panel < group.panels; ++panel)
     task.tally.dense_pairs += static_cast<int64_t>(block.count) * __builtin_popcount(group.participates[panel]);
   task.tally.active += coefficient_tile<true>(rules, group, block, work, &task.sums);
@@ -124,7 +126,7 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
   const Screening screening = screening_of(rules, group, work);
   Ahead ahead(block);
   prepare_rows(group, block, screening, ahead, work);
-  if (screening == Screening::kNone) return dense_block(rules, group, block, task, work);
+  if (screening == Screening::kNone) return dense_block(rules, group, block, task, ahead, work);
   const int stride = group.panels * kPanel;
   std::memset(work.below.data(), 0, sizeof(float) * stride);
   std::memset(work.below_weight.data(), 0, sizeof(float) * stride);
@@ -138,7 +140,7 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
   const int64_t candidates = count_candidates(group, block, work), before = task.tally.active;
   if (candidates > kDenseShare * block.count * group.count) {
     work.skip_screens = kBlindBlocks;
-    return dense_block(rules, group, block, task, work);
+    return dense_block(rules, group, block, task, ahead, work);
   }
 
   for (int i = 0; i < group.count; ++i) {
@@ -158,7 +160,10 @@ const Kernels kTable = {
     .name = kName,
     .panel_samples = kPanel,
     .strip_rows = kStripRows,
+    .column_words = kColumnWords,
+    .parts_bytes = parts_bytes,
     .pack_panel = pack_panel,
+    .pack_columns = pack_columns,
     .pack_int8 = Int8::pack,
     .forward_block = forward_block,
     .flush_dense_grad = flush_dense_grad,

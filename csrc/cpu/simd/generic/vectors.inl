@@ -155,8 +155,7 @@ inline void add_scaled(const float* const rows[kRowsAtOnce], const float scale[k
     for (int r = 0; r < kRowsAtOnce; ++r) sum[k] += scale[r] * rows[r][k];
 }
 
-void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int32_t* fixed_point, double* norms) {
-  constexpr int kAtOnce = kFeaturePad / 2;  // the lines that these features are written to stay in the L1 cache
+void pack_panel(float* rows, int count, int d, int padded_d, int32_t* fixed_point, double* norms) {
   for (int i = 0; i < count; ++i) {
     float* row = rows + static_cast<int64_t>(i) * padded_d;
     const double norm = row_norm(row, d, dot(row, row, d));
@@ -165,14 +164,8 @@ void pack_panel(float* rows, int count, int d, int padded_d, float* columns, int
     for (int k = 0; k < d; ++k) row[k] = inv > 0 ? static_cast<float>(row[k] * inv) : 0.0f;
     for (int k = d; k < padded_d; ++k) row[k] = 0;
   }
-  if (columns) {
-    std::memset(columns, 0, sizeof(float) * d * kPanel);
-    for (int start = 0; start < d; start += kAtOnce)
-      for (int i = 0; i < count; ++i)
-        for (int k = start; k < start + kAtOnce && k < d; ++k)
-          columns[k * kPanel + i] = rows[static_cast<int64_t>(i) * padded_d + k];
-  }
   if (fixed_point) {
+    constexpr int kAtOnce = kFeaturePad / 2;  // the lines that these features are written to stay in the L1 cache
     std::memset(fixed_point, 0, sizeof(int32_t) * (padded_d / 2) * kPanel);
     for (int start = 0; start < padded_d / 2; start += kAtOnce)
       for (int i = 0; i < count; ++i) {
