@@ -19,7 +19,7 @@ from .buffers import Saved, cdiv
 from .kernels.dense import coefficients, row_gradient
 from .kernels.finish import finish_samples
 from .kernels.prepare import prepare
-from .kernels.screen import screen
+from .kernels.screen import LANES, screen
 from .launch import Call, block_parts, launch
 from .plan import threshold_of
 from .tiles import GRANULE
@@ -97,7 +97,7 @@ def screen_operands(call: Call, prepared: Preparation) -> dict[str, Any]:
     return {
         "unit_x": unit_x,
         "unit_w": unit_w,
-        "RUN": min(tiles.RUN[call.family], tile.block_c // tiles.LANES),
+        "RUN": min(tiles.RUN[call.family], tile.block_c // LANES.value),
         "TMA": tma,
         **({"maxnreg": limit} if limit else {}),
     }

@@ -55,7 +55,6 @@ SCREEN = {
 BY_DESCRIPTOR = ("sm_90", "sm_100")
 # Columns side by side in a thread, by the layout of a product: sums over a tile then stay in the thread.
 RUN = {"sm_80": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 32, "interpreter": 2}
-LANES = 4  # shares of a tile's columns that are summed apart; 128 columns have as many in each as a word has bits
 # Families on which two programs of the screen fit a multiprocessor without a spill: one's sums run under the other's
 # product.
 TWO_SCREENS = ("sm_90",)

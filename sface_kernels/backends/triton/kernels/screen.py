@@ -18,10 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import tiles
 from .math import IGNORED, NO_CLASS, NO_COSINE, inter_weight_below, sums_with_one_trip
 
-LANES: tl.constexpr = tl.constexpr(tiles.LANES)
+# Shares of a tile's columns that are summed apart; 128 columns have as many in each as a word has bits.
+LANES: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
