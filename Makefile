@@ -49,7 +49,7 @@ ISAS := import torch, sface_kernels; print(*torch.ops.sface.native_instruction_s
 sanitize: build
 	rm -rf $(SANITIZE)
 	mkdir -p $(SANITIZE)
-	cp -r csrc sface_kernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZE)
+	cp -r csrc sface_kernels benchmarks tests setup.py pyproject.toml README.md LICENSE $(SANITIZE)
 	rm -f $(SANITIZE)/sface_kernels/*.so
 	cd $(SANITIZE) && CFLAGS="-g -fno-wrapv -fno-omit-frame-pointer $(CHECKS) -fno-sanitize-recover=all" \
 		LDFLAGS="$(CHECKS)" python setup.py build_ext --inplace
@@ -58,7 +58,8 @@ sanitize: build
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		SFACE_CPU_ISA=$$isa SFACE_FUZZ=1000 python -m pytest -p no:cacheprovider \
 		-k "not Past32Bits and not parity_with and not two_hundred and not chunked and not triton and not reference" \
-		tests/backends/test_native.py tests/backends/test_native_memory.py tests/backends/test_native_fuzz.py \
+		tests/backends/test_native.py tests/backends/test_native_exact.py tests/backends/test_native_memory.py \
+		tests/backends/test_native_fuzz.py \
 		tests/optim/test_operators.py tests/optim/test_trajectory.py) || exit 1; \
 	done
 
