@@ -32,7 +32,7 @@ def steps(count, per_step=1):
 @pytest.mark.parametrize("geometry, density", [("random", None), ("trained", None), ("dense", 0.05), ("dense", 0.9)])
 @pytest.mark.parametrize("rule", RULES)
 def test_two_hundred_steps(native, rule, geometry, density, filter_eps):
-    work = make_workload(Workload(Shape(64, 1500, 64), geometry, density))
+    work = make_workload(Workload(Shape(64, 600, 64), geometry, density))
     problem = Problem(work.x, work.w, work.y, torch.ones(64))
     train(steps(200), problem, rule, backend="native", filter_eps=filter_eps)
 

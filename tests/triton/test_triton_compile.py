@@ -24,16 +24,16 @@ KERNELS = MULTIPLYING | {"prepare", "finish_samples", "scatter_classes"}
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-# compiles the screen alone: as the command, with what it is asked for cut down
+# compiles one screen alone: as the command, with what it is asked for cut down
 SCREEN_ALONE = """import sys
 from sface_kernels.backends.triton.tools import compile_report
 distinct = compile_report.distinct
-compile_report.distinct = lambda launches: [one for one in distinct(launches) if one[0].fn.__name__ == "screen"]
+compile_report.distinct = lambda launches: [one for one in distinct(launches) if one[0].fn.__name__ == "screen"][:1]
 sys.exit(compile_report.main())"""
 
 
 def table(target: str, *options: str, tiles: str | None = None) -> tuple[list[dict], int]:
-    """The rows, and the command's exit status; with `tiles`, the screen's rows."""
+    """The rows, and the command's exit status; with `tiles`, that of one screen."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["SFACE_TILES"] = tiles or "{}"
     command = [sys.executable, "-c", SCREEN_ALONE] if tiles else REPORT
