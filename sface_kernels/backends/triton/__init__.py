@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import ops
 from ...types import Forward, HyperParameters, Request
 from . import plan
-from .buffers import Saved, allocate, went_dense
+from .buffers import Saved, allocate, flat, went_dense
 from .device import gpu_of, pretence
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,7 +64,8 @@ def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: b
     dense = plan.goes_dense(x, w, hp)
     multiprocessors = gpu_of(x.device).multiprocessors
     outputs = torch.ops.sface.triton_forward(x, w, target, *hp, need_x, need_w, dense, multiprocessors)
-    result = Forward.of(outputs)
+    *outputs, counted = outputs
+    result = Forward.of(outputs)._replace(counted=counted)
     plan.learn(result.counts, x, w, hp, dense)
     return result
 
@@ -74,7 +75,7 @@ def grad_weight(
 ) -> Tensor:
     # nothing but dense products serves where there is no filter: its lists need not be looked at
     dense = plan.threshold_of(hp, x.shape[1]) is None or went_dense(Saved(*saved))
-    return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float().contiguous(), *hp, dense, *saved)
+    return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float(), *hp, dense, *saved)
 
 
 def way(x: Tensor, saved: tuple[Tensor, ...]) -> str | None:
@@ -94,11 +95,12 @@ def _forward(  # type: ignore[no-untyped-def]
     with on_device(x):
         result = allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors)
         if x.shape[0] == 0:
-            for output in (*result[:-1], *result.saved):
+            for output in flat(result):
                 output.zero_()
+            result.counted.fill_(1)  # type: ignore[union-attr]
         else:
             launches.forward(x, w, target, hp, dense, multiprocessors, result)
-    return (*result[:-1], *result.saved)
+    return flat(result)
 
 
 def _grad_weight(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved) -> Tensor:  # type: ignore[no-untyped-def]

@@ -46,7 +46,7 @@ _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 ops.define(
     f"triton_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, bool dense,"
     f" int multiprocessors) -> (Tensor row_loss, Tensor row_stats, Tensor hardest_class, Tensor counts,"
-    f" Tensor row_grad_x, {_SAVED})"
+    f" Tensor row_grad_x, {_SAVED}, Tensor counted)"
 )
 ops.define(
     f"triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, bool dense, {_SAVED}) -> Tensor"
@@ -123,7 +123,14 @@ def allocate(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: 
         counts=new(2, dtype=torch.int64),
         row_grad_x=new(n if need_grad_x else 0, d),
         saved=saved,
+        counted=new(dtype=torch.int64),
     )
+
+
+def flat(result: Forward) -> tuple[Tensor, ...]:
+    """As the operator returns it."""
+    *outputs, saved, counted = result
+    return (*outputs, *saved, counted)
 
 
 def went_dense(saved: Saved) -> bool:
@@ -135,8 +142,7 @@ def went_dense(saved: Saved) -> bool:
 def _(  # type: ignore[no-untyped-def]
     x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense, multiprocessors
 ) -> tuple[Tensor, ...]:
-    made = allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors)
-    return (*made[:-1], *made.saved)
+    return flat(allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors))
 
 
 @ops.fake("triton_grad_weight")

@@ -37,6 +37,7 @@ def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
         list_weight_ptr=saved.list_weight,
         list_cos_ptr=saved.list_cos,
         d=call.d,
+        grad_row_step=common["grad_row_ptr"].stride(0),
         slots=saved.links.shape[1],
         s=call.hp.s,
         BLOCK_C=block_c,
@@ -49,7 +50,7 @@ def _dense(call: Call, common: dict[str, Any]) -> None:
     chunk = dense_chunk(call, 1)
     norm, inv_norm = call.empty(call.padded_n), call.empty(call.c)
     counts, flags, head = (call.empty(2, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.int32))
-    prepared = Preparation(call, chunk, norm, inv_norm, counts, flags, head)
+    prepared = Preparation(call, chunk, norm, inv_norm, counts, call.empty(dtype=torch.int64), flags, head)
     coefficients_of, gradient_of = call.tile("coefficients"), call.tile("class_gradient")
     row_blocks = call.row_blocks("coefficients")
     shared = {
@@ -108,11 +109,12 @@ def grad_weight(
     # the interpreter cuts off what a cast to bf16 should round
     stored = torch.float32 if call.family == "interpreter" else w.dtype
     grad = call.empty(call.c, call.d, dtype=stored)
-    common = {
-        "grad_row_ptr": grad_row,
-        "largest_ptr": torch.linalg.vector_norm(grad_row, math.inf),  # NaN where an element is
-        "grad_w_ptr": grad,
-    }
+    if not dense and grad_row.stride(0) == 0:  # of a mean or a sum: one element, which is the largest too
+        largest = grad_row
+    else:
+        grad_row = grad_row.contiguous()
+        largest = torch.linalg.vector_norm(grad_row, math.inf)  # NaN where an element is
+    common = {"grad_row_ptr": grad_row, "largest_ptr": largest, "grad_w_ptr": grad}
     if dense:
         _dense(call, common)
     else:

@@ -37,11 +37,20 @@ def makes_links(call: Call, head: Tensor) -> bool:
 class Preparation:
     """Unit rows of all samples `[padded N, padded D]`, and of one chunk of classes after the other `[chunk, padded D]`.
 
-    The first launch fills `norm` and sets `counts` and `flags` to 0, each its classes' part of `inv_norm` and `head`.
+    The first launch fills `norm` and `counted` and sets `counts` and `flags` to 0, each its classes' part of
+    `inv_norm` and `head`.
     """
 
     def __init__(
-        self, call: Call, chunk: int, norm: Tensor, inv_norm: Tensor, counts: Tensor, flags: Tensor, head: Tensor
+        self,
+        call: Call,
+        chunk: int,
+        norm: Tensor,
+        inv_norm: Tensor,
+        counts: Tensor,
+        counted: Tensor,
+        flags: Tensor,
+        head: Tensor,
     ):
         self.unit_x, self.unit_w = call.unit_rows(call.padded_n), call.unit_rows(chunk)
         self.inv_norm, self.row_block = inv_norm, call.row_block
@@ -55,6 +64,7 @@ class Preparation:
             "norm_ptr": norm,
             "inv_norm_ptr": inv_norm,
             "counts_ptr": counts,
+            "counted_ptr": counted,
             "flags_ptr": flags,
             "head_ptr": head,
             "c": call.c,
@@ -72,6 +82,12 @@ class Preparation:
         samples = self.sample_blocks if first == 0 else 0
         blocks = samples + cdiv(rows, self.row_block)
         launch(prepare, (blocks,), **self.arguments, sample_blocks=samples, first_class=first)
+
+
+def preparation(call: Call, chunk: int, result: Forward) -> Preparation:
+    saved, counted = Saved(*result.saved), result.counted
+    assert counted is not None
+    return Preparation(call, chunk, saved.norm, saved.inv_norm, result.counts, counted, saved.flags, saved.head)
 
 
 def dense_granules(call: Call) -> int:
@@ -115,7 +131,7 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
     block_c, row_blocks = call.tile("screen").block_c, call.row_blocks("screen")
     rounds = max(1, buffers.CHUNK_BYTES // (2 * call.padded_d * GRANULE * stripes))
     chunk = min(rounds * stripes, cdiv(call.c, GRANULE)) * GRANULE
-    prepared = Preparation(call, chunk, saved.norm, saved.inv_norm, result.counts, saved.flags, saved.head)
+    prepared = preparation(call, chunk, result)
     screened = {
         **made,
         **call.target,
@@ -150,7 +166,6 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
 
 def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -> dict[str, Any]:
     """The sums over all classes and of ∂x, in parts, under the names that `finish_samples` knows them by."""
-    saved = Saved(*result.saved)
     coefficients_of, gradient_of = call.tile("coefficients"), call.tile("row_gradient")
     row_blocks, gradient_blocks = call.row_blocks("coefficients"), call.row_blocks("row_gradient")
     granules = cdiv(call.c, GRANULE)
@@ -163,7 +178,7 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
     active = call.empty(stripes, call.padded_n, dtype=torch.int32)
     grad = call.empty(splits if need_grad else 0, call.padded_n, call.d)
     chunk = dense_chunk(call, stripes)
-    prepared = Preparation(call, chunk, saved.norm, saved.inv_norm, result.counts, saved.flags, saved.head)
+    prepared = preparation(call, chunk, result)
     shared = {
         "unit_w_ptr": prepared.unit_w,
         "coefficient_ptr": call.empty(call.padded_n if need_grad else 0, chunk, dtype=call.unit_dtype),

@@ -12,6 +12,8 @@ import triton.language as tl
 
 from .math import IGNORED, NORM_EPS, exponent_of, is_finite, power_of_two
 
+LABELS: tl.constexpr = tl.constexpr(1024)  # that the count of samples takes at a time
+
 
 @triton.jit
 def store_unit_rows(
@@ -44,6 +46,7 @@ def prepare(
     unit_x_ptr,  # [padded N, PADDED_D], fp16 or for dense products fp32
     norm_ptr,  # [padded N], NaN or infinite where a counted row is not finite
     counts_ptr,  # [2] int64, set to 0
+    counted_ptr,  # [] int64: samples that are not ignored, at least 1
     flags_ptr,  # [2] int32, set to 0
     w_ptr,
     unit_w_ptr,  # [padded chunk, PADDED_D]
@@ -80,6 +83,11 @@ def prepare(
             tl.store(flags_ptr + two, tl.zeros([2], tl.int32))
             if not LINKS:
                 tl.store(head_ptr, -1)
+            found = tl.zeros([LABELS], tl.int64)
+            for first in range(0, n, LABELS):
+                label = first + tl.arange(0, LABELS).to(tl.int64)
+                found += (tl.load(target_ptr + label, mask=label < n, other=IGNORED) != IGNORED).to(tl.int64)
+            tl.store(counted_ptr, tl.maximum(tl.sum(found, 0), 1))
     else:
         row += (pid - sample_blocks).to(tl.int64) * BLOCK  # in the chunk
         j = first_class + row

@@ -97,7 +97,7 @@ class Step:
         """Row losses, ∂x and ∂w."""
         multiprocessors = gpu_of(self.x.device).multiprocessors
         operands = (self.x, self.w, self.target)
-        row_loss, _, _, _, row_grad_x, *saved = torch.ops.sface.triton_forward(
+        row_loss, _, _, _, row_grad_x, *saved, _ = torch.ops.sface.triton_forward(
             *operands, *self.hp, True, True, self.dense, multiprocessors
         )
         grad_w = torch.ops.sface.triton_grad_weight(*operands, self.upstream, *self.hp, self.dense, *saved)
