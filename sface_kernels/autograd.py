@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from . import verify
+from .dispatch import BACKENDS
+from .ops import prepare_labels
 from .pending import PendingGradient, WeightGradient, pending_of
 from .precision import without_autocast
 from .types import IGNORED, HyperParameters
@@ -51,6 +53,13 @@ class _LetWait(torch.autograd.Function):
         return None, None, None
 
 
+class Labels(NamedTuple):
+    """How `ops.prepare_labels` is to take labels, where the backend does not take them as they are."""
+
+    ignore_index: int
+    check: bool
+
+
 class _Options(NamedTuple):
     """What `_RowLoss` is given beside tensors; one argument, as PyTorch looks at each of them in every call."""
 
@@ -62,6 +71,7 @@ class _Options(NamedTuple):
     found: list[WeightGradient] | None
     strict: bool
     reduction: str
+    labels: Labels | None  # what the target is made of; None where it is given
 
 
 class _RowLoss(torch.autograd.Function):
@@ -74,22 +84,32 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(embeddings: Tensor, weight: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, ...]:
-        backend, hp, need_x, need_w, *_, reduction = options
+        backend, hp, need_x, need_w, *_, reduction, labels = options
+        raw = {}
+        if labels is not None:
+            if BACKENDS[backend].takes_labels and not labels.check:
+                target, raw = target.reshape(-1).contiguous(), {"ignore_index": labels.ignore_index}
+            else:
+                target = prepare_labels(target, weight.shape[0], *labels)
         with without_autocast(embeddings.device):
-            result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w)
-        loss, *others, saved, counted = result
+            result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w, **raw)
+        loss, *others, saved, counted, prepared = result
+        if prepared is not None:
+            target = prepared
+        elif labels is None:
+            target = target.view_as(target)  # an output that is no input
         if counted is None:
             counted = (target != IGNORED).sum().clamp_min(1)  # 1 avoids 0/0 where all are ignored
         if reduction != "none":
             loss = loss.sum()
             if reduction == "mean":
                 loss = loss / counted
-        return (loss, counted, *others, *saved)
+        return (loss, counted, target, *others, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        embeddings, weight, target, ctx.options = inputs
-        _, counted, _, _, _, row_grad_x, *saved = output
+        embeddings, weight, _, ctx.options = inputs
+        _, counted, target, _, _, _, row_grad_x, *saved = output
         for_weight = (weight, *saved) if ctx.options.need_w else (None,)
         for_embeddings = row_grad_x if ctx.options.need_x and ctx.needs_input_grad[0] else None
         ctx.save_for_backward(target, counted, embeddings, for_embeddings, *for_weight)
@@ -121,7 +141,7 @@ class _RowLoss(torch.autograd.Function):
         weight: Tensor | None,
         *saved: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
-        backend, hp, _, need_w, sparse, found, strict, reduction = ctx.options
+        backend, hp, _, need_w, sparse, found, strict, reduction, _ = ctx.options
         if reduction == "none":
             # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
             grad_row = upstream.masked_fill(target == IGNORED, 0)
@@ -173,34 +193,36 @@ def row_losses(
     raises, and otherwise `chunked` takes over. The gradient of the weight waits in `pending.pending_of(weight)` where
     there is one, and is else a COO tensor with `sparse`, or a dense one.
     """
-    row_loss, _, *others = reduced_loss(embeddings, weight, target, backend, hp, "none", strict, sparse)
-    row_stats, hardest_class, counts = others
+    need_x = torch.is_grad_enabled() and embeddings.requires_grad
+    outputs = _apply(embeddings, weight, target, backend, hp, need_x, strict, sparse)
+    row_loss, _, _, row_stats, hardest_class, counts, *_ = outputs
     return row_loss, row_stats, hardest_class, counts
 
 
 def reduced_loss(
     embeddings: Tensor,
     weight: Tensor,
-    target: Tensor,
+    labels: Tensor,
+    how: Labels,
     backend: str,
     hp: HyperParameters,
     reduction: str,
     strict: bool = True,
     sparse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`row_losses` reduced by "mean" over the rows that are not ignored, "sum" or "none", and how many those rows are,
-    at least 1, as int64; then the statistics."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`row_losses` of labels `[N]`, `[N, 1]` or 0-d, reduced by "mean" over the rows that are not ignored, "sum" or
+    "none"; how many those rows are, at least 1, as int64; the target `[N]`; then the statistics."""
     need_x = torch.is_grad_enabled() and embeddings.requires_grad
-    outputs = _apply(embeddings, weight, target, backend, hp, need_x, strict, sparse, reduction)
-    return outputs[:5]  # type: ignore[return-value]
+    outputs = _apply(embeddings, weight, labels, backend, hp, need_x, strict, sparse, reduction, how)
+    return outputs[:6]  # type: ignore[return-value]
 
 
 def row_losses_and_grad_x(
     embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`row_losses`, differentiable in the weight alone, and beside them ∂l_i/∂x_i `[N, D]`, at least float32."""
-    outputs = _apply(embeddings.detach(), weight, target, backend, hp, True, strict, False, "none")
-    row_loss, _, row_stats, hardest_class, counts, row_grad_x, *_ = outputs
+    outputs = _apply(embeddings.detach(), weight, target, backend, hp, True, strict, False)
+    row_loss, _, _, row_stats, hardest_class, counts, row_grad_x, *_ = outputs
     return row_loss, row_stats, hardest_class, counts, row_grad_x
 
 
@@ -213,7 +235,8 @@ def _apply(
     need_x: bool,
     strict: bool,
     sparse: bool,
-    reduction: str,
+    reduction: str = "none",
+    labels: Labels | None = None,
 ) -> tuple[Tensor, ...]:
     need_w = torch.is_grad_enabled() and weight.requires_grad
     # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
@@ -222,7 +245,7 @@ def _apply(
     if pending is not None:
         found = []
         weight = _LetWait.apply(weight, pending, found)
-    options = _Options(backend, hp, need_x, need_w, sparse, found, strict, reduction)
+    options = _Options(backend, hp, need_x, need_w, sparse, found, strict, reduction, labels)
     try:
         return _RowLoss.apply(embeddings, weight, target, options)
     except verify.WrongResult as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cosines, validation
-from .autograd import reduced_loss
+from .autograd import Labels, reduced_loss
 from .dispatch import check_name, select
 from .growing import replace_parameter
 from .histograms import AngleCounter
@@ -140,11 +140,11 @@ def sface_loss(
     request = Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
     chosen = select(backend, request)
 
-    target = prepare_labels(labels, weight.shape[0], ignore_index, validation.checks_labels(embeddings.device))  # [N]
     # weighted row losses are reduced here
     within = "none" if sample_weight is not None else reduction
-    loss, counted, row_stats, hardest_class, counts = reduced_loss(
-        embeddings, weight, target, chosen, hp, within, backend != "auto", sparse_grad
+    how = Labels(ignore_index, validation.checks_labels(embeddings.device))
+    loss, counted, target, row_stats, hardest_class, counts = reduced_loss(
+        embeddings, weight, labels, how, chosen, hp, within, backend != "auto", sparse_grad
     )
     if angle_counter is not None:
         if not isinstance(angle_counter, AngleCounter):
