@@ -79,7 +79,7 @@ class _RowLoss(torch.autograd.Function):
 
     A backend's forward leaves ∂l_i/∂x_i complete, as the coefficients of (6) are constants; the upstream gradient
     u_i enters only in the backward, per row, so any reduction and any number of backward calls are right. The mean is
-    taken here, as on a GPU each operation of its own, and of its gradient, costs a small step a hundredth.
+    taken here: on a GPU every operation, and every one of its gradient, is a launch.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class _RowLoss(torch.autograd.Function):
             grads = _RowLoss._gradients(ctx, upstream, *saved)
         if torch.is_grad_enabled():  # create_graph=True
             _, _, embeddings, _, weight, *_ = saved
-            grads = tuple(
+            grads = tuple(  # type: ignore[assignment]
                 g if g is None else RaiseOnSecondBackward.apply(g, embeddings, weight, upstream) for g in grads
             )
         return *grads, None, None

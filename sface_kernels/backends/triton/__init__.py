@@ -18,6 +18,7 @@ from .buffers import Saved, allocate, flat, went_dense
 from .device import gpu_of, pretence
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LABELS = (torch.int64, torch.int32)  # that a kernel is compiled for; others are converted
 OLDEST_TRITON = (3, 4)
 OLDEST_CAPABILITY = (8, 0)
 MAX_FEATURES = 4096  # a row is held in the registers of one program
@@ -72,6 +73,8 @@ def forward(
     ignore_index: int | None = None,
 ) -> Forward:
     """`labels` `[N]` are targets of `ops.prepare_labels`, or with an `ignore_index` labels of any integer dtype."""
+    if labels.dtype not in LABELS:
+        labels = labels.to(torch.int64)
     dense = plan.goes_dense(x, w, hp)
     multiprocessors = gpu_of(x.device).multiprocessors
     # of raw labels none says that its class is elsewhere: what ignore_index means comes first

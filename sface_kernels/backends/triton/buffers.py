@@ -132,6 +132,7 @@ def allocate(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: 
 def flat(result: Forward) -> tuple[Tensor, ...]:
     """As the operator returns it."""
     *outputs, saved, counted, target = result
+    assert counted is not None and target is not None
     return (*outputs, *saved, counted, target)
 
 

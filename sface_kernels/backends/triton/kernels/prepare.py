@@ -42,7 +42,7 @@ def store_unit_rows(
 def prepare(
     # pointers
     x_ptr,
-    label_ptr,  # [N], any integer dtype
+    label_ptr,  # [N] int64 or int32
     target_ptr,  # [N] int64: the label, or its code of types
     unit_x_ptr,  # [padded N, PADDED_D], fp16 or for dense products fp32
     norm_ptr,  # [padded N], NaN or infinite where a counted row is not finite
