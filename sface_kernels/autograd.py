@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import verify
+from .dispatch import BACKENDS
+from .ops import prepare_labels
 from .pending import PendingGradient, WeightGradient, pending_of
 from .precision import without_autocast
-from .types import IGNORED, Forward, HyperParameters
+from .types import IGNORED, HyperParameters
 
 
 class RaiseOnSecondBackward(torch.autograd.Function):
@@ -51,70 +53,116 @@ class _LetWait(torch.autograd.Function):
         return None, None, None
 
 
+class Labels(NamedTuple):
+    """How `ops.prepare_labels` is to take labels, where the backend does not take them as they are."""
+
+    ignore_index: int
+    check: bool
+
+
+class _Options(NamedTuple):
+    """What `_RowLoss` is given beside tensors; one argument, as PyTorch looks at each of them in every call."""
+
+    backend: str
+    hp: HyperParameters
+    need_x: bool
+    need_w: bool
+    sparse: bool
+    found: list[WeightGradient] | None
+    strict: bool
+    reduction: str
+    labels: Labels | None  # what the target is made of; None where it is given
+
+
 class _RowLoss(torch.autograd.Function):
-    """A backend's `types.Forward` as a flat tuple, of which the row losses are differentiable.
+    """A backend's `types.Forward` as a flat tuple: reduced row losses, which are differentiable, and the rest as it is.
 
     A backend's forward leaves ∂l_i/∂x_i complete, as the coefficients of (6) are constants; the upstream gradient
-    u_i enters only in the backward, per row, so any reduction and any number of backward calls are right.
+    u_i enters only in the backward, per row, so any reduction and any number of backward calls are right. The mean is
+    taken here: on a GPU every operation, and every one of its gradient, is a launch.
     """
 
     @staticmethod
-    def forward(
-        embeddings: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        backend: str,
-        hp: HyperParameters,
-        need_x: bool,
-        need_w: bool,
-        sparse: bool,
-        found: list[WeightGradient] | None,
-        strict: bool,
-    ) -> tuple[Tensor, ...]:
+    def forward(embeddings: Tensor, weight: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, ...]:
+        backend, hp, need_x, need_w, *_, reduction, labels = options
+        raw = {}
+        if labels is not None:
+            if BACKENDS[backend].takes_labels and not labels.check:
+                target, raw = target.reshape(-1).contiguous(), {"ignore_index": labels.ignore_index}
+            else:
+                target = prepare_labels(target, weight.shape[0], *labels)
         with without_autocast(embeddings.device):
-            *results, saved = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w)
-        return (*results, *saved)
+            result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w, **raw)
+        loss, *others, saved, counted, prepared = result
+        if prepared is not None:
+            target = prepared
+        elif labels is None:
+            target = target.view_as(target)  # an output that is no input
+        if counted is None:
+            counted = (target != IGNORED).sum().clamp_min(1)  # 1 avoids 0/0 where all are ignored
+        if reduction != "none":
+            loss = loss.sum()
+            if reduction == "mean":
+                loss = loss / counted
+        return (loss, counted, target, *others, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        embeddings, weight, target, ctx.backend, ctx.hp, ctx.need_x, ctx.need_w, *options = inputs
-        ctx.sparse, ctx.found, ctx.strict = options
-        _, _, _, _, row_grad_x, saved = Forward.of(output)
-        for_weight = (weight, *saved) if ctx.need_w else (None,)
-        for_embeddings = row_grad_x if ctx.need_x and ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(target, embeddings, for_embeddings, *for_weight)
+        embeddings, weight, _, ctx.options = inputs
+        _, counted, target, _, _, _, row_grad_x, *saved = output
+        for_weight = (weight, *saved) if ctx.options.need_w else (None,)
+        for_embeddings = row_grad_x if ctx.options.need_x and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(target, counted, embeddings, for_embeddings, *for_weight)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_row: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return None, None, None, None
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            grads = _RowLoss._gradients(ctx, grad_row)
+            grads = _RowLoss._gradients(ctx, upstream, *saved)
         if torch.is_grad_enabled():  # create_graph=True
-            _, embeddings, _, weight, *_ = ctx.saved_tensors
-            grads = tuple(
-                g if g is None else RaiseOnSecondBackward.apply(g, embeddings, weight, grad_row) for g in grads
+            _, _, embeddings, _, weight, *_ = saved
+            grads = tuple(  # type: ignore[assignment]
+                g if g is None else RaiseOnSecondBackward.apply(g, embeddings, weight, upstream) for g in grads
             )
-        return *grads, *[None] * 8
+        return *grads, None, None
 
     @staticmethod
-    def _gradients(ctx: Any, grad_row: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_row is None:
-            return None, None
-        target, embeddings, row_grad_x, weight, *saved = ctx.saved_tensors
-        # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
-        grad_row = grad_row.masked_fill(target == IGNORED, 0)
+    def _gradients(
+        ctx: Any,
+        upstream: Tensor,
+        target: Tensor,
+        counted: Tensor,
+        embeddings: Tensor,
+        row_grad_x: Tensor | None,
+        weight: Tensor | None,
+        *saved: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        backend, hp, _, need_w, sparse, found, strict, reduction, _ = ctx.options
+        if reduction == "none":
+            # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
+            grad_row = upstream.masked_fill(target == IGNORED, 0)
+            factor = grad_row.unsqueeze(1)
+        else:
+            factor = upstream / counted if reduction == "mean" else upstream
+            grad_row = factor.expand(target.shape)
         grad_x = grad_w = None
-        if ctx.need_x and ctx.needs_input_grad[0]:
-            grad_x = (row_grad_x * grad_row.unsqueeze(1)).to(embeddings.dtype)  # [N, D], (7)
-        if ctx.need_w and ctx.needs_input_grad[1]:
+        if row_grad_x is not None:
+            grad_x = torch.empty_like(row_grad_x, dtype=embeddings.dtype)  # [N, D], (7)
+            torch.mul(row_grad_x, factor, out=grad_x)
+        if need_w and ctx.needs_input_grad[1]:
+            assert weight is not None
             # detached: what waits must not keep the graph
-            leaves = embeddings.detach(), weight.detach()
-            gradient = WeightGradient(ctx.backend, ctx.hp, *leaves, target, grad_row, tuple(saved), ctx.strict)
-            if ctx.found is not None:
-                ctx.found[:] = [gradient]
+            gradient = WeightGradient(
+                backend, hp, embeddings.detach(), weight.detach(), target, grad_row, saved, strict
+            )
+            if found is not None:
+                found[:] = [gradient]
             else:
-                grad_w = gradient.sparse() if ctx.sparse else gradient.dense()  # [C, D], (8)
+                grad_w = gradient.sparse() if sparse else gradient.dense()  # [C, D], (8)
         return grad_x, grad_w
 
     @staticmethod
@@ -147,8 +195,26 @@ def row_losses(
     """
     need_x = torch.is_grad_enabled() and embeddings.requires_grad
     outputs = _apply(embeddings, weight, target, backend, hp, need_x, strict, sparse)
-    row_loss, row_stats, hardest_class, counts, *_ = outputs
+    row_loss, _, _, row_stats, hardest_class, counts, *_ = outputs
     return row_loss, row_stats, hardest_class, counts
+
+
+def reduced_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    how: Labels,
+    backend: str,
+    hp: HyperParameters,
+    reduction: str,
+    strict: bool = True,
+    sparse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`row_losses` of labels `[N]`, `[N, 1]` or 0-d, reduced by "mean" over the rows that are not ignored, "sum" or
+    "none"; how many those rows are, at least 1, as int64; the target `[N]`; then the statistics."""
+    need_x = torch.is_grad_enabled() and embeddings.requires_grad
+    outputs = _apply(embeddings, weight, labels, backend, hp, need_x, strict, sparse, reduction, how)
+    return outputs[:6]  # type: ignore[return-value]
 
 
 def row_losses_and_grad_x(
@@ -156,7 +222,7 @@ def row_losses_and_grad_x(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`row_losses`, differentiable in the weight alone, and beside them ∂l_i/∂x_i `[N, D]`, at least float32."""
     outputs = _apply(embeddings.detach(), weight, target, backend, hp, True, strict, False)
-    row_loss, row_stats, hardest_class, counts, row_grad_x, *_ = outputs
+    row_loss, _, _, row_stats, hardest_class, counts, row_grad_x, *_ = outputs
     return row_loss, row_stats, hardest_class, counts, row_grad_x
 
 
@@ -169,6 +235,8 @@ def _apply(
     need_x: bool,
     strict: bool,
     sparse: bool,
+    reduction: str = "none",
+    labels: Labels | None = None,
 ) -> tuple[Tensor, ...]:
     need_w = torch.is_grad_enabled() and weight.requires_grad
     # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
@@ -177,11 +245,11 @@ def _apply(
     if pending is not None:
         found = []
         weight = _LetWait.apply(weight, pending, found)
-    options = hp, need_x, need_w, sparse, found, strict
+    options = _Options(backend, hp, need_x, need_w, sparse, found, strict, reduction, labels)
     try:
-        return _RowLoss.apply(embeddings, weight, target, backend, *options)
+        return _RowLoss.apply(embeddings, weight, target, options)
     except verify.WrongResult as error:
         if strict:
             raise
         verify.distrust(backend, error)
-        return _RowLoss.apply(embeddings, weight, target, "chunked", *options)
+        return _RowLoss.apply(embeddings, weight, target, options._replace(backend="chunked"))

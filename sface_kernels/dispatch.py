@@ -23,12 +23,13 @@ class Backend(NamedTuple):
 
     summary: str
     unavailable: Callable[[Request], str | None]
-    forward: Callable[[Tensor, Tensor, Tensor, HyperParameters, bool, bool], Forward]
+    forward: Callable[..., Forward]  # of x, w, target, hp, need_x, need_w
     grad_weight: Callable[[Tensor, Tensor, Tensor, HyperParameters, Tensor, tuple[Tensor, ...]], Tensor]
     class_block: Callable[[int], int]
     narrow: Callable[[tuple[Tensor, ...], int, int, int], tuple[Tensor, ...]] | None
     # of a backend whose first calls are verified: which of its ways a call took, or None where it need not be
     way: Callable[[Tensor, tuple[Tensor, ...]], str | None] | None
+    takes_labels: bool  # its forward takes labels as they are, with an `ignore_index`, and returns their targets
 
 
 BACKENDS: dict[str, Backend] = {
@@ -40,6 +41,7 @@ BACKENDS: dict[str, Backend] = {
         getattr(module, "class_block", lambda rows: 1),
         getattr(module, "narrow", None),
         getattr(module, "way", None),
+        module is triton,
     )
     for name, summary, module in (
         ("native", "C++ on the CPU: one streamed pass over the weight", native),

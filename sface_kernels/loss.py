@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from . import cosines, validation
-from .autograd import row_losses
+from .autograd import Labels, reduced_loss
 from .dispatch import check_name, select
 from .growing import replace_parameter
 from .histograms import AngleCounter
 from .ops import prepare_labels
 from .summary import describe_rows, row_weights, summarise
-from .types import DEFAULTS, IGNORED, Request, RowStats, SFaceRowStats, SFaceStats
+from .types import DEFAULTS, Request, RowStats, SFaceRowStats, SFaceStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -140,25 +140,24 @@ def sface_loss(
     request = Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
     chosen = select(backend, request)
 
-    target = prepare_labels(labels, weight.shape[0], ignore_index, validation.checks_labels(embeddings.device))  # [N]
-    row_loss, row_stats, hardest_class, counts = row_losses(
-        embeddings, weight, target, chosen, hp, backend != "auto", sparse_grad
+    # weighted row losses are reduced here
+    within = "none" if sample_weight is not None else reduction
+    how = Labels(ignore_index, validation.checks_labels(embeddings.device))
+    loss, counted, target, row_stats, hardest_class, counts = reduced_loss(
+        embeddings, weight, labels, how, chosen, hp, within, backend != "auto", sparse_grad
     )
     if angle_counter is not None:
         if not isinstance(angle_counter, AngleCounter):
             raise TypeError(f"angle_counter: expected an AngleCounter, got {type(angle_counter).__name__}")
         angle_counter(embeddings, weight, target, RowStats(*row_stats.unbind(0)))
-    counted = (target != IGNORED).sum().clamp_min(1)  # rows in the mean; 1 avoids 0/0 where all are ignored
-
-    loss, total = row_loss, counted
     if sample_weight is not None:
-        weights = row_weights(sample_weight, target, row_loss.dtype)  # [N]
-        loss, total = row_loss * weights, weights.sum()
-        total = torch.where(total == 0, 1, total)
-    if reduction != "none":
-        loss = loss.sum()
+        weights = row_weights(sample_weight, target, loss.dtype)  # [N]
+        loss = loss * weights
+        if reduction != "none":
+            loss = loss.sum()
         if reduction == "mean":
-            loss = loss / total
+            total = weights.sum()
+            loss = loss / torch.where(total == 0, 1, total)
     if return_stats == "rows":
         return loss, describe_rows(RowStats(*row_stats.unbind(0)), hardest_class, target)
     if return_stats:

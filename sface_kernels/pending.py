@@ -28,7 +28,7 @@ class WeightGradient(NamedTuple):
     x: Tensor  # [N, D]
     w: Tensor  # [C, D]
     target: Tensor  # [N], of `ops.prepare_labels`
-    grad_row: Tensor  # [N], u_i, 0 where the row is ignored
+    grad_row: Tensor  # [N], u_i; that of an ignored row plays no part
     saved: tuple[Tensor, ...]  # of `types.Forward`
     strict: bool = True  # whether a result that `verify` finds wrong raises
 

@@ -36,7 +36,8 @@ def _put_back(switch: Any, value: str) -> None:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Products inside choose their own precision. Devices such as meta have no autocast to turn off."""
-    if not torch.amp.is_autocast_available(device.type):
+    # making the other context costs more than all that a small step does in it
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 

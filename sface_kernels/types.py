@@ -68,6 +68,8 @@ class Forward(NamedTuple):
     counts: Tensor  # [2] int64: active pairs (targets not counted), pairs computed by dense products
     row_grad_x: Tensor  # [N, D], ∂l_i/∂x_i (equation 7 without u_i); [0, D] where it was not asked for
     saved: tuple[Tensor, ...]  # what the backend's own grad_weight wants back
+    counted: Tensor | None = None  # [] int64: rows that are not ignored, at least 1; None where they are not counted
+    target: Tensor | None = None  # [N] int64, codes of raw labels; None where those were given
 
     @classmethod
     def of(cls, outputs: Sequence[Tensor]) -> Forward:

@@ -132,25 +132,26 @@ def _checked(backend: str, compare: Callable[[], str | None]) -> None:
 
 
 def forward(
-    backend: str, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool
+    backend: str, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool, **labels: int
 ) -> Forward:
-    """The backend's forward, checked where that is due.
+    """The backend's forward, checked where that is due. With an `ignore_index` the target is labels as they are.
 
     Raises:
         WrongResult: it is off, or failed in the first call of its kind.
     """
     entry = BACKENDS[backend]
     if entry.way is None or not _can_wait(x) or len(x) == 0 or (period := _period()) == 0:
-        return entry.forward(x, w, target, hp, need_x, need_w)
+        return entry.forward(x, w, target, hp, need_x, need_w, **labels)
     kind = _kind(backend, x, w, hp)
     try:
-        result = entry.forward(x, w, target, hp, need_x, need_w)
+        result = entry.forward(x, w, target, hp, need_x, need_w, **labels)
     except Exception as error:
         _raise_failure(backend, error, first=kind not in _calls)
     _calls.setdefault(kind, 1)
     way = entry.way(x, result.saved)
     if way is not None and _due((*kind, way, need_x), period):
-        _checked(backend, lambda: _compare_forward(result, x, w, target, hp, _tolerance(x, hp, way)))
+        prepared = target if result.target is None else result.target
+        _checked(backend, lambda: _compare_forward(result, x, w, prepared, hp, _tolerance(x, hp, way)))
     return result
 
 

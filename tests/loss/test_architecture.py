@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "verify": {"types", "dispatch", "precision"},
     "pending": {"types", "dispatch", "precision", "verify"},
     "growing": {"pending"},
-    "autograd": {"types", "verify", "pending", "precision"},
+    "autograd": {"types", "ops", "dispatch", "verify", "pending", "precision"},
     "cosines": {"ops", "precision", "validation"},
     "summary": {"types"},
     "histograms": {"types", "ops", "validation", "precision"},

@@ -11,11 +11,12 @@ import json
 import pytest
 import torch
 
-from sface_kernels import available_backends, ops, sface_loss, verify
+from sface_kernels import available_backends, ops, sface_loss, validation, verify
 from sface_kernels.backends import triton as backend
 from sface_kernels.backends.triton import buffers, device, plan, tiles
 from sface_kernels.dispatch import choose
-from sface_kernels.types import HyperParameters, Request
+from sface_kernels.ops import prepare_labels
+from sface_kernels.types import IGNORED, HyperParameters, Request
 from tests.support.cases import Case, bf16, f16, f32
 from tests.support.checks import Judge, Result, run
 from tests.support.oracle import truth
@@ -161,6 +162,45 @@ def test_a_hub_class(poisoned, filter_eps):
     Judge(problem, filter_eps=filter_eps).check(run(CASE, problem, filter_eps=filter_eps), "triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_labels_as_they_are(poisoned, dtype):
+    """The kernel makes of labels what `ops.prepare_labels` makes of them, and counts them; a column of a matrix too."""
+    problem = GEOMETRIES["random"](33, 40, 24).to(DEVICE, f32, f32)
+    wild = {0: 40, 3: 255 if dtype == torch.uint8 else -1, 4: 127, 5: 0, 8: 200 if dtype == torch.uint8 else -2}
+    labels = problem.labels.to(dtype)
+    for row, label in wild.items():
+        labels[row] = label
+    hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, FAST)
+    for ignore_index in (-100, int(labels[7]), 255, -1, -2):
+        target = prepare_labels(labels, 40, ignore_index, False)
+        raw = backend.forward(problem.x, problem.w, labels, hp, True, True, ignore_index=ignore_index)
+        given = backend.forward(problem.x, problem.w, target, hp, True, True)
+        assert torch.equal(raw.target, target) and torch.equal(given.target, target)
+        assert int(raw.counted) == int(given.counted) == int((target != IGNORED).sum())
+        assert torch.equal(raw.row_loss.nan_to_num(7), given.row_loss.nan_to_num(7))
+    everything = backend.forward(problem.x, problem.w, torch.full_like(labels, 9), hp, True, True, ignore_index=9)
+    assert int(everything.counted) == 1 and not everything.row_loss.any()
+
+
+@pytest.mark.parametrize("overflow", [False, True], ids=["lists", "overflow"])
+def test_a_mean_has_the_gradients_of_its_rows(monkeypatch, poisoned, lists, overflow):
+    """Its upstream gradient is one element; labels are not looked at before the kernels, as on a GPU."""
+    monkeypatch.setattr(validation, "checks_labels", lambda _: False)
+    if overflow:
+        lists(2, 1)
+    x, w, labels, _ = GEOMETRIES["trained"](21, 150, 24).to(DEVICE, bf16, f32)
+    labels[4] = -100
+    x, w = x.requires_grad_(), w.requires_grad_()
+    options = {"backend": "triton", "filter_eps": FAST}
+    loss, stats = sface_loss(x, w, labels.unsqueeze(1), return_stats=True, **options)
+    assert (float(stats.dense_share) > 0) == overflow
+    rows = sface_loss(x, w, labels, reduction="none", **options)
+    expected = torch.autograd.grad(rows, (x, w), torch.full_like(rows, 3 / 20))
+    for ours, theirs in zip(torch.autograd.grad(loss, (x, w), torch.full_like(loss, 3)), expected, strict=True):
+        assert torch.equal(ours, theirs) and theirs.any()
+    assert torch.equal(loss, rows.sum() / 20)
+
+
 def test_sums_do_not_depend_on_the_order_of_links():
     """∂w has the same bits whichever way the links were made, reversed here."""
     problem = GEOMETRIES["collapsed"](40, 60, 16).to(DEVICE, f32, f32)
@@ -284,9 +324,9 @@ def test_a_dense_call_whose_lists_were_copied():
     problem = GEOMETRIES["trained"](24, 200, 48).to(DEVICE, f32, f32)
     hp = (64.0, 80.0, 80.0, 0.8, 1.23, FAST)
     operands = problem.x, problem.w, problem.labels
-    outputs = torch.ops.sface.triton_forward(*operands, *hp, True, True, True, 132)
-    saved = [t.clone(memory_format=torch.contiguous_format) for t in outputs[5:]]
-    assert buffers.went_dense(buffers.Saved(*outputs[5:])) and not buffers.went_dense(buffers.Saved(*saved))
+    outputs = torch.ops.sface.triton_forward(*operands, -2, -1, *hp, True, True, True, 132)
+    saved = [t.clone(memory_format=torch.contiguous_format) for t in outputs[5:-2]]
+    assert buffers.went_dense(buffers.Saved(*outputs[5:-2])) and not buffers.went_dense(buffers.Saved(*saved))
     grad = backend.grad_weight(*operands, HyperParameters(*hp), problem.upstream.float(), tuple(saved))
     expected = run("reference", problem.to("cpu", f32, f32), filter_eps=FAST).grad_w
     assert (grad.cpu() - expected).norm() <= 1e-4 * expected.norm()

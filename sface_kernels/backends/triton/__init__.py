@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import ops
-from ...types import Forward, HyperParameters, Request
+from ...types import IGNORED, NO_TARGET, Forward, HyperParameters, Request
 from . import plan
-from .buffers import Saved, allocate, went_dense
+from .buffers import Saved, allocate, flat, went_dense
 from .device import gpu_of, pretence
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LABELS = (torch.int64, torch.int32)  # that a kernel is compiled for; others are converted
 OLDEST_TRITON = (3, 4)
 OLDEST_CAPABILITY = (8, 0)
 MAX_FEATURES = 4096  # a row is held in the registers of one program
@@ -60,11 +63,26 @@ def unavailable(request: Request) -> str | None:
     return None
 
 
-def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
+def forward(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    hp: HyperParameters,
+    need_x: bool,
+    need_w: bool,
+    ignore_index: int | None = None,
+) -> Forward:
+    """`labels` `[N]` are targets of `ops.prepare_labels`, or with an `ignore_index` labels of any integer dtype."""
+    if labels.dtype not in LABELS:
+        labels = labels.to(torch.int64)
     dense = plan.goes_dense(x, w, hp)
     multiprocessors = gpu_of(x.device).multiprocessors
-    outputs = torch.ops.sface.triton_forward(x, w, target, *hp, need_x, need_w, dense, multiprocessors)
-    result = Forward.of(outputs)
+    # of raw labels none says that its class is elsewhere: what ignore_index means comes first
+    codes = (IGNORED, NO_TARGET) if ignore_index is None else (ignore_index, ignore_index)
+    operator = _forward_directly if ops.unobserved(x, w, labels) else torch.ops.sface.triton_forward
+    outputs = operator(x, w, labels, *codes, *hp, need_x, need_w, dense, multiprocessors)
+    row_loss, row_stats, hardest_class, counts, row_grad_x, *saved, counted, target = outputs
+    result = Forward(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target)
     plan.learn(result.counts, x, w, hp, dense)
     return result
 
@@ -74,7 +92,8 @@ def grad_weight(
 ) -> Tensor:
     # nothing but dense products serves where there is no filter: its lists need not be looked at
     dense = plan.threshold_of(hp, x.shape[1]) is None or went_dense(Saved(*saved))
-    return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float().contiguous(), *hp, dense, *saved)
+    operator = _grad_weight_directly if ops.unobserved(x, w, grad_row) else torch.ops.sface.triton_grad_weight
+    return operator(x, w, target, grad_row.float(), *hp, dense, *saved)
 
 
 def way(x: Tensor, saved: tuple[Tensor, ...]) -> str | None:
@@ -84,33 +103,39 @@ def way(x: Tensor, saved: tuple[Tensor, ...]) -> str | None:
     return "dense" if went_dense(Saved(*saved)) else "lists"
 
 
-def _forward(  # type: ignore[no-untyped-def]
-    x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense, multiprocessors
-) -> tuple[Any, ...]:
-    from . import launch_forward as launches
-    from .launch import on_device
+@functools.cache
+def _launches() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The modules that import Triton."""
+    from . import launch, launch_backward, launch_forward
 
+    return launch, launch_forward, launch_backward
+
+
+def _forward(  # type: ignore[no-untyped-def]
+    x, w, labels, ignore_index, no_target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense,
+    multiprocessors,
+) -> tuple[Any, ...]:  # fmt: skip
+    launch, launches, _ = _launches()
     hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)
-    with on_device(x):
+    with launch.on_device(x):
         result = allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors)
         if x.shape[0] == 0:
-            for output in (*result[:-1], *result.saved):
+            for output in flat(result):
                 output.zero_()
+            result.counted.fill_(1)  # type: ignore[union-attr]
         else:
-            launches.forward(x, w, target, hp, dense, multiprocessors, result)
-    return (*result[:-1], *result.saved)
+            launches.forward(x, w, labels, hp, dense, multiprocessors, result, ignore_index, no_target)
+    return flat(result)
 
 
 def _grad_weight(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved) -> Tensor:  # type: ignore[no-untyped-def]
-    from . import launch_backward as launches
-    from .launch import on_device
-
+    launch, _, launches = _launches()
     hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)
-    with on_device(x):
+    with launch.on_device(x):
         if x.shape[0] == 0:
             return torch.zeros(w.shape, dtype=w.dtype, device=w.device)
         return launches.grad_weight(x, w, target, grad_row, hp, dense, Saved(*saved))
 
 
-ops.implement("triton_forward", _forward)
-ops.implement("triton_grad_weight", _grad_weight)
+_forward_directly = ops.implement("triton_forward", _forward)
+_grad_weight_directly = ops.implement("triton_grad_weight", _grad_weight)

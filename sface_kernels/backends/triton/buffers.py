@@ -44,9 +44,10 @@ class Saved(NamedTuple):
 _HYPER = ", ".join(f"float {name}" for name in HyperParameters._fields)
 _SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
 ops.define(
-    f"triton_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, bool dense,"
+    f"triton_forward(Tensor x, Tensor w, Tensor labels, int ignore_index, int no_target, {_HYPER}, bool need_grad_x,"
+    " bool need_grad_w, bool dense,"
     f" int multiprocessors) -> (Tensor row_loss, Tensor row_stats, Tensor hardest_class, Tensor counts,"
-    f" Tensor row_grad_x, {_SAVED})"
+    f" Tensor row_grad_x, {_SAVED}, Tensor counted, Tensor target)"
 )
 ops.define(
     f"triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, bool dense, {_SAVED}) -> Tensor"
@@ -123,7 +124,16 @@ def allocate(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: 
         counts=new(2, dtype=torch.int64),
         row_grad_x=new(n if need_grad_x else 0, d),
         saved=saved,
+        counted=new(dtype=torch.int64),
+        target=new(n, dtype=torch.int64),
     )
+
+
+def flat(result: Forward) -> tuple[Tensor, ...]:
+    """As the operator returns it."""
+    *outputs, saved, counted, target = result
+    assert counted is not None and target is not None
+    return (*outputs, *saved, counted, target)
 
 
 def went_dense(saved: Saved) -> bool:
@@ -133,10 +143,10 @@ def went_dense(saved: Saved) -> bool:
 
 @ops.fake("triton_forward")
 def _(  # type: ignore[no-untyped-def]
-    x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense, multiprocessors
-) -> tuple[Tensor, ...]:
-    made = allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors)
-    return (*made[:-1], *made.saved)
+    x, w, labels, ignore_index, no_target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense,
+    multiprocessors,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return flat(allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors))
 
 
 @ops.fake("triton_grad_weight")

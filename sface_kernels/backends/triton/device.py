@@ -6,6 +6,7 @@ Torch only, so that it can be asked before Triton is there.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -73,8 +74,15 @@ def gpu_of(device: torch.device) -> Gpu:
         return _pretence.gpu
     if device.type != "cuda":
         return Gpu(tiles.family(None, None), MULTIPROCESSORS)
+    return _asked(device) if device.index is None else _known(device)  # without an index it is the current one
+
+
+def _asked(device: torch.device) -> Gpu:
     family = tiles.family(torch.cuda.get_device_capability(device), torch.version.hip)
     return Gpu(family, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+_known = functools.cache(_asked)  # of few devices; asking takes the host as long as an allocation
 
 
 def fresh(buffer: Tensor) -> Tensor:

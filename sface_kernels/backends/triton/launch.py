@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +16,11 @@ import triton
 from torch import Tensor
 
 from ...precision import rounds_to_tf32
-from ...types import HyperParameters
+from ...types import IGNORED, NO_TARGET, HyperParameters
 from . import tiles
 from .buffers import cdiv, empty, padded
 from .device import gpu_of, pretence, pretend
+from .plan import threshold_of
 from .tiles import GRANULE
 
 __all__ = ["Call", "launch", "on_device", "precision", "pretend"]
@@ -57,14 +60,29 @@ def block_parts(count: int) -> int:
     return next(size for size in (64, 256, next_power_of_2(count)) if size >= count)
 
 
-class Call:
-    """One call's sizes, and the arguments that several kernels take under the same names."""
+KINDS = 64  # of calls whose constants are kept
 
-    def __init__(self, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, dense: bool):
-        (self.n, self.d), self.c = x.shape, w.shape[0]
-        self.device, self.hp, self.dense = x.device, hp, dense
-        self.family = gpu_of(x.device).family
-        self.precision = precision(x.dtype, self.family)
+
+class Kind:
+    """What calls of the same sizes, layout and hyper-parameters have in common: no tensors, so it may outlive them.
+
+    Working it out takes the host longer than a launch: `kind_of` does so once for each.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        strides: tuple[tuple[int, ...], tuple[int, ...]],
+        device: torch.device,
+        family: str,
+        precision: str,
+        hp: HyperParameters,
+        dense: bool,
+        _overrides: str | None,
+    ):
+        self.n, self.c, self.d = shape
+        self.device, self.hp, self.dense = device, hp, dense
+        self.family, self.precision = family, precision
         # the screen multiplies fp16 whatever the dtype; dense products multiply in theirs
         self.unit_dtype = torch.float32 if dense and self.precision != "half" else torch.float16
         self.padded_n = padded(self.n)
@@ -72,11 +90,12 @@ class Call:
         self.padded_d = cdiv(self.d, step) * step  # of unit rows: whole steps of the products over them
         self.block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
         self.row_block = max(1, tiles.ROW_ELEMENTS // self.block_d)  # rows that a program of `prepare` takes
-        self.x = {"x_ptr": x, "x_stride_n": x.stride(0), "x_stride_d": x.stride(1)}
-        self.w = {"w_ptr": w, "w_stride_c": w.stride(0), "w_stride_d": w.stride(1)}
-        self.target = {"target_ptr": target, "n": self.n}
+        self.x: dict[str, Any] = {"x_stride_n": strides[0][0], "x_stride_d": strides[0][1]}
+        self.w: dict[str, Any] = {"w_stride_c": strides[1][0], "w_stride_d": strides[1][1]}
+        self.target: dict[str, Any] = {"n": self.n}
         self.pairs = {"c": self.c, **hp._asdict()}  # equations (3) and (4), and the filter
         del self.pairs["s"]
+        self.threshold = threshold_of(hp, self.d) or 0.0
 
     def tile(self, kernel: str) -> tiles.Tile:
         return tiles.tile(kernel, self.family, self.precision, triton.__version__)
@@ -101,3 +120,29 @@ class Call:
     def unit_rows(self, rows: int) -> Tensor:
         """Room for unit rows `[rows, padded D]`, in whole blocks of `prepare`."""
         return self.empty(cdiv(rows, self.row_block) * self.row_block, self.padded_d, dtype=self.unit_dtype)
+
+
+@functools.lru_cache(maxsize=KINDS)
+def _kind(*what: Any) -> Kind:
+    return Kind(*what)
+
+
+def kind_of(x: Tensor, w: Tensor, hp: HyperParameters, dense: bool) -> Kind:
+    family = gpu_of(x.device).family
+    (n, d), c, overrides = x.shape, w.shape[0], os.environ.get("SFACE_TILES")
+    return _kind(
+        (n, c, d), (x.stride(), w.stride()), x.device, family, precision(x.dtype, family), hp, dense, overrides
+    )
+
+
+class Call(Kind):
+    """One call: its kind, and the tensors that several kernels take under the same names."""
+
+    def __init__(self, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, dense: bool):
+        self.kind = kind_of(x, w, hp, dense)
+        vars(self).update(vars(self.kind))
+        self.pointers = {"x_ptr": x, "w_ptr": w, "target_ptr": target}
+        self.labels = {"label_ptr": target, "ignore_index": IGNORED, "no_target": NO_TARGET}
+        self.x = {"x_ptr": x, **self.x}
+        self.w = {"w_ptr": w, **self.w}
+        self.target = {"target_ptr": target, **self.target}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,8 +14,24 @@ from . import tiles
 from .buffers import Saved, cdiv
 from .kernels.dense import class_gradient, coefficients
 from .kernels.scatter import scatter_classes
-from .launch import Call, launch
+from .launch import KINDS, Call, Kind, launch
 from .launch_forward import Preparation, dense_chunk
+
+
+@functools.lru_cache(maxsize=KINDS)
+def _of_scatter(kind: Kind, slots: int, block_c: int, block_d: int) -> dict[str, Any]:
+    return {
+        **kind.x,
+        **kind.w,
+        **kind.target,
+        **kind.pairs,
+        "d": kind.d,
+        "slots": slots,
+        "s": kind.hp.s,
+        "BLOCK_C": block_c,
+        "BLOCK_D": block_d,
+        "num_warps": tiles.SCATTER_WARPS,
+    }
 
 
 def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
@@ -23,10 +40,8 @@ def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
     launch(
         scatter_classes,
         (cdiv(call.c, block_c), cdiv(call.d, block_d)),
-        **call.x,
-        **call.w,
-        **call.target,
-        **call.pairs,
+        **_of_scatter(call.kind, saved.links.shape[1], block_c, block_d),
+        **call.pointers,
         **common,
         norm_ptr=saved.norm,
         inv_norm_ptr=saved.inv_norm,
@@ -36,12 +51,7 @@ def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
         link_ptr=saved.links,
         list_weight_ptr=saved.list_weight,
         list_cos_ptr=saved.list_cos,
-        d=call.d,
-        slots=saved.links.shape[1],
-        s=call.hp.s,
-        BLOCK_C=block_c,
-        BLOCK_D=block_d,
-        num_warps=tiles.SCATTER_WARPS,
+        grad_row_step=common["grad_row_ptr"].stride(0),
     )
 
 
@@ -49,7 +59,8 @@ def _dense(call: Call, common: dict[str, Any]) -> None:
     chunk = dense_chunk(call, 1)
     norm, inv_norm = call.empty(call.padded_n), call.empty(call.c)
     counts, flags, head = (call.empty(2, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.int32))
-    prepared = Preparation(call, chunk, norm, inv_norm, counts, flags, head)
+    counted, target = call.empty(dtype=torch.int64), call.empty(call.n, dtype=torch.int64)
+    prepared = Preparation(call, chunk, norm, inv_norm, counts, counted, target, flags, head)
     coefficients_of, gradient_of = call.tile("coefficients"), call.tile("class_gradient")
     row_blocks = call.row_blocks("coefficients")
     shared = {
@@ -108,11 +119,12 @@ def grad_weight(
     # the interpreter cuts off what a cast to bf16 should round
     stored = torch.float32 if call.family == "interpreter" else w.dtype
     grad = call.empty(call.c, call.d, dtype=stored)
-    common = {
-        "grad_row_ptr": grad_row,
-        "largest_ptr": torch.linalg.vector_norm(grad_row, math.inf),  # NaN where an element is
-        "grad_w_ptr": grad,
-    }
+    if not dense and grad_row.stride(0) == 0:  # of a mean or a sum: one element, which is the largest too
+        largest = grad_row
+    else:
+        grad_row = grad_row.contiguous()
+        largest = torch.linalg.vector_norm(grad_row, math.inf)  # NaN where an element is
+    common = {"grad_row_ptr": grad_row, "largest_ptr": largest, "grad_w_ptr": grad}
     if dense:
         _dense(call, common)
     else:

@@ -6,6 +6,7 @@ two is the caller's to say; nothing waits for a count.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,15 +14,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...types import Forward, HyperParameters
+from ...types import IGNORED, NO_TARGET, Forward, HyperParameters
 from . import buffers, tiles
 from .buffers import Saved, cdiv
 from .kernels.dense import coefficients, row_gradient
 from .kernels.finish import finish_samples
 from .kernels.prepare import prepare
 from .kernels.screen import LANES, screen
-from .launch import Call, block_parts, launch
-from .plan import threshold_of
+from .launch import KINDS, Call, Kind, block_parts, launch
 from .tiles import GRANULE
 
 # Triton before 3.6 spills under the limit that makes room for two programs.
@@ -34,37 +34,58 @@ def makes_links(call: Call, head: Tensor) -> bool:
     return not call.dense and head.stride(0) == 1
 
 
+@functools.lru_cache(maxsize=KINDS)
+def _of_prepare(kind: Kind, links: bool) -> dict[str, Any]:
+    return {
+        **kind.x,
+        **kind.w,
+        **kind.target,
+        "c": kind.c,
+        "d": kind.d,
+        "padded_n": kind.padded_n,
+        "BLOCK": kind.row_block,
+        "BLOCK_D": kind.block_d,
+        "PADDED_D": kind.padded_d,
+        "LINKS": links,
+        "num_warps": tiles.ROW_WARPS,
+    }
+
+
 class Preparation:
     """Unit rows of all samples `[padded N, padded D]`, and of one chunk of classes after the other `[chunk, padded D]`.
 
-    The first launch fills `norm` and sets `counts` and `flags` to 0, each its classes' part of `inv_norm` and `head`.
+    The first launch fills `norm`, `counted` and `target` and sets `counts` and `flags` to 0, each its classes' part of
+    `inv_norm` and `head`.
     """
 
     def __init__(
-        self, call: Call, chunk: int, norm: Tensor, inv_norm: Tensor, counts: Tensor, flags: Tensor, head: Tensor
+        self,
+        call: Call,
+        chunk: int,
+        norm: Tensor,
+        inv_norm: Tensor,
+        counts: Tensor,
+        counted: Tensor,
+        target: Tensor,
+        flags: Tensor,
+        head: Tensor,
     ):
         self.unit_x, self.unit_w = call.unit_rows(call.padded_n), call.unit_rows(chunk)
         self.inv_norm, self.row_block = inv_norm, call.row_block
         self.sample_blocks = cdiv(call.padded_n, call.row_block)
         self.arguments = {
-            **call.x,
-            **call.w,
-            **call.target,
+            **_of_prepare(call.kind, makes_links(call, head)),
+            **call.pointers,
+            **call.labels,
+            "target_ptr": target,
             "unit_x_ptr": self.unit_x,
             "unit_w_ptr": self.unit_w,
             "norm_ptr": norm,
             "inv_norm_ptr": inv_norm,
             "counts_ptr": counts,
+            "counted_ptr": counted,
             "flags_ptr": flags,
             "head_ptr": head,
-            "c": call.c,
-            "d": call.d,
-            "padded_n": call.padded_n,
-            "BLOCK": call.row_block,
-            "BLOCK_D": call.block_d,
-            "PADDED_D": call.padded_d,
-            "LINKS": makes_links(call, head),
-            "num_warps": tiles.ROW_WARPS,
         }
 
     def launch(self, first: int, rows: int) -> None:
@@ -72,6 +93,12 @@ class Preparation:
         samples = self.sample_blocks if first == 0 else 0
         blocks = samples + cdiv(rows, self.row_block)
         launch(prepare, (blocks,), **self.arguments, sample_blocks=samples, first_class=first)
+
+
+def preparation(call: Call, chunk: int, result: Forward) -> Preparation:
+    saved, counted, target = Saved(*result.saved), result.counted, result.target
+    assert counted is not None and target is not None
+    return Preparation(call, chunk, saved.norm, saved.inv_norm, result.counts, counted, target, saved.flags, saved.head)
 
 
 def dense_granules(call: Call) -> int:
@@ -86,19 +113,36 @@ def dense_chunk(call: Call, stripes: int) -> int:
     return min(rounds * stripes, cdiv(call.c, GRANULE)) * GRANULE
 
 
-def screen_operands(call: Call, prepared: Preparation) -> dict[str, Any]:
-    """Unit rows as the screen takes them on this GPU, and what follows from how."""
-    tile, tma = call.tile("screen"), call.family in tiles.BY_DESCRIPTOR
+def screen_operands(call: Call, prepared: Preparation, block_n: int, block_c: int, block_k: int) -> dict[str, Any]:
+    """Unit rows as the screen takes them on this GPU."""
     unit_x, unit_w = prepared.unit_x, prepared.unit_w
-    if tma:
-        unit_x = TensorDescriptor.from_tensor(unit_x, [tile.block_n, tile.block_k])
-        unit_w = TensorDescriptor.from_tensor(unit_w, [tile.block_c, tile.block_k])
-    limit = tiles.most_registers(call.family, tile.warps) if LIMITS_REGISTERS else None
+    if call.family in tiles.BY_DESCRIPTOR:
+        unit_x = TensorDescriptor.from_tensor(unit_x, [block_n, block_k])
+        unit_w = TensorDescriptor.from_tensor(unit_w, [block_c, block_k])
+    return {"unit_x": unit_x, "unit_w": unit_w}
+
+
+@functools.lru_cache(maxsize=KINDS)
+def _of_screen(kind: Kind, stripes: int, capacity: int, threshold: float) -> dict[str, Any]:
+    tile, product = kind.tile("screen"), kind.product("screen")
+    if kind.padded_d > tiles.DEEP_FEATURES:
+        product["num_stages"] = min(product["num_stages"], tiles.DEEP_STAGES)
+    limit = tiles.most_registers(kind.family, tile.warps) if LIMITS_REGISTERS else None
     return {
-        "unit_x": unit_x,
-        "unit_w": unit_w,
-        "RUN": min(tiles.RUN[call.family], tile.block_c // LANES.value),
-        "TMA": tma,
+        **kind.target,
+        "c": kind.c,
+        "padded_n": kind.padded_n,
+        "row_blocks": kind.row_blocks("screen"),
+        "stripes": stripes,
+        "capacity": capacity,
+        "slots": stripes * capacity + 1,
+        "threshold": threshold,
+        "k_inter": kind.hp.k_inter,
+        "b": kind.hp.b,
+        "PADDED_D": kind.padded_d,
+        "RUN": min(tiles.RUN[kind.family], tile.block_c // LANES.value),
+        "TMA": kind.family in tiles.BY_DESCRIPTOR,
+        **product,
         **({"maxnreg": limit} if limit else {}),
     }
 
@@ -112,28 +156,17 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
         "count_ptr": call.empty(stripes, call.padded_n, dtype=torch.int32),
         "list_ptr": saved.links,
     }
-    block_c, row_blocks = call.tile("screen").block_c, call.row_blocks("screen")
+    constants = _of_screen(call.kind, stripes, capacity, threshold)
+    block_c, row_blocks = constants["BLOCK_C"], constants["row_blocks"]
     rounds = max(1, buffers.CHUNK_BYTES // (2 * call.padded_d * GRANULE * stripes))
     chunk = min(rounds * stripes, cdiv(call.c, GRANULE)) * GRANULE
-    prepared = Preparation(call, chunk, saved.norm, saved.inv_norm, result.counts, saved.flags, saved.head)
+    prepared = preparation(call, chunk, result)
     screened = {
+        **constants,
         **made,
-        **call.target,
-        "c": call.c,
-        "padded_n": call.padded_n,
-        "row_blocks": row_blocks,
-        "stripes": stripes,
-        "capacity": capacity,
-        "slots": saved.links.shape[1],
-        "threshold": threshold,
-        "k_inter": call.hp.k_inter,
-        "b": call.hp.b,
-        "PADDED_D": call.padded_d,
-        **screen_operands(call, prepared),
-        **call.product("screen"),
+        "target_ptr": call.pointers["target_ptr"],
+        **screen_operands(call, prepared, constants["BLOCK_N"], block_c, constants["BLOCK_K"]),
     }
-    if call.padded_d > tiles.DEEP_FEATURES:
-        screened["num_stages"] = min(screened["num_stages"], tiles.DEEP_STAGES)
     for first, rows in call.chunks(chunk):
         prepared.launch(first, rows)
         begun = 0 if first == 0 else call.padded_n
@@ -150,7 +183,6 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
 
 def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -> dict[str, Any]:
     """The sums over all classes and of ∂x, in parts, under the names that `finish_samples` knows them by."""
-    saved = Saved(*result.saved)
     coefficients_of, gradient_of = call.tile("coefficients"), call.tile("row_gradient")
     row_blocks, gradient_blocks = call.row_blocks("coefficients"), call.row_blocks("row_gradient")
     granules = cdiv(call.c, GRANULE)
@@ -163,7 +195,7 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
     active = call.empty(stripes, call.padded_n, dtype=torch.int32)
     grad = call.empty(splits if need_grad else 0, call.padded_n, call.d)
     chunk = dense_chunk(call, stripes)
-    prepared = Preparation(call, chunk, saved.norm, saved.inv_norm, result.counts, saved.flags, saved.head)
+    prepared = preparation(call, chunk, result)
     shared = {
         "unit_w_ptr": prepared.unit_w,
         "coefficient_ptr": call.empty(call.padded_n if need_grad else 0, chunk, dtype=call.unit_dtype),
@@ -221,15 +253,51 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
     return {**made, "parts": stripes, "grad_parts_ptr": grad, "grad_parts": splits}
 
 
+@functools.lru_cache(maxsize=KINDS)
+def _of_finish(
+    kind: Kind, capacity: int, slots: int, threshold: float, parts: int, need_x: bool, links: bool
+) -> dict[str, Any]:
+    return {
+        **kind.x,
+        **kind.w,
+        **kind.target,
+        **kind.pairs,
+        "d": kind.d,
+        "padded_n": kind.padded_n,
+        "capacity": capacity,
+        "slots": slots,
+        "threshold": threshold,
+        "s": kind.hp.s,
+        "BLOCK_D": kind.block_d,
+        "BLOCK_E": tiles.rows_at_once(min(tiles.FINISH_ENTRIES, kind.row_block), kind.family),
+        "BLOCK_PARTS": block_parts(parts),
+        "DENSE": kind.dense,
+        "NEED_GRAD": need_x,
+        "LINKS": links,
+        "num_warps": tiles.ROW_WARPS,
+    }
+
+
 def forward(
-    x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, dense: bool, multiprocessors: int, result: Forward
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    hp: HyperParameters,
+    dense: bool,
+    multiprocessors: int,
+    result: Forward,
+    ignore_index: int = IGNORED,
+    no_target: int = NO_TARGET,
 ) -> None:
-    """Fills `result`, of `buffers.allocate` for the same call."""
-    call = Call(x, w, target, hp, dense)
+    """Fills `result`, of `buffers.allocate` for the same call. A row whose label is `ignore_index` is ignored, one
+    whose label is `no_target` has its class elsewhere."""
+    assert result.target is not None
+    call = Call(x, w, result.target, hp, dense)
+    call.labels = {"label_ptr": labels, "ignore_index": ignore_index, "no_target": no_target}
     saved = Saved(*result.saved)
     need_x = result.row_grad_x.shape[0] > 0
     stripes, capacity = buffers.lists(call.n, call.c, call.d, multiprocessors)
-    threshold = threshold_of(hp, call.d) or 0.0
+    threshold = call.threshold
     if dense:
         sums = _dense(call, result, need_x, multiprocessors)
     else:
@@ -237,10 +305,16 @@ def forward(
     launch(
         finish_samples,
         (call.n,),
-        **call.x,
-        **call.w,
-        **call.target,
-        **call.pairs,
+        **_of_finish(
+            call.kind,
+            capacity,
+            saved.links.shape[1],
+            threshold,
+            sums["parts"],
+            need_x,
+            makes_links(call, saved.head),
+        ),
+        **call.pointers,
         **sums,
         norm_ptr=saved.norm,
         inv_norm_ptr=saved.inv_norm,
@@ -254,17 +328,4 @@ def forward(
         hardest_class_ptr=result.hardest_class,
         counts_ptr=result.counts,
         row_grad_x_ptr=result.row_grad_x,
-        d=call.d,
-        padded_n=call.padded_n,
-        capacity=capacity,
-        slots=saved.links.shape[1],
-        threshold=threshold,
-        s=hp.s,
-        BLOCK_D=call.block_d,
-        BLOCK_E=tiles.rows_at_once(min(tiles.FINISH_ENTRIES, call.row_block), call.family),
-        BLOCK_PARTS=block_parts(sums["parts"]),
-        DENSE=dense,
-        NEED_GRAD=need_x,
-        LINKS=makes_links(call, saved.head),
-        num_warps=tiles.ROW_WARPS,
     )

@@ -22,6 +22,7 @@ NO_COSINE: tl.constexpr = tl.constexpr(-2.0)  # marks own classes and classes pa
 NO_CLASS: tl.constexpr = tl.constexpr(2**31 - 1)
 IGNORED: tl.constexpr = tl.constexpr(types.IGNORED)
 INVALID: tl.constexpr = tl.constexpr(types.INVALID)
+NO_TARGET: tl.constexpr = tl.constexpr(types.NO_TARGET)
 
 
 @triton.jit

@@ -10,7 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NORM_EPS, exponent_of, is_finite, power_of_two
+from .math import IGNORED, INVALID, NO_TARGET, NORM_EPS, exponent_of, is_finite, power_of_two
+
+LABELS: tl.constexpr = tl.constexpr(1024)  # that the count of samples takes at a time
 
 
 @triton.jit
@@ -36,14 +38,16 @@ def store_unit_rows(
     return norm, inverse * to_unit
 
 
-@triton.jit(do_not_specialize=["n", "sample_blocks"])
+@triton.jit(do_not_specialize=["n", "sample_blocks", "ignore_index", "no_target"])
 def prepare(
     # pointers
     x_ptr,
-    target_ptr,
+    label_ptr,  # [N] int64 or int32
+    target_ptr,  # [N] int64: the label, or its code of types
     unit_x_ptr,  # [padded N, PADDED_D], fp16 or for dense products fp32
     norm_ptr,  # [padded N], NaN or infinite where a counted row is not finite
     counts_ptr,  # [2] int64, set to 0
+    counted_ptr,  # [] int64: samples that are not ignored, at least 1
     flags_ptr,  # [2] int32, set to 0
     w_ptr,
     unit_w_ptr,  # [padded chunk, PADDED_D]
@@ -60,6 +64,8 @@ def prepare(
     w_stride_d,
     sample_blocks,  # programs that take samples: 0 in all chunks but the first
     first_class,
+    ignore_index,  # the label of ignored samples
+    no_target,  # the label of samples whose class is elsewhere, unless it is ignore_index
     # compile time
     BLOCK: tl.constexpr,  # rows
     BLOCK_D: tl.constexpr,
@@ -71,7 +77,11 @@ def prepare(
     if pid < sample_blocks:
         i = pid.to(tl.int64) * BLOCK + row
         # an ignored row as zeros: whatever it holds, NaN included, must change nothing
-        counted = (i < n) & (tl.load(target_ptr + i, mask=i < n, other=IGNORED) != IGNORED)
+        label = tl.load(label_ptr + i, mask=i < n, other=0).to(tl.int64)
+        ignored = label == ignore_index
+        code = tl.where((label >= 0) & (label < c), label, tl.where(label == no_target, NO_TARGET, INVALID))
+        tl.store(target_ptr + i, tl.where(ignored, IGNORED, code), mask=i < n)
+        counted = (i < n) & ~ignored
         norm, _ = store_unit_rows(x_ptr, i, counted, x_stride_n, x_stride_d, unit_x_ptr, i, d, BLOCK_D, PADDED_D)
         tl.store(norm_ptr + i, norm, mask=i < padded_n)
         if pid == 0:
@@ -80,6 +90,12 @@ def prepare(
             tl.store(flags_ptr + two, tl.zeros([2], tl.int32))
             if not LINKS:
                 tl.store(head_ptr, -1)
+            found = tl.zeros([LABELS], tl.int64)
+            for first in range(0, n, LABELS):
+                at = first + tl.arange(0, LABELS).to(tl.int64)
+                seen = tl.load(label_ptr + at, mask=at < n, other=0).to(tl.int64)
+                found += ((at < n) & (seen != ignore_index)).to(tl.int64)
+            tl.store(counted_ptr, tl.maximum(tl.sum(found, 0), 1))
     else:
         row += (pid - sample_blocks).to(tl.int64) * BLOCK  # in the chunk
         j = first_class + row

@@ -22,7 +22,8 @@ def inverse_norm(norm):
 
 @triton.jit
 def sum_of_links(
-    head, out, x_ptr, norm_ptr, grad_row_ptr, link_ptr, list_weight_ptr, list_cos_ptr, d, x_stride_n, x_stride_d, slots,
+    head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, link_ptr, list_weight_ptr, list_cos_ptr, d, x_stride_n,
+    x_stride_d, slots,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Σ u g x̂ / s `[BLOCK_C, BLOCK_D]` and Σ u g cosine / s `[BLOCK_C]` of the links from `head` `[BLOCK_C]` on."""
@@ -30,7 +31,7 @@ def sum_of_links(
     link = head
     while tl.max(link, 0) >= 0:
         live = link >= 0
-        u = tl.load(grad_row_ptr + tl.where(live, link // slots, 0), mask=live, other=0.0)
+        u = tl.load(grad_row_ptr + tl.where(live, link // slots, 0) * grad_row_step, mask=live, other=0.0)
         largest = tl.maximum(largest, tl.abs(u * tl.load(list_weight_ptr + link, mask=live, other=0.0)))
         link = tl.load(link_ptr + link, mask=live, other=-1)
 
@@ -48,7 +49,7 @@ def sum_of_links(
             other=0.0,
         ).to(tl.float32)
         unit = x * inverse_norm(tl.load(norm_ptr + i, mask=live, other=1.0))[:, None]
-        u = tl.load(grad_row_ptr + i, mask=live, other=0.0)
+        u = tl.load(grad_row_ptr + i * grad_row_step, mask=live, other=0.0)
         g = u * tl.load(list_weight_ptr + link, mask=live, other=0.0)
         scaled = tl.where(live, g * to_unit, 0.0) * FIXED
         raw += (scaled[:, None] * unit).to(tl.int64)
@@ -58,7 +59,7 @@ def sum_of_links(
     return raw.to(tl.float32) * (1.0 / FIXED) * from_unit[:, None], along.to(tl.float32) * (1.0 / FIXED) * from_unit
 
 
-@triton.jit(do_not_specialize=["n", "slots"])
+@triton.jit(do_not_specialize=["n", "grad_row_step", "slots"])
 def scatter_classes(
     # pointers
     x_ptr,
@@ -66,8 +67,8 @@ def scatter_classes(
     target_ptr,
     norm_ptr,
     inv_norm_ptr,  # [C]
-    grad_row_ptr,  # [N], u
-    largest_ptr,  # [1], max |u|
+    grad_row_ptr,  # [N], u, grad_row_step apart: 0 where all are the same
+    largest_ptr,  # [1], max |u|, whose sign does not count
     flags_ptr,  # [2]: some samples overflowed, some are not finite
     overflowed_ptr,  # [N]
     head_ptr,  # [C], of finish_samples, which says what these hold
@@ -83,6 +84,7 @@ def scatter_classes(
     x_stride_d,
     w_stride_c,
     w_stride_d,
+    grad_row_step,
     slots,
     s,
     k_intra,
@@ -105,8 +107,8 @@ def scatter_classes(
     scale = tl.where(poison, float("nan"), s)
     if (tl.max(head, 0) >= 0) | any_overflow:
         raw, along = sum_of_links(
-            head, out, x_ptr, norm_ptr, grad_row_ptr, link_ptr, list_weight_ptr, list_cos_ptr, d, x_stride_n,
-            x_stride_d, slots, BLOCK_C, BLOCK_D,
+            head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, link_ptr, list_weight_ptr, list_cos_ptr, d,
+            x_stride_n, x_stride_d, slots, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         for i in range(0, tl.where(any_overflow, n, 0)):
             if tl.load(overflowed_ptr + i) > 0:
@@ -127,7 +129,7 @@ def scatter_classes(
                 weight = sigmoid_of_angle(theta, k_inter, b)
                 g = tl.where(weight >= filter_eps, weight, 0.0)
                 g = tl.where(j == tl.load(target_ptr + i), -sigmoid_of_angle(theta, -k_intra, a), g)
-                g *= tl.load(grad_row_ptr + i)
+                g *= tl.load(grad_row_ptr + i * grad_row_step)
                 x = tl.load(x_row + out * x_stride_d, mask=out < d, other=0.0).to(tl.float32)
                 along += g * cos
                 raw += g[:, None] * (x * inv_x)[None, :]

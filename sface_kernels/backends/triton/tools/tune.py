@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....types import HyperParameters
+from ....types import IGNORED, NO_TARGET, HyperParameters
 from .. import tiles
 from ..device import gpu_of
 
@@ -97,8 +97,8 @@ class Step:
         """Row losses, ∂x and ∂w."""
         multiprocessors = gpu_of(self.x.device).multiprocessors
         operands = (self.x, self.w, self.target)
-        row_loss, _, _, _, row_grad_x, *saved = torch.ops.sface.triton_forward(
-            *operands, *self.hp, True, True, self.dense, multiprocessors
+        row_loss, _, _, _, row_grad_x, *saved, _, _ = torch.ops.sface.triton_forward(
+            *operands, IGNORED, NO_TARGET, *self.hp, True, True, self.dense, multiprocessors
         )
         grad_w = torch.ops.sface.triton_grad_weight(*operands, self.upstream, *self.hp, self.dense, *saved)
         return [row_loss, row_grad_x, grad_w]
