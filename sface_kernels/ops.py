@@ -29,27 +29,10 @@ def define(schema: str) -> None:
         _library.define(schema)
 
 
-def implement(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a Python implementation for every device; the gradient is that of `autograd`, never of what it calls.
-    Returns what is registered."""
-    function = torch.no_grad()(function)
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Register a Python implementation for every device; the gradient is that of `autograd`, never of what it calls."""
     if not _has_kernel(name, "CompositeExplicitAutograd"):
-        _library.impl(name, function, "CompositeExplicitAutograd")
-    return function
-
-
-def unobserved(*tensors: Tensor) -> bool:
-    """Whether calling an operator on these is no more than calling its implementation: plain tensors, and no compiler,
-    mode, transform or profiler that would look on. PyTorch's way there costs some 25 µs for twenty tensors."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-        or any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors)
-    )
+        _library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -10,11 +10,9 @@ import gc
 import importlib.metadata
 import json
 import os
-from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sface_kernels import sface_loss, validation
 from sface_kernels.backends import triton as backend
@@ -203,31 +201,6 @@ class TestLaunches:
         made = [name for event in profile.events() if event.cpu_parent is None for name in outermost(event)]
         # the sum of the row losses and its division, the gradient to begin with and its division, ∂x
         assert len(made) <= 5, made
-
-    def test_who_looks_on_sees_the_operators(self, monkeypatch):
-        """Nobody does in a plain call, which spares PyTorch's dispatcher."""
-        monkeypatch.setenv("SFACE_VERIFY", "0")
-        seen, called = [], []
-
-        class Recorder(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                seen.append(str(function))
-                return function(*args, **(kwargs or {}))
-
-        for name in ("_forward_directly", "_grad_weight_directly"):
-            directly = getattr(backend, name)
-            counted = mock.Mock(wraps=directly)
-            monkeypatch.setattr(backend, name, counted)
-            called.append(counted)
-        x, w = (torch.zeros(size, 32, requires_grad=True) for size in (8, 40))
-        options = {"backend": "triton", "filter_eps": FAST.filter_eps}
-        with device.pretend((9, 0), run=lambda *_: None):
-            with Recorder():
-                sface_loss(x, w, torch.arange(8), **options).backward()
-            assert {"sface.triton_forward.default", "sface.triton_grad_weight.default"} < set(seen)
-            assert not any(one.called for one in called)
-            sface_loss(x, w, torch.arange(8), **options).backward()
-        assert all(one.call_count == 1 for one in called)
 
     def test_a_second_call_of_a_kind_works_nothing_out(self, monkeypatch):
         """What does not depend on the tensors' contents is kept, but no tensor is."""

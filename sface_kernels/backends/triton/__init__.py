@@ -79,8 +79,7 @@ def forward(
     multiprocessors = gpu_of(x.device).multiprocessors
     # of raw labels none says that its class is elsewhere: what ignore_index means comes first
     codes = (IGNORED, NO_TARGET) if ignore_index is None else (ignore_index, ignore_index)
-    operator = _forward_directly if ops.unobserved(x, w, labels) else torch.ops.sface.triton_forward
-    outputs = operator(x, w, labels, *codes, *hp, need_x, need_w, dense, multiprocessors)
+    outputs = torch.ops.sface.triton_forward(x, w, labels, *codes, *hp, need_x, need_w, dense, multiprocessors)
     row_loss, row_stats, hardest_class, counts, row_grad_x, *saved, counted, target = outputs
     result = Forward(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target)
     plan.learn(result.counts, x, w, hp, dense)
@@ -92,8 +91,7 @@ def grad_weight(
 ) -> Tensor:
     # nothing but dense products serves where there is no filter: its lists need not be looked at
     dense = plan.threshold_of(hp, x.shape[1]) is None or went_dense(Saved(*saved))
-    operator = _grad_weight_directly if ops.unobserved(x, w, grad_row) else torch.ops.sface.triton_grad_weight
-    return operator(x, w, target, grad_row.float(), *hp, dense, *saved)
+    return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float(), *hp, dense, *saved)
 
 
 def way(x: Tensor, saved: tuple[Tensor, ...]) -> str | None:
@@ -137,5 +135,5 @@ def _grad_weight(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, 
         return launches.grad_weight(x, w, target, grad_row, hp, dense, Saved(*saved))
 
 
-_forward_directly = ops.implement("triton_forward", _forward)
-_grad_weight_directly = ops.implement("triton_grad_weight", _grad_weight)
+ops.implement("triton_forward", _forward)
+ops.implement("triton_grad_weight", _grad_weight)
