@@ -85,24 +85,26 @@ void BlockSums::add_segment(int64_t g, int64_t b) {
   } else if (segment.count == kDenseStored) {
     add_tile(group, block, saved_.words + segment.begin, group.count);
   } else {
-    add_pairs(group, block.count, saved_.words + segment.begin, segment.count);
+    add_pairs(group, block, saved_.words + segment.begin, segment.count);
   }
-  for (const OwnClass& own : own_) add(own.row, group.first + own.sample, saved_.up.own[group.first + own.sample]);
+  for (const OwnClass& own : own_)
+    add(block, own.row, group.first + own.sample, saved_.up.own[group.first + own.sample]);
 }
 
-void BlockSums::add(int row, int64_t sample, float scale) {
+void BlockSums::add(const Block& block, int row, int64_t sample, float scale) {
+  if (!rows_.row(row)) saved_.problem.fetch_row(block.first + row);  // that row_gradient reads soon
   saved_.kernels.axpy(scale, saved_.samples.row(sample), rows_.touch(row), static_cast<int>(saved_.problem.padded_d));
 }
 
-void BlockSums::add_pairs(const Group& group, int rows, const int32_t* words, int64_t count) {
+void BlockSums::add_pairs(const Group& group, const Block& block, const int32_t* words, int64_t count) {
   for (int64_t e = 0; e < count; ++e) {
     const int row = words[2 * e] >> 16, in_group = words[2 * e] & 0xffff;
-    check(row >= 0 && row < rows && in_group < group.count, "arena: expected a pair of ", rows, " classes and ",
-          group.count, " samples, got ", row, " and ", in_group);
+    check(row >= 0 && row < block.count && in_group < group.count, "arena: expected a pair of ", block.count,
+          " classes and ", group.count, " samples, got ", row, " and ", in_group);
     const int64_t sample = group.first + in_group;
     float weight;
     std::memcpy(&weight, words + 2 * e + 1, sizeof(weight));
-    add(row, sample, saved_.up.u[sample] * weight);
+    add(block, row, sample, saved_.up.u[sample] * weight);
   }
 }
 

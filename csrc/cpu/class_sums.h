@@ -81,8 +81,8 @@ class BlockSums {
 
  private:
   void add_segment(int64_t g, int64_t b);
-  void add(int row, int64_t sample, float scale);
-  void add_pairs(const Group& group, int rows, const int32_t* words, int64_t count);
+  void add(const Block& block, int row, int64_t sample, float scale);
+  void add_pairs(const Group& group, const Block& block, const int32_t* words, int64_t count);
   void add_tile(const Group& group, Block& block, const void* tile, int64_t stride);
   void recompute(const Group& group, Block& block);
   void shorten(Block& block);

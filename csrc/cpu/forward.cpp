@@ -17,7 +17,8 @@ struct Partials {
   std::vector<float> hardest;
   std::vector<int32_t> hardest_class, best, best_class;
   std::vector<uint8_t> touched;
-  Uninitialised<float> grad;
+  Tensor grad_memory;  // kept from step to step, as its page faults would cost a twentieth of the call
+  float* grad;
   std::vector<float> class_sum;  // [ranges][padded D]
   std::vector<Tally> tallies;    // [ranges][groups]
   bool need_grad;
@@ -33,17 +34,17 @@ struct Partials {
         best(problem.ranges * stride, INT32_MIN),
         best_class(problem.ranges * stride, -1),
         touched(problem.ranges * stride, 0),
-        grad(need_grad_ ? problem.ranges * problem.n * problem.padded_d : 0),
+        grad_memory(empty_gradient(
+            torch::stable::empty({need_grad_ ? problem.ranges * problem.n * problem.padded_d : 0}, ScalarType::Float))),
+        grad(grad_memory.mutable_data_ptr<float>()),
         class_sum(problem.ranges * problem.padded_d, 0.0f),
         tallies(problem.ranges * problem.groups),
         need_grad(need_grad_) {}
 
-  size_t bytes(const Problem& problem) const { return problem.ranges * samples * padded_d * sizeof(float); }  // of grad
-
   // Those of one range, from a sample on.
   RowSums sums(int64_t range, int64_t sample) {
     const int64_t at = range * stride + sample;
-    float* partial = need_grad ? grad.data.get() + (range * samples + sample) * padded_d : nullptr;
+    float* partial = need_grad ? grad + (range * samples + sample) * padded_d : nullptr;
     return {&inter[at], &dropped[at],    &hardest[at], &hardest_class[at],
             &best[at],  &best_class[at], partial,      &touched[at]};
   }
@@ -278,7 +279,6 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
       .arena_words = words};
 
   Partials partials(problem, need_grad_x);
-  if (!rules.screen && need_grad_x) use_huge_pages(partials.grad.data.get(), partials.bytes(problem));
   const int64_t tasks = problem.ranges * problem.groups;
   if (problem.n == 0) std::fill_n(out.inv_norm, problem.c, 0.0f);
   for_each_worker(tasks, [&](auto next_task) {

@@ -5,10 +5,10 @@ namespace sface {
 
 namespace {
 
-// Each range of classes keeps a partial Σ g ŵ [N, D]: as many ranges as fit, but 4, so that there is something to
-// share.
-constexpr int64_t kPartialBytes = 8 << 20;
-constexpr int64_t kMinRanges = 4, kMaxRanges = 32;
+// Each range of classes keeps a partial Σ g ŵ [N, D]: as many ranges as fit beside the lists into what a call may hold,
+// but 4, so that there is something to share.
+constexpr int64_t kPartialBytes = 14 << 20;
+constexpr int64_t kMinRanges = 4, kMaxRanges = 64;
 constexpr int64_t kMaxFeatures = 1 << 24;  // its products with a panel or a block are taken in int
 
 // Steeper ones turn the error of an int8 cosine into too much of a coefficient.

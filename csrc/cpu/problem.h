@@ -61,6 +61,12 @@ struct Problem {
   void own_classes(int64_t group, int64_t block, std::vector<OwnClass>& out) const;
   // A block against a group: its place and own classes, held in `own`; the rows of w are the caller's to set.
   Block block_of(int64_t group, int64_t block, std::vector<OwnClass>& own) const;
+  // Starts to fetch a row of w into the L2 cache.
+  void fetch_row(int64_t cls) const {
+    const int64_t size = weight_type == ScalarType::Float ? 4 : 2, from = cls * weight_stride_ * size;
+    for (int64_t byte = 0; byte < d * size; byte += 64)
+      __builtin_prefetch(static_cast<const char*>(weight_) + from + byte, 0, 2);
+  }
   bool ignored(int64_t sample) const { return codes()[sample] == kIgnored; }
 
  private:

@@ -97,7 +97,8 @@ class TestRecycledMemory:
     def test_heads_that_take_turns_keep_their_blocks(self, native):
         """With one block kept, each would drop the other's; four heads find theirs again."""
         torch.ops.sface.native_release_memory()
-        problems = [trained_problem(16, c, 256) for c in (9001, 14_000, 20_000, 30_000)]
+        # partial sums of ∂x take a block as well
+        problems = [trained_problem(128, c, 512) for c in (5001, 7000, 10_000, 14_000)]
         places = []
         for _ in range(3):
             places.append([run(native, problem).grad_w.data_ptr() for problem in problems])
@@ -115,12 +116,12 @@ class TestRecycledMemory:
             assert len(places[0]) == 2 and all(place == places[0] for place in places)
 
     def test_few_blocks_are_kept(self, native, monkeypatch):
-        """Sizes that never come again leave four blocks at most, and none once 16 other gradients were made."""
+        """Sizes that never come again leave five blocks at most, and none once 16 other gradients were made."""
         memory = GradientMemory()
         sizes = [int(10_000 * 1.3**i) for i in range(8)]
         for c in sizes:
             memory.empty_like(torch.empty(c, 256))
-        assert memory.held() == sum(1024 * c for c in sizes[-4:])
+        assert memory.held() == sum(1024 * c for c in sizes[-5:])
         for _ in range(20):
             memory.empty_like(torch.empty(9_000, 256))
         memory.empty_like(torch.empty(11_500, 256))  # none fits, so all that have waited go

@@ -184,87 +184,112 @@ inline void screen_block(Screen&& screen, const Group& group, const Block& block
   screen.end(block, sums);
 }
 
-// The candidates of one class: cosines in fp32 from the original row, then (4) and the filter.
+// Some candidates of a block, class by class.
 struct Candidates {
+  static constexpr int kMost = 64;  // their rows of w and x stay in the L1 and L2 caches
   int count = 0;
-  int sample[kGroupSamples];
-  float cosine[kGroupSamples + kLanes], weight[kGroupSamples + kLanes];
+  int row[kMost], sample[kMost];
+  float cosine[kMost], weight[kMost];
+  static_assert(kMost % 4 == 0 && kMost % kLanes == 0);
 };
 
-inline void rescore(const Rules& rules, const Group& group, const float* w, float inv, Candidates& list) {
+// Cosines in fp32 from the original rows, then (4). Many at a time: most classes have a candidate or none.
+inline void rescore(const Rules& rules, const Group& group, const Block& block, const Workspace& work,
+                    Candidates& list) {
   const int count = list.count;
+  const auto pair = [count](int n) { return n < count ? n : count - 1; };
   for (int n = 0; n < count; n += 4) {
-    const float* x[4];
-    for (int i = 0; i < 4; ++i)
-      x[i] = group.rows + static_cast<int64_t>(list.sample[n + i < count ? n + i : n]) * group.padded_d;
+    const float *x[4], *w[4];
+    for (int i = 0; i < 4; ++i) {
+      x[i] = group.rows + static_cast<int64_t>(list.sample[pair(n + i)]) * group.padded_d;
+      w[i] = block.w + list.row[pair(n + i)] * block.row_stride;
+    }
     float product[4];
     dot4(w, x, group.d, product);
-    for (int i = 0; i < 4 && n + i < count; ++i) {
-      const float c = product[i] * inv;
+    for (int i = 0; i < 4; ++i) {
+      const float c = product[i] * work.inv_norm[list.row[pair(n + i)]];
       list.cosine[n + i] = c < -1 ? -1 : c > 1 ? 1 : c;
     }
   }
-  for (int n = count; n % kLanes; ++n) list.cosine[n] = 0;
+  for (int n = (count + 3) / 4 * 4; n % kLanes; ++n) list.cosine[n] = 0;
   for (int n = 0; n < count; n += kLanes)
     store(list.weight + n, sigmoid_of_angle(arccos(load(list.cosine + n)), rules.slope_log2, rules.hyper.b));
 }
 
-// Takes the candidates' bits of one class apart, own classes left out.
-inline void list_candidates(const Group& group, const Block& block, int row, const Workspace& work, Candidates& list) {
-  list.count = 0;
-  for (int panel = 0; panel < group.panels; ++panel) {
-    uint32_t found = work.candidates[row * group.panels + panel] & group.participates[panel];
-    for (; found; found &= found - 1) list.sample[list.count++] = panel * kPanel + __builtin_ctz(found);
-  }
-  for (int i = 0; i < block.own_count; ++i) {
-    if (block.own[i].row != row) continue;
-    int kept = 0;
-    for (int n = 0; n < list.count; ++n)
-      if (list.sample[n] != block.own[i].sample) list.sample[kept++] = list.sample[n];
-    list.count = kept;
-  }
-}
+// Rescores the candidates of a block, and lists the active ones.
+class Rescoring {
+ public:
+  Rescoring(const Rules& rules, const Group& group, const Block& block, Task& task, Workspace& work)
+      : rules_(rules), group_(group), block_(block), task_(task), work_(work) {}
 
-// Rescores every candidate of the block; lists the active ones. False where the arena was too small for the list.
-inline bool rescore_block(const Rules& rules, const Group& group, const Block& block, Task& task, Workspace& work) {
-  RowSums& sums = task.sums;
-  Arena& arena = task.arena;
-  Candidates list;
-  bool listed = true;
-  for (int row = 0; row < block.count; ++row) {
-    const float* w = block.w + row * block.row_stride;
-    const float inv = work.inv_norm[row];
-    if (!is_finite(inv)) continue;  // the drivers turn every loss into NaN
-    list_candidates(group, block, row, work, list);
-    if (list.count == 0) continue;
-    rescore(rules, group, w, inv, list);
-    for (int n = 0; n < list.count; ++n) {
-      const int i = list.sample[n];
-      const float weight = list.weight[n];
-      sums.inter[i] += static_cast<double>(weight) * list.cosine[n];
-      if (list.cosine[n] > sums.hardest[i]) {
-        sums.hardest[i] = list.cosine[n];
-        sums.hardest_class[i] = static_cast<int32_t>(block.first) + row;
-      }
-      if (weight < rules.keep_above) {
-        sums.dropped[i] += weight;
-        continue;
-      }
-      ++task.tally.active;
-      if (sums.grad) {
-        float* grad = sums.grad + static_cast<int64_t>(i) * group.padded_d;
-        if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * group.padded_d);
-        sums.touched[i] = 1;
-        axpy(weight * inv, w, grad, group.d);
-      }
-      if (!arena.wanted) continue;
-      if (arena.used + 2 <= arena.capacity) {
-        arena.words[arena.used++] = row << 16 | i;
-        std::memcpy(arena.words + arena.used++, &weight, sizeof(weight));
-      } else {
-        listed = false;
-      }
+  void add(int row, int sample) {
+    list_.row[list_.count] = row;
+    list_.sample[list_.count++] = sample;
+    if (list_.count == Candidates::kMost) take();
+  }
+
+  // False where the arena was too small for the list.
+  bool finish() {
+    if (list_.count > 0) take();
+    return listed_;
+  }
+
+ private:
+  void take() {
+    rescore(rules_, group_, block_, work_, list_);
+    for (int n = 0; n < list_.count; ++n) take(list_.row[n], list_.sample[n], list_.cosine[n], list_.weight[n]);
+    list_.count = 0;
+  }
+
+  void take(int row, int i, float cosine, float weight) {
+    RowSums& sums = task_.sums;
+    sums.inter[i] += static_cast<double>(weight) * cosine;
+    if (cosine > sums.hardest[i]) {
+      sums.hardest[i] = cosine;
+      sums.hardest_class[i] = static_cast<int32_t>(block_.first) + row;
+    }
+    if (weight < rules_.keep_above) {
+      sums.dropped[i] += weight;
+      return;
+    }
+    ++task_.tally.active;
+    if (sums.grad) {
+      float* grad = sums.grad + static_cast<int64_t>(i) * group_.padded_d;
+      if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * group_.padded_d);
+      sums.touched[i] = 1;
+      axpy(weight * work_.inv_norm[row], block_.w + row * block_.row_stride, grad, group_.d);
+    }
+    Arena& arena = task_.arena;
+    if (!arena.wanted) return;
+    if (arena.used + 2 <= arena.capacity) {
+      arena.words[arena.used++] = row << 16 | i;
+      std::memcpy(arena.words + arena.used++, &weight, sizeof(weight));
+    } else {
+      listed_ = false;
     }
   }
-  return listed;
+
+  const Rules& rules_;
+  const Group& group_;
+  const Block& block_;
+  Task& task_;
+  Workspace& work_;
+  Candidates list_;
+  bool listed_ = true;
+};
+
+// Every candidate of the block but the own classes. False where the arena was too small for the list.
+inline bool rescore_block(const Rules& rules, const Group& group, const Block& block, Task& task, Workspace& work) {
+  for (int i = 0; i < block.own_count; ++i)
+    work.candidates[block.own[i].row * group.panels + block.own[i].sample / kPanel] &=
+        ~(1u << block.own[i].sample % kPanel);
+  Rescoring rescoring(rules, group, block, task, work);
+  for (int row = 0; row < block.count; ++row) {
+    if (!is_finite(work.inv_norm[row])) continue;  // the drivers turn every loss into NaN
+    for (int panel = 0; panel < group.panels; ++panel) {
+      uint32_t found = work.candidates[row * group.panels + panel] & group.participates[panel];
+      for (; found; found &= found - 1) rescoring.add(row, panel * kPanel + __builtin_ctz(found));
+    }
+  }
+  return rescoring.finish();
 }

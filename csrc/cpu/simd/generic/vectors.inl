@@ -52,22 +52,20 @@ float dot(const float* x, const float* y, int d) {
   return total;
 }
 
-// Four dot products with one row: each element of `w` is loaded once.
-inline void dot4(const float* w, const float* const x[4], int d, float out[4]) {
+// Four dot products: each waits for its own additions only.
+inline void dot4(const float* const w[4], const float* const x[4], int d, float out[4]) {
   F32 sum[4] = {}, more[4] = {};
   int k = 0;
-  for (; k + 2 * kLanes <= d; k += 2 * kLanes) {
-    const F32 w0 = load(w + k), w1 = load(w + k + kLanes);
+  for (; k + 2 * kLanes <= d; k += 2 * kLanes)
     for (int i = 0; i < 4; ++i) {
-      sum[i] += load(x[i] + k) * w0;
-      more[i] += load(x[i] + k + kLanes) * w1;
+      sum[i] += load(x[i] + k) * load(w[i] + k);
+      more[i] += load(x[i] + k + kLanes) * load(w[i] + k + kLanes);
     }
-  }
   for (; k + kLanes <= d; k += kLanes)
-    for (int i = 0; i < 4; ++i) sum[i] += load(x[i] + k) * load(w + k);
+    for (int i = 0; i < 4; ++i) sum[i] += load(x[i] + k) * load(w[i] + k);
   for (int i = 0; i < 4; ++i) {
     out[i] = sum_lanes(sum[i] + more[i]);
-    for (int r = k; r < d; ++r) out[i] += x[i][r] * w[r];
+    for (int r = k; r < d; ++r) out[i] += x[i][r] * w[i][r];
   }
 }
 
