@@ -18,6 +18,7 @@ from ...types import HyperParameters
 from . import tiles
 from .buffers import cdiv, empty, padded
 from .device import gpu_of, pretence, pretend
+from .plan import screens_int8
 from .tiles import GRANULE
 
 __all__ = ["Call", "launch", "on_device", "precision", "pretend"]
@@ -65,8 +66,11 @@ class Call:
         self.device, self.hp, self.dense = x.device, hp, dense
         self.family = gpu_of(x.device).family
         self.precision = precision(x.dtype, self.family)
-        # the screen multiplies fp16 whatever the dtype; dense products multiply in theirs
-        self.unit_dtype = torch.float32 if dense and self.precision != "half" else torch.float16
+        self.int8 = not dense and screens_int8(hp, self.d, self.family)
+        # the screen multiplies fp16 or int8 whatever the dtype; dense products multiply in theirs
+        self.unit_dtype = torch.int8 if self.int8 else torch.float16
+        if dense and self.precision != "half":
+            self.unit_dtype = torch.float32
         self.padded_n = padded(self.n)
         step = self.tile("coefficients" if dense else "screen").block_k
         self.padded_d = cdiv(self.d, step) * step  # of unit rows: whole steps of the products over them
@@ -79,7 +83,7 @@ class Call:
         del self.pairs["s"]
 
     def tile(self, kernel: str) -> tiles.Tile:
-        return tiles.tile(kernel, self.family, self.precision, triton.__version__)
+        return tiles.tile(kernel, self.family, "int8" if self.int8 else self.precision, triton.__version__)
 
     def product(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel that multiplies."""

@@ -44,6 +44,12 @@ class Preparation:
         self, call: Call, chunk: int, norm: Tensor, inv_norm: Tensor, counts: Tensor, flags: Tensor, head: Tensor
     ):
         self.unit_x, self.unit_w = call.unit_rows(call.padded_n), call.unit_rows(chunk)
+        # of int8 rows
+        self.rounding = dict.fromkeys(("step_x_ptr", "moved_x_ptr", "step_w_ptr", "moved_w_ptr"), norm)
+        if call.int8:
+            rows = {"x": len(self.unit_x), "w": len(self.unit_w)}
+            self.rounding = {f"step_{name}_ptr": call.empty(count) for name, count in rows.items()}
+            self.rounding |= {f"moved_{name}_ptr": call.empty(count // call.row_block) for name, count in rows.items()}
         self.inv_norm, self.row_block = inv_norm, call.row_block
         self.sample_blocks = cdiv(call.padded_n, call.row_block)
         self.arguments = {
@@ -52,6 +58,7 @@ class Preparation:
             **call.target,
             "unit_x_ptr": self.unit_x,
             "unit_w_ptr": self.unit_w,
+            **self.rounding,
             "norm_ptr": norm,
             "inv_norm_ptr": inv_norm,
             "counts_ptr": counts,
@@ -97,13 +104,16 @@ def screen_operands(call: Call, prepared: Preparation) -> dict[str, Any]:
     return {
         "unit_x": unit_x,
         "unit_w": unit_w,
+        **prepared.rounding,
+        "ROWS": call.row_block,
+        "INT8": call.int8,
         "RUN": min(tiles.RUN[call.family], tile.block_c // LANES.value),
         "TMA": tma,
         **({"maxnreg": limit} if limit else {}),
     }
 
 
-def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold: float) -> dict[str, Any]:
+def _screen(call: Call, result: Forward, stripes: int, capacity: int) -> dict[str, Any]:
     """Every class past every sample; the sums and lists, under the names that `finish_samples` knows them by."""
     saved = Saved(*result.saved)
     made = {
@@ -113,7 +123,7 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
         "list_ptr": saved.links,
     }
     block_c, row_blocks = call.tile("screen").block_c, call.row_blocks("screen")
-    rounds = max(1, buffers.CHUNK_BYTES // (2 * call.padded_d * GRANULE * stripes))
+    rounds = max(1, buffers.CHUNK_BYTES // (call.unit_dtype.itemsize * call.padded_d * GRANULE * stripes))
     chunk = min(rounds * stripes, cdiv(call.c, GRANULE)) * GRANULE
     prepared = Preparation(call, chunk, saved.norm, saved.inv_norm, result.counts, saved.flags, saved.head)
     screened = {
@@ -125,7 +135,7 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
         "stripes": stripes,
         "capacity": capacity,
         "slots": saved.links.shape[1],
-        "threshold": threshold,
+        "threshold": threshold_of(call.hp, call.d, call.int8) or 0.0,
         "k_inter": call.hp.k_inter,
         "b": call.hp.b,
         "PADDED_D": call.padded_d,
@@ -229,11 +239,10 @@ def forward(
     saved = Saved(*result.saved)
     need_x = result.row_grad_x.shape[0] > 0
     stripes, capacity = buffers.lists(call.n, call.c, call.d, multiprocessors)
-    threshold = threshold_of(hp, call.d) or 0.0
     if dense:
         sums = _dense(call, result, need_x, multiprocessors)
     else:
-        sums = _screen(call, result, stripes, capacity, threshold)
+        sums = _screen(call, result, stripes, capacity)
     launch(
         finish_samples,
         (call.n,),
@@ -258,7 +267,6 @@ def forward(
         padded_n=call.padded_n,
         capacity=capacity,
         slots=saved.links.shape[1],
-        threshold=threshold,
         s=hp.s,
         BLOCK_D=call.block_d,
         BLOCK_E=tiles.rows_at_once(min(tiles.FINISH_ENTRIES, call.row_block), call.family),

@@ -55,6 +55,9 @@ SCREEN = {
 BY_DESCRIPTOR = ("sm_90", "sm_100")
 # Columns side by side in a thread, by the layout of a product: sums over a tile then stay in the thread.
 RUN = {"sm_80": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 32, "interpreter": 2}
+# Families that multiply int8 twice as fast as fp16, and whose screen does where the filter is coarse
+# (`plan.screens_int8`). Not sm_100: the B300 among them is slow at it. Empty, every screen is in fp16.
+INT8_SCREEN = ("sm_80", "sm_89", "sm_90", "interpreter")
 # Families on which two programs of the screen fit a multiprocessor without a spill: one's sums run under the other's
 # product.
 TWO_SCREENS = ("sm_90",)
@@ -119,10 +122,13 @@ def _overrides(text: str) -> dict[str, dict[str, int]]:
 def tile(kernel: str, family: str, precision: str, triton: str = "") -> Tile:
     """The tile of `kernel` for a GPU of `family`, dense products of `precision` and a version of Triton.
 
-    fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide.
+    fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide, and those of a
+    screen of precision "int8" twice as many.
     """
     chosen = TABLES[kernel][family]
-    if precision != "half" and kernel != "screen" and family != "interpreter":
+    if precision == "int8" and kernel == "screen":
+        chosen = chosen._replace(block_k=2 * chosen.block_k)
+    elif precision != "half" and kernel != "screen" and family != "interpreter":
         chosen = chosen._replace(block_k=chosen.block_k // 2)
     if family == "sm_90" and triton.startswith(TWO_STAGES.get(kernel, ())):
         chosen = chosen._replace(stages=2)
