@@ -57,6 +57,23 @@ def lists(monkeypatch):
     return set_to
 
 
+@pytest.fixture
+def int8(monkeypatch):
+    """Every screen in int8, whatever the filter and D."""
+    if not tiles.INT8_SCREEN:
+        pytest.skip("this emulator does not multiply int8")
+    monkeypatch.setattr(plan, "INT8_SHARE", 1.0)
+
+
+@pytest.fixture(params=["fp16", "int8"])
+def screen(request, monkeypatch):
+    """What every screen multiplies."""
+    if request.param == "int8":
+        request.getfixturevalue("int8")
+    else:
+        monkeypatch.setattr(tiles, "INT8_SCREEN", ())
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("filter_eps", [FAST, 0.0])
 def test_nothing_is_left_unwritten(poisoned, geometry, filter_eps):
@@ -67,7 +84,7 @@ def test_nothing_is_left_unwritten(poisoned, geometry, filter_eps):
 # One part of one entry overflows in almost every sample, several parts in some of them, the last in none.
 @pytest.mark.parametrize("stripes, capacity", [(1, 1), (3, 2), (2, 24), (5, 128)])
 @pytest.mark.parametrize("geometry", ["random", "trained"])
-def test_overflow(poisoned, lists, geometry, stripes, capacity):
+def test_overflow(poisoned, screen, lists, geometry, stripes, capacity):
     """A sample whose list is too small goes the dense way, the others by their lists, in one call and one ∂w."""
     problem = GEOMETRIES[geometry](21, 300, 32)
     expected = run(CASE, problem, filter_eps=FAST).stats
@@ -123,7 +140,7 @@ def test_chunks(poisoned, monkeypatch, filter_eps):
 
 
 @pytest.mark.parametrize("dtype", [f32, f16, bf16])
-def test_lists_and_dense_products_agree(monkeypatch, dtype):
+def test_lists_and_dense_products_agree(screen, monkeypatch, dtype):
     """What an earlier call's count decides must not show but in the rounding of dense products."""
     problem = GEOMETRIES["trained"](24, 200, 48).to(DEVICE, dtype, f32)
     by_lists = run(CASE, problem, filter_eps=FAST)
@@ -359,14 +376,6 @@ class TestDispatch:
             sface_loss(x, w, torch.tensor([0, 1], device=DEVICE), backend="triton")
 
 
-@pytest.fixture
-def int8(monkeypatch):
-    """Every screen in int8, whatever the filter and D; skipped where the emulator cannot multiply it."""
-    if not tiles.INT8_SCREEN:
-        pytest.skip("the screen in int8 is off (tests/triton/compiled.py)")
-    monkeypatch.setattr(plan, "INT8_SHARE", 1.0)
-
-
 def near_misses(features: int, samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples and 24 classes for each whose rounding to int8 takes as much from their cosine as it can.
 
@@ -404,3 +413,26 @@ def test_an_int8_screen_misses_no_active_pair(int8, poisoned, features, seed):
     assert abs(int(result.stats.active_pairs) - int(t.active.sum())) <= int(t.borderline.sum())
     assert int(t.borderline.sum()) <= 1 and float(result.stats.dense_share) == 0
     Judge(problem, filter_eps=FAST).check(result, "triton")
+
+
+def test_odd_rows_of_an_int8_screen(int8, poisoned, monkeypatch):
+    """Zeros, tiny, huge and no numbers are to it what they are to fp16; so is a single entry, which rounding keeps."""
+    problem = GEOMETRIES["trained"](14, 150, 48)
+    x, w = problem.x, problem.w
+    x[1], w[5] = 0, 0
+    x[2] *= 1e30
+    x[3] *= 1e-30
+    w[6] *= 1e28
+    w[7] *= 1e-25
+    x[4], w[8] = torch.eye(48)[3], torch.eye(48)[3] * 5
+    x[5, 3], x[6, 2] = torch.nan, torch.inf
+    ours = run(CASE, problem, filter_eps=FAST)
+    with monkeypatch.context() as inside:
+        inside.setattr(tiles, "INT8_SCREEN", ())
+        theirs = run(CASE, problem, filter_eps=FAST)
+    assert torch.equal(ours.row_loss.isnan().cpu(), (torch.arange(14) == 5) | (torch.arange(14) == 6))
+    assert ours.stats.active_pairs == theirs.stats.active_pairs
+    for name, rtol in (("row_loss", 1e-3), ("grad_x", 1e-5), ("grad_w", 1e-5)):  # far pairs have other cosines
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=rtol, atol=1e-5, equal_nan=True)
+    w[9, 1] = torch.inf
+    assert run(CASE, problem, filter_eps=FAST).row_loss.isnan().all()

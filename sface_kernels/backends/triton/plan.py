@@ -28,6 +28,7 @@ DENSE_SHARE = 2.5e-3
 INT8_SHARE = DENSE_SHARE / 10
 # What rounding to int8 typically takes from the threshold, at any number of features (docs/math.md §3).
 INT8_MARGIN = 0.02
+INT8_FILTER = 2.0**-16  # the default for half embeddings; below it lists would often hold too many
 INT8_SLOPE = 160  # beyond it an error of a cosine turns into too much of a coefficient
 # Dense calls after the first call in a row whose lists overflowed; then lists are tried again. Each further one doubles
 # it: lists that never suffice are tried ever more rarely, and where they suffice again they are soon back.
@@ -59,7 +60,9 @@ def threshold_of(hp: HyperParameters, features: int, int8: bool = False) -> floa
 def screens_int8(hp: HyperParameters, features: int, family: str) -> bool:
     """Whether the screen of a call by lists multiplies int8: where that is fast and leaves few more candidates."""
     threshold = threshold_of(hp, features, int8=True)
-    if family not in tiles.INT8_SCREEN or threshold is None or hp.k_inter > INT8_SLOPE:
+    if family not in tiles.INT8_SCREEN or threshold is None:
+        return False
+    if hp.k_inter > INT8_SLOPE or hp.filter_eps < INT8_FILTER:
         return False
     # a cosine of random rows has a standard deviation of 1/√D
     return math.erfc((threshold - INT8_MARGIN) * math.sqrt(features / 2)) / 2 <= INT8_SHARE

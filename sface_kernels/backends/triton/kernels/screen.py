@@ -167,8 +167,6 @@ def screen(
     best_class = tl.load(best_class_ptr + in_lane, mask=later, other=-1)
     count = tl.load(count_ptr + at, mask=i < begun, other=0)
 
-    reach = threshold
-    x_moved = threshold
     if INT8:
         x_moved = most_moved(moved_x_ptr, first_row, BLOCK_N, ROWS)
 
@@ -186,6 +184,7 @@ def screen(
                 tile_product += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
             else:
                 tile_product = tl.dot(x, w, tile_product, out_dtype=tile_product.dtype)
+        reach = threshold
         if INT8:
             w_moved = most_moved(moved_w_ptr, first, BLOCK_C, ROWS)
             reach = threshold - (x_moved + w_moved * (1.0 + x_moved))
