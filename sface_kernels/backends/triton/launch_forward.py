@@ -239,10 +239,7 @@ def forward(
     saved = Saved(*result.saved)
     need_x = result.row_grad_x.shape[0] > 0
     stripes, capacity = buffers.lists(call.n, call.c, call.d, multiprocessors)
-    if dense:
-        sums = _dense(call, result, need_x, multiprocessors)
-    else:
-        sums = _screen(call, result, stripes, capacity)
+    sums = _dense(call, result, need_x, multiprocessors) if dense else _screen(call, result, stripes, capacity)
     launch(
         finish_samples,
         (call.n,),

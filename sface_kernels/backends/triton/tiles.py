@@ -40,8 +40,8 @@ SCATTER_CLASSES, SCATTER_FEATURES, SCATTER_WARPS = 16, 256, 8
 INTERPRETER_BLOCK = 64
 
 # Screen. 8 warps: with 4 the accumulator of 128 × 128 fills the registers and the epilogue spills, as it does at 8 on
-# sm_80, sm_89 and sm_120, whose products take more registers for operands. gfx942 has 64 KB of shared memory, and spills with
-# steps of 64 features.
+# sm_80, sm_89 and sm_120, whose products take more registers for operands. gfx942 has 64 KB of shared memory, and
+# spills with steps of 64 features.
 SCREEN = {
     "sm_80": Tile(128, 64, 64, 8, 3),
     "sm_89": Tile(128, 64, 64, 8, 3),

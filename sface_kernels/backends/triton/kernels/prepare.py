@@ -37,19 +37,9 @@ def rounded_to_int8(rows, to_unit, largest):
 
 @triton.jit
 def store_unit_rows(
-    ptr,
-    row,
-    taken,
-    stride_row,
-    stride_column,
-    unit_ptr,
-    unit_row,
-    step_ptr,
-    moved_ptr,
-    d,
-    BLOCK_D: tl.constexpr,
-    PADDED_D: tl.constexpr,
-):
+    ptr, row, taken, stride_row, stride_column, unit_ptr, unit_row, step_ptr, moved_ptr, d,
+    BLOCK_D: tl.constexpr, PADDED_D: tl.constexpr,
+):  # fmt: skip
     """Unit rows of `row` `[R]` into `unit_row`, zeros where not taken. Returns norms, and 1/max(norm, 1e-12) or NaN.
 
     Scaled by a power of two near the largest entry, so that no square leaves fp32's range, and then by one reciprocal.
@@ -116,19 +106,9 @@ def prepare(
         # an ignored row as zeros: whatever it holds, NaN included, must change nothing
         counted = (i < n) & (tl.load(target_ptr + i, mask=i < n, other=IGNORED) != IGNORED)
         norm, _ = store_unit_rows(
-            x_ptr,
-            i,
-            counted,
-            x_stride_n,
-            x_stride_d,
-            unit_x_ptr,
-            i,
-            step_x_ptr,
-            moved_x_ptr + pid,
-            d,
-            BLOCK_D,
-            PADDED_D,
-        )
+            x_ptr, i, counted, x_stride_n, x_stride_d,
+            unit_x_ptr, i, step_x_ptr, moved_x_ptr + pid, d, BLOCK_D, PADDED_D,
+        )  # fmt: skip
         tl.store(norm_ptr + i, norm, mask=i < padded_n)
         if pid == 0:
             two = tl.arange(0, 2)
@@ -141,19 +121,9 @@ def prepare(
         row += block.to(tl.int64) * BLOCK  # in the chunk
         j = first_class + row
         _, inv_norm = store_unit_rows(
-            w_ptr,
-            j,
-            j < c,
-            w_stride_c,
-            w_stride_d,
-            unit_w_ptr,
-            row,
-            step_w_ptr,
-            moved_w_ptr + block,
-            d,
-            BLOCK_D,
-            PADDED_D,
-        )
+            w_ptr, j, j < c, w_stride_c, w_stride_d,
+            unit_w_ptr, row, step_w_ptr, moved_w_ptr + block, d, BLOCK_D, PADDED_D,
+        )  # fmt: skip
         tl.store(inv_norm_ptr + j, inv_norm, mask=j < c)
         if LINKS:
             tl.store(head_ptr + j, tl.full([BLOCK], -1, tl.int32), mask=j < c)

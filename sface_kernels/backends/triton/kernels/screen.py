@@ -1,8 +1,8 @@
 """The screened pass over a chunk of classes: the loss of every pair, and the list of those that may be active.
 
-Per tile one tensor-core product of unit rows, in fp16 or int8. Its epilogue sums, per row, the loss (5) and the dropped mass of
-every pair below the threshold, and the cosines, keeps the nearest class, and lists the rest: the row's candidates. To
-the sums each candidate adds what a pair at the threshold does, which is taken off again where there are any.
+Per tile one tensor-core product of unit rows, in fp16 or int8. Its epilogue sums, per row, the loss (5) and the dropped
+mass of every pair below the threshold, and the cosines, keeps the nearest class, and lists the rest: the row's
+candidates. To the sums each of them adds what a pair at the threshold does, which is taken off again.
 Reads the chunk's unit rows once per block of samples (from the L2 cache); cosines exist in registers only.
 
 A program owns a block of samples and every `stripes`-th tile of classes, chunk after chunk: its sums and its part of
