@@ -58,7 +58,7 @@ BY_DESCRIPTOR = ("sm_90", "sm_100")
 RUN = {"sm_80": 2, "sm_89": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 32, "interpreter": 2}
 # Families that multiply int8 twice as fast as fp16, and whose screen does where the filter is coarse
 # (`plan.screens_int8`). Not sm_100: the B300 among them is slow at it. Empty, every screen is in fp16.
-INT8_SCREEN = ("sm_80", "sm_89", "sm_90", "interpreter")
+INT8_SCREEN: tuple[str, ...] = ("sm_80", "sm_89", "sm_90", "interpreter")
 # Families on which two programs of the screen fit a multiprocessor without a spill: one's sums run under the other's
 # product.
 TWO_SCREENS = ("sm_90",)
