@@ -114,7 +114,7 @@ sdist: build
 
 # docs/compile-tables.md. Needs no GPU; some minutes. SFACE_COMPILE_EVERY=1 make test checks more cases.
 compile-matrix: build
-	$(BIN)/python -m sface_kernels.backends.triton.tools.compile_report --targets sm_80,sm_90,sm_100,sm_120,gfx942 --jobs 2 \
+	$(BIN)/python -m sface_kernels.backends.triton.tools.compile_report --targets sm_80,sm_89,sm_90,sm_100,sm_120,gfx942 --jobs 2 \
 		--write docs/compile-tables.md
 
 # On a machine with a GPU: uses the interpreter PYTHON as it is, installs nothing, ends inside ten minutes.

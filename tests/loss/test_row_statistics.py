@@ -33,7 +33,7 @@ def other_cosines(case, problem: Problem) -> tuple[torch.Tensor, torch.Tensor, t
     cos = (x @ w.t()).clamp(-1, 1)
     own = cos.gather(1, labels.unsqueeze(1)).squeeze(1)
     cos.scatter_(1, labels.unsqueeze(1), -math.inf)
-    screen = {"native": native_screen_error(x, w, 80.0), "triton": triton_screen_error(x, w)}
+    screen = {"native": native_screen_error(x, w, 80.0), "triton": triton_screen_error(x, w, 80.0, 1.23, 2.0**-16)}
     return cos, own, screen.get(case.backend, torch.zeros_like(cos))
 
 

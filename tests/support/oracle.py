@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sface_kernels.backends import native
+from sface_kernels.backends.triton import device, plan
+from sface_kernels.types import HyperParameters
 
 DEFAULTS = {"s": 64.0, "k": 80.0, "a": 0.80, "b": 1.23}
 
@@ -28,17 +30,28 @@ def int8_screen(features: int, k: float) -> bool:
 
 
 # How far a screen may move a cosine, in six standard deviations of its roundings.
+def step_error(x_steps: Tensor, w_steps: Tensor) -> Tensor:
+    """Inner products of unit rows rounded to steps `[N, 1]` and `[C, 1]`: each row adds an error of standard deviation
+    step/√12 whatever D is, as the other row has norm 1."""
+    return 6 * ((x_steps**2 + w_steps.t() ** 2) / 12).sqrt()
+
+
+def int8_steps(unit: Tensor) -> Tensor:
+    """`[N, 1]`: int8 of a row's largest component / 127."""
+    return unit.abs().amax(1, keepdim=True) / 127
+
+
 def native_screen_error(x_unit: Tensor, w_unit: Tensor, k: float) -> Tensor:
-    """Inner products of unit rows rounded to steps of 1/32766, or in int8 of their largest component / 127: each row adds
-    an error of standard deviation step/√12 whatever D is, as the other row has norm 1."""
-    steps = [torch.full((len(rows), 1), 1 / 32766, dtype=torch.float64) for rows in (x_unit, w_unit)]
     if int8_screen(x_unit.shape[1], k):
-        steps = [rows.abs().amax(1, keepdim=True) / 127 for rows in (x_unit, w_unit)]
-    return 6 * ((steps[0] ** 2 + steps[1].t() ** 2) / 12).sqrt()
+        return step_error(int8_steps(x_unit), int8_steps(w_unit))
+    return step_error(*(torch.full((len(rows), 1), 1 / 32766, dtype=torch.float64) for rows in (x_unit, w_unit)))
 
 
-def triton_screen_error(x_unit: Tensor, w_unit: Tensor) -> Tensor:
-    """The same of unit rows rounded to fp16: each component by a relative 2⁻¹¹/√3 at most, or by half a subnormal step."""
+def triton_screen_error(x_unit: Tensor, w_unit: Tensor, k: float, b: float, filter_eps: float) -> Tensor:
+    """In fp16 each component moves by a relative 2⁻¹¹/√3 at most, or by half a subnormal step."""
+    family = device.gpu_of(torch.device("cuda" if torch.cuda.is_available() else "cpu")).family
+    if plan.screens_int8(HyperParameters(1.0, k, k, 0.8, b, filter_eps), x_unit.shape[1], family):
+        return step_error(int8_steps(x_unit), int8_steps(w_unit))
     relative = (x_unit**2 @ (w_unit**2).t()).sqrt() * 2.0**-11
     return 6 * (2 / 3) ** 0.5 * (relative + 2.0**-25)
 
@@ -169,10 +182,12 @@ def truth(
     worst = worst_cosine_roundings(x.shape[1])
     sensitivity = torch.where(active, 0, q + q * (1 - q / s) * k_inter * c.abs() / sine)  # [N, C], of l_i to a cosine
     units = F.normalize(x64.detach()), F.normalize(w64.detach())
-    triton_error, native_error = triton_screen_error(*units), native_screen_error(*units, k_inter)
+    screens = {
+        "native": native_screen_error(*units, k_inter),
+        "triton": triton_screen_error(*units, k_inter, b, filter_eps),
+    }
     # an int8 cosine may be off by so much that q does not follow it in a straight line
-    steepness = (k_inter * native_error / sine).clamp_max(300)  # keeps 0 · exp finite where the pair is active
-    native_error = native_error * torch.expm1(steepness) / steepness
+    steepness = {name: (k_inter * error / sine).clamp(1e-12, 300) for name, error in screens.items()}  # no 0 · ∞
     return Truth(
         row_loss=((q - p) * c).sum(1),
         intra=(-p * c).sum(1),
@@ -193,7 +208,7 @@ def truth(
         one_rounding=bounds(unit * c.abs(), 1),
         worst=bounds(unit * worst, worst),
         screen_loss={
-            "native": (sensitivity * native_error).sum(1),
-            "triton": (sensitivity * triton_error).sum(1),
+            name: (sensitivity * error * torch.expm1(steepness[name]) / steepness[name]).sum(1)
+            for name, error in screens.items()
         },
     )

@@ -5,7 +5,8 @@
 The emulator is a folder of its own, at $PTXEMU, else ../shared/ptxemu beside this repository; without it every test is
 skipped. Triton compiles as for the GPU that SFACE_PTX names, and tensors on the CPU pass for its own. A test also fails
 where the emulator finds a fault: an access out of bounds, a race, a result that depends on bytes nobody wrote.
-SFACE_PTX_FUSION=0 compiles without the fusion of products and sums; PTXEMU_NOISE=1 lets approximate divisions, square
+Where the emulator cannot multiply int8, `tiles.INT8_SCREEN` is emptied, so that every screen is in fp16, and the last
+line of the run says so. SFACE_PTX_FUSION=0 compiles without the fusion of products and sums; PTXEMU_NOISE=1 lets approximate divisions, square
 roots and exponentials be off by an ulp.
 """
 
@@ -25,6 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("PTXEMU", ROOT.parent / "shared" / "ptxemu"))
 GPU = os.environ.get("SFACE_PTX", "sm_90")
 MISSING = None if (FOLDER / "emulator.py").exists() else f"no PTX emulator at {FOLDER} (PTXEMU names its folder)"
+# What a product of int8 compiles to, but on sm_90 and there.
+INT8_PRODUCT = (
+    "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+    "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8",
+)
 emulator: Any = None
 
 
@@ -37,13 +43,25 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.path.append(str(FOLDER))
     emulator = importlib.import_module("emulator").install(GPU)
     emulator.options.noise_ulps = int(os.environ.get("PTXEMU_NOISE", "0"))
-    from sface_kernels.backends.triton import device, launch
+    from sface_kernels.backends.triton import device, launch, tiles
 
+    if not _multiplies_int8():
+        tiles.INT8_SCREEN = ()
     launch.COMPILE_OPTIONS["enable_fp_fusion"] = os.environ.get("SFACE_PTX_FUSION") != "0"
     capability = int(GPU[3:-1]), int(GPU[-1])
     pretence = device.pretend(capability, allocated=_undefined)
     pretence.__enter__()
     config.add_cleanup(lambda: pretence.__exit__(None, None, None))
+
+
+def _multiplies_int8() -> bool:
+    try:
+        importlib.import_module("ptx").operation(INT8_PRODUCT[GPU == "sm_90"])
+    except Exception as error:
+        if type(error).__name__ != "Unsupported":
+            raise
+        return False
+    return True
 
 
 def _undefined(buffer: torch.Tensor) -> torch.Tensor:
@@ -73,3 +91,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(
             f"{GPU}: {sum(emulator.launches.values())} launches of {kernels} compiled kernels, {emulator.seconds:.0f} s in the emulator"
         )
+        if not importlib.import_module("sface_kernels.backends.triton.tiles").INT8_SCREEN:
+            terminalreporter.write_line("screens in fp16 only: this emulator does not multiply int8")

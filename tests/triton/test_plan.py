@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sface_kernels.backends import triton as backend
-from sface_kernels.backends.triton import device, plan
+from sface_kernels.backends.triton import device, plan, tiles
 from sface_kernels.backends.triton.plan import FIRST_PAUSE, NOT_YET, threshold_of
 from sface_kernels.types import HyperParameters
 
@@ -42,6 +42,25 @@ class TestRules:
     def test_where_the_cheap_form_is_not_accurate_calls_go_dense(self, k_inter, b):
         hp = FAST._replace(k_inter=k_inter, b=b, filter_eps=2.0**-12)
         assert threshold_of(hp, 40) is None and plan.goes_dense(torch.empty(10, 40), torch.empty(1000, 40), hp)
+
+
+class TestInt8:
+    """Which calls are screened in int8."""
+
+    @pytest.mark.parametrize("family, expected", [("sm_80", True), ("sm_89", True), ("sm_90", True), ("sm_100", False), ("sm_120", False), ("gfx942", False)])  # fmt: skip
+    def test_where_it_is_fast(self, family, expected):
+        assert plan.screens_int8(FAST, 512, family) is expected
+
+    def test_where_it_leaves_few_candidates(self):
+        """Half embeddings at their default, not float32; not few features, nor slopes that make much of an error."""
+        chosen = [d for d in (128, 256, 372, 512, 1024, 4096) if plan.screens_int8(FAST, d, "sm_90")]
+        assert chosen == [372, 512, 1024, 4096]
+        for fields in ({"filter_eps": 2.0**-24}, {"filter_eps": 0.0}, {"k_inter": 161.0}, {"b": 1.9}):
+            assert not plan.screens_int8(FAST._replace(**fields), 1024, "sm_90"), fields
+
+    def test_every_family_of_capabilities(self):
+        found = {c: tiles.family(c, None) for c in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))}
+        assert list(found.values()) == ["sm_80", "sm_89", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 
 class Host:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.cases import ROOT
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 MULTIPLYING = {"screen", "coefficients", "row_gradient", "class_gradient"}
 REPORT = [sys.executable, "-m", "sface_kernels.backends.triton.tools.compile_report"]
 KERNELS = MULTIPLYING | {"prepare", "finish_samples", "scatter_classes"}

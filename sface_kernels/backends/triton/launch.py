@@ -20,7 +20,7 @@ from ...types import IGNORED, NO_TARGET, HyperParameters
 from . import tiles
 from .buffers import cdiv, empty, padded
 from .device import gpu_of, pretence, pretend
-from .plan import threshold_of
+from .plan import screens_int8, threshold_of
 from .tiles import GRANULE
 
 __all__ = ["Call", "launch", "on_device", "precision", "pretend"]
@@ -78,13 +78,16 @@ class Kind:
         precision: str,
         hp: HyperParameters,
         dense: bool,
+        int8: bool,
         _overrides: str | None,
     ):
         self.n, self.c, self.d = shape
         self.device, self.hp, self.dense = device, hp, dense
-        self.family, self.precision = family, precision
-        # the screen multiplies fp16 whatever the dtype; dense products multiply in theirs
-        self.unit_dtype = torch.float32 if dense and self.precision != "half" else torch.float16
+        self.family, self.precision, self.int8 = family, precision, int8
+        # the screen multiplies fp16 or int8 whatever the dtype; dense products multiply in theirs
+        self.unit_dtype = torch.int8 if int8 else torch.float16
+        if dense and self.precision != "half":
+            self.unit_dtype = torch.float32
         self.padded_n = padded(self.n)
         step = self.tile("coefficients" if dense else "screen").block_k
         self.padded_d = cdiv(self.d, step) * step  # of unit rows: whole steps of the products over them
@@ -95,10 +98,10 @@ class Kind:
         self.target: dict[str, Any] = {"n": self.n}
         self.pairs = {"c": self.c, **hp._asdict()}  # equations (3) and (4), and the filter
         del self.pairs["s"]
-        self.threshold = threshold_of(hp, self.d) or 0.0
+        self.threshold = threshold_of(hp, self.d, int8) or 0.0
 
     def tile(self, kernel: str) -> tiles.Tile:
-        return tiles.tile(kernel, self.family, self.precision, triton.__version__)
+        return tiles.tile(kernel, self.family, "int8" if self.int8 else self.precision, triton.__version__)
 
     def product(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel that multiplies."""
@@ -130,8 +133,9 @@ def _kind(*what: Any) -> Kind:
 def kind_of(x: Tensor, w: Tensor, hp: HyperParameters, dense: bool) -> Kind:
     family = gpu_of(x.device).family
     (n, d), c, overrides = x.shape, w.shape[0], os.environ.get("SFACE_TILES")
+    int8 = not dense and screens_int8(hp, d, family)
     return _kind(
-        (n, c, d), (x.stride(), w.stride()), x.device, family, precision(x.dtype, family), hp, dense, overrides
+        (n, c, d), (x.stride(), w.stride()), x.device, family, precision(x.dtype, family), hp, dense, int8, overrides
     )
 
 

@@ -71,6 +71,12 @@ class Preparation:
         head: Tensor,
     ):
         self.unit_x, self.unit_w = call.unit_rows(call.padded_n), call.unit_rows(chunk)
+        # of int8 rows
+        self.rounding = dict.fromkeys(("step_x_ptr", "moved_x_ptr", "step_w_ptr", "moved_w_ptr"), norm)
+        if call.int8:
+            rows = {"x": len(self.unit_x), "w": len(self.unit_w)}
+            self.rounding = {f"step_{name}_ptr": call.empty(count) for name, count in rows.items()}
+            self.rounding |= {f"moved_{name}_ptr": call.empty(count // call.row_block) for name, count in rows.items()}
         self.inv_norm, self.row_block = inv_norm, call.row_block
         self.sample_blocks = cdiv(call.padded_n, call.row_block)
         self.arguments = {
@@ -80,6 +86,7 @@ class Preparation:
             "target_ptr": target,
             "unit_x_ptr": self.unit_x,
             "unit_w_ptr": self.unit_w,
+            **self.rounding,
             "norm_ptr": norm,
             "inv_norm_ptr": inv_norm,
             "counts_ptr": counts,
@@ -119,11 +126,11 @@ def screen_operands(call: Call, prepared: Preparation, block_n: int, block_c: in
     if call.family in tiles.BY_DESCRIPTOR:
         unit_x = TensorDescriptor.from_tensor(unit_x, [block_n, block_k])
         unit_w = TensorDescriptor.from_tensor(unit_w, [block_c, block_k])
-    return {"unit_x": unit_x, "unit_w": unit_w}
+    return {"unit_x": unit_x, "unit_w": unit_w, **prepared.rounding}
 
 
 @functools.lru_cache(maxsize=KINDS)
-def _of_screen(kind: Kind, stripes: int, capacity: int, threshold: float) -> dict[str, Any]:
+def _of_screen(kind: Kind, stripes: int, capacity: int) -> dict[str, Any]:
     tile, product = kind.tile("screen"), kind.product("screen")
     if kind.padded_d > tiles.DEEP_FEATURES:
         product["num_stages"] = min(product["num_stages"], tiles.DEEP_STAGES)
@@ -136,10 +143,12 @@ def _of_screen(kind: Kind, stripes: int, capacity: int, threshold: float) -> dic
         "stripes": stripes,
         "capacity": capacity,
         "slots": stripes * capacity + 1,
-        "threshold": threshold,
+        "threshold": kind.threshold,
         "k_inter": kind.hp.k_inter,
         "b": kind.hp.b,
         "PADDED_D": kind.padded_d,
+        "ROWS": kind.row_block,
+        "INT8": kind.int8,
         "RUN": min(tiles.RUN[kind.family], tile.block_c // LANES.value),
         "TMA": kind.family in tiles.BY_DESCRIPTOR,
         **product,
@@ -147,7 +156,7 @@ def _of_screen(kind: Kind, stripes: int, capacity: int, threshold: float) -> dic
     }
 
 
-def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold: float) -> dict[str, Any]:
+def _screen(call: Call, result: Forward, stripes: int, capacity: int) -> dict[str, Any]:
     """Every class past every sample; the sums and lists, under the names that `finish_samples` knows them by."""
     saved = Saved(*result.saved)
     made = {
@@ -156,9 +165,9 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int, threshold:
         "count_ptr": call.empty(stripes, call.padded_n, dtype=torch.int32),
         "list_ptr": saved.links,
     }
-    constants = _of_screen(call.kind, stripes, capacity, threshold)
+    constants = _of_screen(call.kind, stripes, capacity)
     block_c, row_blocks = constants["BLOCK_C"], constants["row_blocks"]
-    rounds = max(1, buffers.CHUNK_BYTES // (2 * call.padded_d * GRANULE * stripes))
+    rounds = max(1, buffers.CHUNK_BYTES // (call.unit_dtype.itemsize * call.padded_d * GRANULE * stripes))
     chunk = min(rounds * stripes, cdiv(call.c, GRANULE)) * GRANULE
     prepared = preparation(call, chunk, result)
     screened = {
@@ -254,9 +263,7 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
 
 
 @functools.lru_cache(maxsize=KINDS)
-def _of_finish(
-    kind: Kind, capacity: int, slots: int, threshold: float, parts: int, need_x: bool, links: bool
-) -> dict[str, Any]:
+def _of_finish(kind: Kind, capacity: int, slots: int, parts: int, need_x: bool, links: bool) -> dict[str, Any]:
     return {
         **kind.x,
         **kind.w,
@@ -266,7 +273,6 @@ def _of_finish(
         "padded_n": kind.padded_n,
         "capacity": capacity,
         "slots": slots,
-        "threshold": threshold,
         "s": kind.hp.s,
         "BLOCK_D": kind.block_d,
         "BLOCK_E": tiles.rows_at_once(min(tiles.FINISH_ENTRIES, kind.row_block), kind.family),
@@ -297,11 +303,7 @@ def forward(
     saved = Saved(*result.saved)
     need_x = result.row_grad_x.shape[0] > 0
     stripes, capacity = buffers.lists(call.n, call.c, call.d, multiprocessors)
-    threshold = call.threshold
-    if dense:
-        sums = _dense(call, result, need_x, multiprocessors)
-    else:
-        sums = _screen(call, result, stripes, capacity, threshold)
+    sums = _dense(call, result, need_x, multiprocessors) if dense else _screen(call, result, stripes, capacity)
     launch(
         finish_samples,
         (call.n,),
@@ -309,7 +311,6 @@ def forward(
             call.kind,
             capacity,
             saved.links.shape[1],
-            threshold,
             sums["parts"],
             need_x,
             makes_links(call, saved.head),

@@ -17,20 +17,29 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...types import HyperParameters
+from . import tiles
 
 CANDIDATE_SHARE = 1 / 1024  # the cheap form of the weight below the threshold is accurate to here
 # Share of active pairs at which dense products are taken to beat lists. Computed for an H200 from operation and byte
 # counts, not measured (docs/kernels.md).
 DENSE_SHARE = 2.5e-3
+# Share of random pairs that a screen in int8 may take for candidates: each costs as much as the screen of hundreds, and
+# where trained ones are several times as many, lists still hold them.
+INT8_SHARE = DENSE_SHARE / 10
+# What rounding to int8 typically takes from the threshold, at any number of features (docs/math.md §3).
+INT8_MARGIN = 0.02
+INT8_FILTER = 2.0**-16  # the default for half embeddings; below it lists would often hold too many
+INT8_SLOPE = 160  # beyond it an error of a cosine turns into too much of a coefficient
 # Dense calls after the first call in a row whose lists overflowed; then lists are tried again. Each further one doubles
 # it: lists that never suffice are tried ever more rarely, and where they suffice again they are soon back.
 FIRST_PAUSE = 16
 KINDS = 64  # of calls whose counts are watched; there is room for so many, and further kinds go by lists
 
 
-def threshold_of(hp: HyperParameters, features: int) -> float | None:
+def threshold_of(hp: HyperParameters, features: int, int8: bool = False) -> float | None:
     """The screened cosine that candidates have at least, which misses no active pair (docs/math.md §3).
 
+    For a screen in int8 that of rows which rounding has not moved: by how much it has is known on the device.
     None where there is nothing to screen for: every pair may be active, or the cheap form of the weight below the
     threshold is not accurate.
     """
@@ -39,13 +48,24 @@ def threshold_of(hp: HyperParameters, features: int) -> float | None:
         return None
     angle = hp.b + math.log((1 - share) / share) / hp.k_inter
     # rounding a unit row to fp16 moves it by at most 2⁻¹¹ of its length and half a subnormal step per feature
-    moved = 2.0**-11 + 2.0**-25 * math.sqrt(features)
+    moved = 0.0 if int8 else 2.0**-11 + 2.0**-25 * math.sqrt(features)
     # fp32 sums that tensor cores may truncate, and the fp32 norms on both sides
     bound = 2 * moved + moved * moved + 4e-6 + features * 2.0**-22
     threshold = math.cos(max(angle, 0.0)) - bound if angle < math.pi else -2.0
     far_exponent = hp.k_inter * (math.acos(-0.5) - hp.b) / math.log(2)
     # above 0, where the zeros of ignored and padded rows are no candidates
     return threshold if 0 < threshold <= 0.26 - 2 * bound and far_exponent > 60 else None
+
+
+def screens_int8(hp: HyperParameters, features: int, family: str) -> bool:
+    """Whether the screen of a call by lists multiplies int8: where that is fast and leaves few more candidates."""
+    threshold = threshold_of(hp, features, int8=True)
+    if family not in tiles.INT8_SCREEN or threshold is None:
+        return False
+    if hp.k_inter > INT8_SLOPE or hp.filter_eps < INT8_FILTER:
+        return False
+    # a cosine of random rows has a standard deviation of 1/√D
+    return math.erfc((threshold - INT8_MARGIN) * math.sqrt(features / 2)) / 2 <= INT8_SHARE
 
 
 NOT_YET = -1  # in the host's copy of the counts: no copy has arrived

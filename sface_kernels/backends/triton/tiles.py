@@ -15,7 +15,7 @@ import json
 import os
 from typing import NamedTuple
 
-FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter")
+FAMILIES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter")
 GRANULE = 128  # the largest block of samples, classes or features; buffers are padded to whole ones
 BLOCKS = (16, 32, 64, GRANULE)
 
@@ -40,10 +40,11 @@ SCATTER_CLASSES, SCATTER_FEATURES, SCATTER_WARPS = 16, 256, 8
 INTERPRETER_BLOCK = 64
 
 # Screen. 8 warps: with 4 the accumulator of 128 × 128 fills the registers and the epilogue spills, as it does at 8 on
-# sm_80 and sm_120, whose products take more registers for operands. gfx942 has 64 KB of shared memory, and spills with
-# steps of 64 features.
+# sm_80, sm_89 and sm_120, whose products take more registers for operands. gfx942 has 64 KB of shared memory, and
+# spills with steps of 64 features.
 SCREEN = {
     "sm_80": Tile(128, 64, 64, 8, 3),
+    "sm_89": Tile(128, 64, 64, 8, 3),
     "sm_90": Tile(128, 128, 64, 8, 3),
     "sm_100": Tile(128, 128, 64, 8, 3),
     "sm_120": Tile(128, 64, 64, 8, 3),
@@ -54,7 +55,10 @@ SCREEN = {
 # of the product. Its buffers meet what they ask for: rows of a multiple of 16 bytes, aligned, without gaps.
 BY_DESCRIPTOR = ("sm_90", "sm_100")
 # Columns side by side in a thread, by the layout of a product: sums over a tile then stay in the thread.
-RUN = {"sm_80": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 32, "interpreter": 2}
+RUN = {"sm_80": 2, "sm_89": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 32, "interpreter": 2}
+# Families that multiply int8 twice as fast as fp16, and whose screen does where the filter is coarse
+# (`plan.screens_int8`). Not sm_100: the B300 among them is slow at it. Empty, every screen is in fp16.
+INT8_SCREEN: tuple[str, ...] = ("sm_80", "sm_89", "sm_90", "interpreter")
 # Families on which two programs of the screen fit a multiprocessor without a spill: one's sums run under the other's
 # product.
 TWO_SCREENS = ("sm_90",)
@@ -64,6 +68,7 @@ DEEP_FEATURES, DEEP_STAGES = 512, 2
 # output; for row_gradient block_c, for class_gradient block_n are features, and block_k what is summed over.
 PRODUCT = {
     "sm_80": Tile(128, 128, 64, 8, 3),
+    "sm_89": Tile(128, 128, 32, 8, 3),
     "sm_90": Tile(128, 128, 64, 8, 3),
     "sm_100": Tile(128, 128, 64, 8, 3),
     "sm_120": Tile(128, 128, 32, 8, 3),
@@ -71,9 +76,10 @@ PRODUCT = {
     "interpreter": Tile(64, 64, 64, 4, 1),
 }
 # Their coefficients: arccos and the sigmoid of a tile hold more than its accumulator, so a smaller one. With three
-# stages sm_120 spills in the loop of the product.
+# stages sm_89 and sm_120 spill in the loop of the product.
 COEFFICIENTS = {
     "sm_80": Tile(128, 64, 64, 8, 3),
+    "sm_89": Tile(128, 64, 32, 8, 2),
     "sm_90": Tile(128, 64, 64, 8, 3),
     "sm_100": Tile(128, 64, 64, 8, 3),
     "sm_120": Tile(128, 64, 32, 8, 2),
@@ -119,10 +125,13 @@ def _overrides(text: str) -> dict[str, dict[str, int]]:
 def tile(kernel: str, family: str, precision: str, triton: str = "") -> Tile:
     """The tile of `kernel` for a GPU of `family`, dense products of `precision` and a version of Triton.
 
-    fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide.
+    fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide, and those of a
+    screen of precision "int8" twice as many.
     """
     chosen = TABLES[kernel][family]
-    if precision != "half" and kernel != "screen" and family != "interpreter":
+    if precision == "int8" and kernel == "screen":
+        chosen = chosen._replace(block_k=2 * chosen.block_k)
+    elif precision != "half" and kernel != "screen" and family != "interpreter":
         chosen = chosen._replace(block_k=chosen.block_k // 2)
     if family == "sm_90" and triton.startswith(TWO_STAGES.get(kernel, ())):
         chosen = chosen._replace(stages=2)
@@ -145,8 +154,8 @@ def family(capability: tuple[int, int] | None, hip: str | None) -> str:
     if capability is None:
         return "interpreter"
     major, minor = capability
-    if (major, minor) == (8, 0):
-        return "sm_80"
+    if major == 8:
+        return "sm_89" if minor else "sm_80"
     if major in (9, 10):
         return f"sm_{major}0"
-    return "sm_120"  # sm_86, sm_89 and sm_120: 99 KB of shared memory
+    return "sm_120"  # as sm_86 and sm_89 it has 99 KB of shared memory

@@ -17,7 +17,6 @@ from .math import (
     NO_COSINE,
     NORM_EPS,
     arccos,
-    inter_weight_below,
     is_finite,
     sigmoid_of_angle,
 )
@@ -87,7 +86,6 @@ def finish_samples(
     grad_parts,
     capacity,
     slots,
-    threshold,
     s,
     k_intra,
     k_inter,
@@ -143,9 +141,8 @@ def finish_samples(
         hardest = tl.zeros_like(nearest_cos) + NO_COSINE
         nearest_seen = 0
 
-        at_threshold = total.to(tl.float32) * inter_weight_below(threshold, k_inter, b)
-        inter = tl.where(overflowed, 0.0, inter - at_threshold * threshold)
-        dropped = tl.where(overflowed, 0.0, tl.maximum(dropped - at_threshold, 0.0))
+        inter = tl.where(overflowed, 0.0, inter)
+        dropped = tl.where(overflowed, 0.0, tl.maximum(dropped, 0.0))
         total = tl.where(overflowed, c, total)
         active = tl.zeros_like(total)
         own_list = i * slots

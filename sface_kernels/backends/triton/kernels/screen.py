@@ -1,8 +1,8 @@
 """The screened pass over a chunk of classes: the loss of every pair, and the list of those that may be active.
 
-Per tile one fp16 tensor-core product of unit rows. Its epilogue sums, per row, the loss (5) and the dropped mass of
-every pair below the threshold, and the cosines, keeps the nearest class, and lists the rest: the row's candidates. To
-the sums each candidate adds what a pair at the threshold does, which `finish_samples` takes off again.
+Per tile one tensor-core product of unit rows, in fp16 or int8. Its epilogue sums, per row, the loss (5) and the dropped
+mass of every pair below the threshold, and the cosines, keeps the nearest class, and lists the rest: the row's
+candidates. To the sums each of them adds what a pair at the threshold does, which is taken off again.
 Reads the chunk's unit rows once per block of samples (from the L2 cache); cosines exist in registers only.
 
 A program owns a block of samples and every `stripes`-th tile of classes, chunk after chunk: its sums and its part of
@@ -61,16 +61,17 @@ def count_bits(word):
 
 @triton.jit
 def append_candidates(
-    cos, threshold, list_ptr, count, first_class, capacity, BLOCK_C: tl.constexpr, RUN: tl.constexpr
+    cos, reach, list_ptr, count, first_class, capacity, BLOCK_C: tl.constexpr, RUN: tl.constexpr
 ):  # fmt: skip
-    """Appends the columns of `cos` by lane that reach the threshold to each row's part of its list, lane after lane.
+    """Appends the columns of `cos` by lane that come up to `reach` to each row's part of its list.
 
     `list_ptr` `[BLOCK_N]` points to each row's part, `count` is how many it has had. Returns the new counts, which go
-    on past `capacity`. A lane's columns are the bits of a word, and a pass takes one bit of every word.
+    on past `capacity`, and how many of each lane are new `[BLOCK_N, LANES]`. A lane's columns are the bits of a word,
+    and a pass takes one bit of every word.
     """
     column = lane_columns(BLOCK_C, RUN)
     bit = tl.full([1, 1, 1, 1], 1, tl.uint32) << (column // (LANES * RUN) * RUN + column % RUN).to(tl.uint32)
-    words = lane_sums(tl.where(cos >= threshold, bit, 0).to(tl.uint32)).to(tl.uint32)  # [BLOCK_N, LANES]
+    words = lane_sums(tl.where(cos >= reach, bit, 0).to(tl.uint32)).to(tl.uint32)  # [BLOCK_N, LANES]
     found = count_bits(words)
     place = count[:, None] + tl.cumsum(found, 1) - found  # of the lane's first
     for _ in range(0, tl.max(sums_with_one_trip(tl.max(found, 1)), 0)):
@@ -80,7 +81,7 @@ def append_candidates(
         tl.store(list_ptr[:, None] + place, cls, mask=(words != 0) & (place < capacity))
         place += 1
         words = words & (words - 1)
-    return count + tl.sum(found, 1)
+    return count + tl.sum(found, 1), found
 
 
 @triton.jit
@@ -98,11 +99,24 @@ def nearest_column(cos, BLOCK_C: tl.constexpr, RUN: tl.constexpr):
     return tl.max(tl.max(tagged.to(tl.float32, bitcast=True), 1), 2)
 
 
+@triton.jit
+def most_moved(moved_ptr, first, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """How far rounding to int8 moved `COUNT` rows from `first` on at most, as `prepare` says it of every `ROWS`."""
+    most = tl.load(moved_ptr + first // ROWS)
+    for part in tl.static_range(1, COUNT // ROWS):
+        most = tl.maximum(most, tl.load(moved_ptr + first // ROWS + part))
+    return most
+
+
 @triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "capacity", "slots", "begun"])
 def screen(
     # pointers
-    unit_x,  # [padded N, PADDED_D] fp16
-    unit_w,  # [padded chunk, PADDED_D] fp16
+    unit_x,  # [padded N, PADDED_D] fp16 or int8
+    unit_w,  # [padded chunk, PADDED_D] of the same
+    step_x_ptr,  # with int8 [padded N], the step of each row
+    moved_x_ptr,  # with int8, the most that rounding moved one of every ROWS rows
+    step_w_ptr,  # [padded chunk], the same of unit_w
+    moved_w_ptr,
     target_ptr,  # [N] int64
     sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ weight, Σ cosine, the largest cosine with its column
     best_class_ptr,  # [stripes, padded N] int32
@@ -119,7 +133,7 @@ def screen(
     capacity,
     begun,  # samples whose sums an earlier chunk began: 0, or padded N
     slots,
-    threshold,  # of the screened cosine, above 0
+    threshold,  # of the screened cosine, above 0; with int8 what rounding moved comes off it
     k_inter,
     b,
     # compile time
@@ -128,8 +142,10 @@ def screen(
     BLOCK_K: tl.constexpr,
     PADDED_D: tl.constexpr,
     RUN: tl.constexpr,
+    ROWS: tl.constexpr,  # that a program of `prepare` takes
     TMA: tl.constexpr,  # unit rows are given by descriptors, else by pointers
-    UPCAST: tl.constexpr,  # multiply in fp32 what is stored in fp16: the interpreter
+    INT8: tl.constexpr,  # unit rows are int8, else fp16
+    UPCAST: tl.constexpr,  # multiply in fp32 what is stored in fewer bits: the interpreter
 ):
     pid = tl.program_id(0)
     stripe = (pid // row_blocks).to(tl.int64)
@@ -151,9 +167,12 @@ def screen(
     best_class = tl.load(best_class_ptr + in_lane, mask=later, other=-1)
     count = tl.load(count_ptr + at, mask=i < begun, other=0)
 
+    if INT8:
+        x_moved = most_moved(moved_x_ptr, first_row, BLOCK_N, ROWS)
+
     for tile in range(pid // row_blocks, tiles, stripes):
         first = tile * BLOCK_C  # of the chunk
-        tile_product = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        tile_product = tl.zeros([BLOCK_N, BLOCK_C], tl.int32 if INT8 and not UPCAST else tl.float32)
         for k in range(0, PADDED_D, BLOCK_K):
             if TMA:
                 x = unit_x.load([first_row, k])
@@ -164,7 +183,14 @@ def screen(
             if UPCAST:
                 tile_product += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
             else:
-                tile_product = tl.dot(x, w, tile_product)
+                tile_product = tl.dot(x, w, tile_product, out_dtype=tile_product.dtype)
+        reach = threshold
+        if INT8:
+            w_moved = most_moved(moved_w_ptr, first, BLOCK_C, ROWS)
+            reach = threshold - (x_moved + w_moved * (1.0 + x_moved))
+            x_step = tl.load(step_x_ptr + first_row + tl.arange(0, BLOCK_N))  # here, as registers are scarce
+            w_step = tl.load(step_w_ptr + first + column)
+            tile_product = tile_product.to(tl.float32) * x_step[:, None] * w_step[None, :]
         cos = by_lane(tile_product, BLOCK_N, BLOCK_C, RUN)
         cos_sum += lane_sums(cos)
 
@@ -182,15 +208,18 @@ def screen(
         best_class = tl.where(nearest > best, first + first_of_lane(RUN) + tag, best_class)
         best = tl.maximum(nearest, best)
 
-        below = tl.minimum(cos, threshold)
+        below = tl.minimum(cos, reach)
         weight = inter_weight_below(below, k_inter, b)
         inter += lane_sums(weight * below)
         dropped += lane_sums(weight)
 
-        if tl.max(sums_with_one_trip(tl.max(nearest, 1)), 0) >= threshold - tag_margin(BLOCK_C):
+        if tl.max(sums_with_one_trip(tl.max(nearest, 1)), 0) >= reach - tag_margin(BLOCK_C):
             # neither NaN nor the zeros of ignored rows are candidates
             list_part = list_ptr + i * slots + stripe * capacity
-            count = append_candidates(cos, threshold, list_part, count, first, capacity, BLOCK_C, RUN)
+            count, found = append_candidates(cos, reach, list_part, count, first, capacity, BLOCK_C, RUN)
+            taken = found.to(tl.float32) * inter_weight_below(reach, k_inter, b)
+            inter -= taken * reach
+            dropped -= taken
 
     nearest = tl.max(best, 1)  # [BLOCK_N]
     tl.store(sums_ptr + at, tl.sum(inter, 1))

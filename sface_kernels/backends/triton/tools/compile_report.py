@@ -43,6 +43,7 @@ class Target(NamedTuple):
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), (8, 0), 163 << 10),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), (8, 9), 99 << 10),
     "sm_90": Target(GPUTarget("cuda", 90, 32), (9, 0), 227 << 10),
     "sm_100": Target(GPUTarget("cuda", 100, 32), (10, 0), 227 << 10),
     "sm_120": Target(GPUTarget("cuda", 120, 32), (12, 0), 99 << 10),
@@ -54,6 +55,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -113,7 +115,8 @@ def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], s
         with kept():
             torch.set_float32_matmul_precision(precision)
             for dense, need_x in MODES:
-                hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else 2.0**-16)
+                eps = 2.0**-24 if dtype == f32 else 2.0**-16  # the defaults: screens in fp16, and in int8
+                hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else eps)
                 taken += recorded(target, shape, dtype, weight_dtype, hp, dense, need_x)
         short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
         for kernel, arguments in taken:
