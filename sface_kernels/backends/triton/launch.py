@@ -43,9 +43,9 @@ def precision(dtype: torch.dtype, gpu: str) -> str:
     """How dense products of these embeddings are computed: fp32 as PyTorch's matrix products are."""
     if dtype != torch.float32:
         return "half"
-    if gpu in ("gfx942", "interpreter"):
+    if gpu == "gfx942":
         return "ieee"
-    return "tf32" if rounds_to_tf32() else "tf32x3"
+    return "tf32" if rounds_to_tf32() and gpu != "interpreter" else "split"
 
 
 def next_power_of_2(n: int) -> int:
@@ -65,8 +65,9 @@ class Call:
         self.device, self.hp, self.dense = x.device, hp, dense
         self.family = gpu_of(x.device).family
         self.precision = precision(x.dtype, self.family)
-        # the screen multiplies fp16 whatever the dtype; dense products multiply in theirs
-        self.unit_dtype = torch.float32 if dense and self.precision != "half" else torch.float16
+        # the screen multiplies fp16 whatever the dtype; of dense products fp32 is left, or split into two parts
+        self.unit_dtype = torch.float32 if dense and self.precision in ("ieee", "tf32") else torch.float16
+        self.parts = 2 if dense and self.precision == "split" else 1
         self.padded_n = padded(self.n)
         step = self.tile("coefficients" if dense else "screen").block_k
         self.padded_d = cdiv(self.d, step) * step  # of unit rows: whole steps of the products over them
@@ -99,5 +100,10 @@ class Call:
         return empty(shape, dtype, self.device)
 
     def unit_rows(self, rows: int) -> Tensor:
-        """Room for unit rows `[rows, padded D]`, in whole blocks of `prepare`."""
-        return self.empty(cdiv(rows, self.row_block) * self.row_block, self.padded_d, dtype=self.unit_dtype)
+        """Room for unit rows `[rows, parts · padded D]`, in whole blocks of `prepare`."""
+        in_blocks = cdiv(rows, self.row_block) * self.row_block
+        return self.empty(in_blocks, self.parts * self.padded_d, dtype=self.unit_dtype)
+
+    def coefficients(self, chunk: int) -> Tensor:
+        """Room for those of all samples and `chunk` classes."""
+        return self.empty(self.padded_n, self.parts * chunk, dtype=self.unit_dtype)

@@ -54,9 +54,9 @@ def _dense(call: Call, common: dict[str, Any]) -> None:
     row_blocks = call.row_blocks("coefficients")
     shared = {
         "unit_x_ptr": prepared.unit_x,
-        "coefficient_ptr": call.empty(call.padded_n, chunk, dtype=call.unit_dtype),
+        "coefficient_ptr": call.coefficients(chunk),
         "along_ptr": call.empty(chunk),
-        "shift_ptr": call.empty(row_blocks + 1, chunk, dtype=torch.int32),
+        "shift_ptr": call.empty(row_blocks, chunk, dtype=torch.int32),
         "largest_ptr": common["largest_ptr"],
         "row_blocks": row_blocks,
         "padded_chunk": chunk,

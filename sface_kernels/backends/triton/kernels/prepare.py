@@ -10,12 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NORM_EPS, exponent_of, is_finite, power_of_two
+from .math import IGNORED, NORM_EPS, SPLIT_SCALE, exponent_of, is_finite, power_of_two, store_operand
 
 
 @triton.jit
 def store_unit_rows(
-    ptr, row, taken, stride_row, stride_column, unit_ptr, unit_row, d, BLOCK_D: tl.constexpr, PADDED_D: tl.constexpr
+    ptr, row, taken, stride_row, stride_column, unit_ptr, unit_row, d, BLOCK_D: tl.constexpr, PADDED_D: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Unit rows of `row` `[R]` into `unit_row`, zeros where not taken. Returns norms, and 1/max(norm, 1e-12) or NaN.
 
@@ -31,8 +32,11 @@ def store_unit_rows(
     norm = length * power_of_two(exponent)
     # maximum() may drop a NaN; 1/norm itself is 0 for a norm beyond 2¹²⁷
     inverse = tl.where(is_finite(norm), 1.0 / tl.maximum(length, to_unit * NORM_EPS), float("nan"))
-    unit = (scaled * inverse[:, None]).to(unit_ptr.dtype.element_ty)
-    tl.store(unit_ptr + unit_row[:, None] * PADDED_D + k[None, :], unit, mask=(k < PADDED_D)[None, :])
+    stored = inverse
+    if PARTS == 2:
+        stored *= SPLIT_SCALE
+    unit_at = unit_ptr + unit_row[:, None] * (PARTS * PADDED_D) + k[None, :]
+    store_operand(unit_at, PADDED_D, scaled * stored[:, None], (k < PADDED_D)[None, :], PARTS == 2)
     return norm, inverse * to_unit
 
 
@@ -41,12 +45,12 @@ def prepare(
     # pointers
     x_ptr,
     target_ptr,
-    unit_x_ptr,  # [padded N, PADDED_D], fp16 or for dense products fp32
+    unit_x_ptr,  # [padded N, PARTS, PADDED_D], fp16, or fp32 where products are of that
     norm_ptr,  # [padded N], NaN or infinite where a counted row is not finite
     counts_ptr,  # [2] int64, set to 0
     flags_ptr,  # [2] int32, set to 0
     w_ptr,
-    unit_w_ptr,  # [padded chunk, PADDED_D]
+    unit_w_ptr,  # [padded chunk, PARTS, PADDED_D]
     inv_norm_ptr,  # [C], NaN where the row is not finite
     head_ptr,  # [C] int32, set to −1: no class has a link; without LINKS only its one element
     # sizes, strides
@@ -64,6 +68,7 @@ def prepare(
     BLOCK: tl.constexpr,  # rows
     BLOCK_D: tl.constexpr,
     PADDED_D: tl.constexpr,
+    PARTS: tl.constexpr,  # 2 for dense products of split unit rows
     LINKS: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -72,7 +77,7 @@ def prepare(
         i = pid.to(tl.int64) * BLOCK + row
         # an ignored row as zeros: whatever it holds, NaN included, must change nothing
         counted = (i < n) & (tl.load(target_ptr + i, mask=i < n, other=IGNORED) != IGNORED)
-        norm, _ = store_unit_rows(x_ptr, i, counted, x_stride_n, x_stride_d, unit_x_ptr, i, d, BLOCK_D, PADDED_D)
+        norm, _ = store_unit_rows(x_ptr, i, counted, x_stride_n, x_stride_d, unit_x_ptr, i, d, BLOCK_D, PADDED_D, PARTS)
         tl.store(norm_ptr + i, norm, mask=i < padded_n)
         if pid == 0:
             two = tl.arange(0, 2)
@@ -83,7 +88,9 @@ def prepare(
     else:
         row += (pid - sample_blocks).to(tl.int64) * BLOCK  # in the chunk
         j = first_class + row
-        _, inv_norm = store_unit_rows(w_ptr, j, j < c, w_stride_c, w_stride_d, unit_w_ptr, row, d, BLOCK_D, PADDED_D)
+        _, inv_norm = store_unit_rows(
+            w_ptr, j, j < c, w_stride_c, w_stride_d, unit_w_ptr, row, d, BLOCK_D, PADDED_D, PARTS
+        )
         tl.store(inv_norm_ptr + j, inv_norm, mask=j < c)
         if LINKS:
             tl.store(head_ptr + j, tl.full([BLOCK], -1, tl.int32), mask=j < c)
