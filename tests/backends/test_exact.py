@@ -1,4 +1,4 @@
-"""The exact mode of the backends with products in parts, as an optimizer that looks at each class row by itself sees it."""
+"""Exact calls of backends that multiply in parts, as an optimizer that looks at each class row by itself sees them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_class_row_by_itself(exact, shape, geometry):
 
 @pytest.mark.parametrize("d", [40, 512])
 def test_rows_down_to_the_smallest_numbers(exact, d):
-    """Coefficients from s to 2⁻¹²⁰·s, each class with its own: AMX takes numbers below 2⁻¹²⁶ for 0, fp16 those below 2⁻²⁵,
+    """Coefficients from s to 2⁻¹²⁰·s, each class with its own: AMX takes numbers below 2⁻¹²⁶ for 0, fp16 ends at 2⁻²⁴,
     and the entries of a row are smaller than its coefficient."""
     n, c = 40, 480
     axis = torch.eye(d)[0]

@@ -154,6 +154,15 @@ def test_every_class_row_of_an_exact_call_is_right_by_itself(dtype, geometry):
     assert ((ours - expected).norm(dim=1) <= (6e-4 if dtype == f32 else 0.01) * size).all()
 
 
+def test_products_of_whole_float32(poisoned, monkeypatch):
+    """What AMD's matrix cores have, and NVIDIA's not."""
+    from sface_kernels.backends.triton import launch
+
+    monkeypatch.setattr(launch, "precision", lambda *_: "ieee")
+    problem = GEOMETRIES["trained"](19, 141, 37)
+    Judge(problem, filter_eps=0.0).check(run(CASE, problem, filter_eps=0.0), "triton")
+
+
 @pytest.mark.parametrize("filter_eps", [FAST, 0.0])
 def test_a_hub_class(poisoned, filter_eps):
     """Every sample has the same class: one list of links, one row of ∂w from all of them."""

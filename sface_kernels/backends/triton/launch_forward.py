@@ -166,10 +166,11 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
     grad = call.empty(splits if need_grad else 0, call.padded_n, call.d)
     chunk = dense_chunk(call, stripes)
     prepared = Preparation(call, chunk, saved.norm, saved.inv_norm, result.counts, saved.flags, saved.head)
+    shifts = need_grad and call.precision == "split"
     shared = {
         "unit_w_ptr": prepared.unit_w,
         "coefficient_ptr": call.coefficients(chunk if need_grad else 0),
-        "shift_ptr": call.empty(chunk // coefficients_of.block_c if need_grad else 0, call.padded_n, dtype=torch.int32),
+        "shift_ptr": call.empty(chunk // coefficients_of.block_c if shifts else 0, call.padded_n, dtype=torch.int32),
         "padded_n": call.padded_n,
         "padded_chunk": chunk,
         "PADDED_D": call.padded_d,

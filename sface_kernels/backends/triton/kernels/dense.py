@@ -230,7 +230,7 @@ def row_gradient(
     tl.store(at, grad, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "row_blocks"])
+@triton.jit(do_not_specialize=["n"])
 def class_gradient(
     # pointers
     coefficient_ptr,  # [padded N, parts, padded chunk], of `coefficients`
@@ -246,7 +246,6 @@ def class_gradient(
     c,
     d,
     padded_chunk,
-    row_blocks,
     first_class,
     w_stride_c,
     w_stride_d,
