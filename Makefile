@@ -36,7 +36,7 @@ demo: build
 test: build
 	$(BIN)/python -m pytest -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/triton/test_triton.py tests/loss/test_compile.py \
-		tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py
+		tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py tests/backends/test_exact.py
 	SFACE_PTX=sm_90 $(COMPILED) tests/triton/test_triton.py
 
 # A copy of the package with an extension that checks itself, for each instruction set of this CPU: no read or write out of
@@ -58,7 +58,7 @@ sanitize: build
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		SFACE_CPU_ISA=$$isa SFACE_FUZZ=1000 python -m pytest -p no:cacheprovider \
 		-k "not Past32Bits and not parity_with and not two_hundred and not chunked and not triton and not reference" \
-		tests/backends/test_native.py tests/backends/test_native_exact.py tests/backends/test_native_memory.py \
+		tests/backends/test_native.py tests/backends/test_exact.py tests/backends/test_native_memory.py \
 		tests/backends/test_native_fuzz.py \
 		tests/optim/test_operators.py tests/optim/test_trajectory.py) || exit 1; \
 	done

@@ -57,7 +57,7 @@ class TestTiles:
 
     @pytest.mark.parametrize("family", tiles.FAMILIES)
     @pytest.mark.parametrize("kernel", tiles.TABLES)
-    @pytest.mark.parametrize("precision", ["half", "tf32x3"])
+    @pytest.mark.parametrize("precision", ["half", "split"])
     def test_every_block_divides_what_buffers_are_padded_to(self, kernel, family, precision):
         t = tiles.tile(kernel, family, precision)
         assert all(tiles.GRANULE % block == 0 and block >= 16 for block in t[:3]), t
@@ -130,12 +130,12 @@ class TestPrecision:
     @pytest.mark.parametrize(
         "switch, value, expected",
         [
-            (None, None, "tf32x3"),
+            (None, None, "split"),
             ("cuda.matmul", "tf32", "tf32"),
-            ("cuda.matmul", "ieee", "tf32x3"),
+            ("cuda.matmul", "ieee", "split"),
             ("", "tf32", "tf32"),
             ("cudnn", "tf32", "tf32"),  # which is the switch of all of CUDA
-            ("cudnn.conv", "tf32", "tf32x3"),
+            ("cudnn.conv", "tf32", "split"),
         ],
     )
     @needs_triton
@@ -150,7 +150,7 @@ class TestPrecision:
         assert precision(f32, "sm_90") == expected
         assert precision(f32, "gfx942") == "ieee" and precision(bf16, "sm_90") == "half"
 
-    @pytest.mark.parametrize("value, expected", [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")])
+    @pytest.mark.parametrize("value, expected", [("highest", "split"), ("high", "tf32"), ("medium", "tf32")])
     @needs_triton
     def test_older_switch(self, value, expected):
         from sface_kernels.backends.triton.launch import precision

@@ -163,8 +163,9 @@ def test_lists_and_dense_products_agree(screen, monkeypatch, dtype):
 def test_every_class_row_of_an_exact_call_is_right_by_itself(dtype, geometry):
     """Adam divides by the size of each row's gradient, and rows without a sample are 1e-11 of the largest here.
 
-    1 %: a cosine of fp16 unit rows is off by 2⁻¹¹ √(2/3) / √D, and k = 80 times as much a coefficient: 1.4e-3, of which
-    a row that one pair carries takes seven standard deviations.
+    Half, 1 %: a cosine of fp16 unit rows is off by 2⁻¹¹ √(2/3) / √D, and k = 80 times as much a coefficient: 1.4e-3, of
+    which a row that one pair carries takes seven standard deviations. float32: k times 3·2⁻²² by the split, and ten
+    times as much by sums that a tensor core truncates.
     """
     problem = GEOMETRIES[geometry](40, 200, 512).to(DEVICE, dtype, f32)
     upstream = problem.upstream.abs() + 0.5
@@ -173,7 +174,16 @@ def test_every_class_row_of_an_exact_call_is_right_by_itself(dtype, geometry):
     expected = truth(*problem, filter_eps=0.0).grad_w
     size = expected.norm(dim=1)
     assert size.min() < 1e-9 * size.max()
-    assert ((ours - expected).norm(dim=1) <= 0.01 * size).all()
+    assert ((ours - expected).norm(dim=1) <= (6e-4 if dtype == f32 else 0.01) * size).all()
+
+
+def test_products_of_whole_float32(poisoned, monkeypatch):
+    """What AMD's matrix cores have, and NVIDIA's not."""
+    from sface_kernels.backends.triton import launch
+
+    monkeypatch.setattr(launch, "precision", lambda *_: "ieee")
+    problem = GEOMETRIES["trained"](19, 141, 37)
+    Judge(problem, filter_eps=0.0).check(run(CASE, problem, filter_eps=0.0), "triton")
 
 
 @pytest.mark.parametrize("filter_eps", [FAST, 0.0])

@@ -46,9 +46,9 @@ def precision(dtype: torch.dtype, gpu: str) -> str:
     """How dense products of these embeddings are computed: fp32 as PyTorch's matrix products are."""
     if dtype != torch.float32:
         return "half"
-    if gpu in ("gfx942", "interpreter"):
+    if gpu == "gfx942":
         return "ieee"
-    return "tf32" if rounds_to_tf32() else "tf32x3"
+    return "tf32" if rounds_to_tf32() and gpu != "interpreter" else "split"
 
 
 def next_power_of_2(n: int) -> int:
@@ -84,10 +84,11 @@ class Kind:
         self.n, self.c, self.d = shape
         self.device, self.hp, self.dense = device, hp, dense
         self.family, self.precision, self.int8 = family, precision, int8
-        # the screen multiplies fp16 or int8 whatever the dtype; dense products multiply in theirs
+        # the screen multiplies fp16 or int8 whatever the dtype; of dense products fp32 is left, or split into two parts
         self.unit_dtype = torch.int8 if int8 else torch.float16
-        if dense and self.precision != "half":
+        if dense and precision in ("ieee", "tf32"):
             self.unit_dtype = torch.float32
+        self.parts = 2 if dense and precision == "split" else 1
         self.padded_n = padded(self.n)
         step = self.tile("coefficients" if dense else "screen").block_k
         self.padded_d = cdiv(self.d, step) * step  # of unit rows: whole steps of the products over them
@@ -121,8 +122,13 @@ class Kind:
         return empty(shape, dtype, self.device)
 
     def unit_rows(self, rows: int) -> Tensor:
-        """Room for unit rows `[rows, padded D]`, in whole blocks of `prepare`."""
-        return self.empty(cdiv(rows, self.row_block) * self.row_block, self.padded_d, dtype=self.unit_dtype)
+        """Room for unit rows `[rows, parts · padded D]`, in whole blocks of `prepare`."""
+        in_blocks = cdiv(rows, self.row_block) * self.row_block
+        return self.empty(in_blocks, self.parts * self.padded_d, dtype=self.unit_dtype)
+
+    def coefficients(self, chunk: int) -> Tensor:
+        """Room for those of all samples and `chunk` classes."""
+        return self.empty(self.padded_n, self.parts * chunk, dtype=self.unit_dtype)
 
 
 @functools.lru_cache(maxsize=KINDS)

@@ -65,11 +65,10 @@ def _dense(call: Call, common: dict[str, Any]) -> None:
     row_blocks = call.row_blocks("coefficients")
     shared = {
         "unit_x_ptr": prepared.unit_x,
-        "coefficient_ptr": call.empty(call.padded_n, chunk, dtype=call.unit_dtype),
+        "coefficient_ptr": call.coefficients(chunk),
         "along_ptr": call.empty(chunk),
-        "shift_ptr": call.empty(row_blocks + 1, chunk, dtype=torch.int32),
+        "shift_ptr": call.empty(row_blocks, chunk, dtype=torch.int32),
         "largest_ptr": common["largest_ptr"],
-        "row_blocks": row_blocks,
         "padded_chunk": chunk,
         "PADDED_D": call.padded_d,
         "PRECISION": call.precision,
@@ -84,6 +83,7 @@ def _dense(call: Call, common: dict[str, Any]) -> None:
         "active_ptr": flags,
         "grad_row_ptr": common["grad_row_ptr"],
         "padded_n": call.padded_n,
+        "row_blocks": row_blocks,
         "tiles": 0,
         "stripes": 1,
         "begun": 0,

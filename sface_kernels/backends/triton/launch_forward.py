@@ -46,13 +46,14 @@ def _of_prepare(kind: Kind, links: bool) -> dict[str, Any]:
         "BLOCK": kind.row_block,
         "BLOCK_D": kind.block_d,
         "PADDED_D": kind.padded_d,
+        "PARTS": kind.parts,
         "LINKS": links,
         "num_warps": tiles.ROW_WARPS,
     }
 
 
 class Preparation:
-    """Unit rows of all samples `[padded N, padded D]`, and of one chunk of classes after the other `[chunk, padded D]`.
+    """Unit rows of all samples `[padded N, …]`, and of one chunk of classes after the other `[chunk, …]`.
 
     The first launch fills `norm`, `counted` and `target` and sets `counts` and `flags` to 0, each its classes' part of
     `inv_norm` and `head`.
@@ -79,7 +80,7 @@ class Preparation:
             self.rounding |= {f"moved_{name}_ptr": call.empty(count // call.row_block) for name, count in rows.items()}
         self.inv_norm, self.row_block = inv_norm, call.row_block
         self.sample_blocks = cdiv(call.padded_n, call.row_block)
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             **_of_prepare(call.kind, makes_links(call, head)),
             **call.pointers,
             **call.labels,
@@ -110,7 +111,7 @@ def preparation(call: Call, chunk: int, result: Forward) -> Preparation:
 
 def dense_granules(call: Call) -> int:
     """How many granules of classes a chunk of a dense call may have."""
-    bytes_of_a_class = (call.padded_d + call.padded_n) * call.unit_dtype.itemsize
+    bytes_of_a_class = (call.padded_d + call.padded_n) * call.parts * call.unit_dtype.itemsize
     return max(1, buffers.CHUNK_BYTES // (bytes_of_a_class * GRANULE))
 
 
@@ -194,6 +195,7 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
     """The sums over all classes and of ∂x, in parts, under the names that `finish_samples` knows them by."""
     coefficients_of, gradient_of = call.tile("coefficients"), call.tile("row_gradient")
     row_blocks, gradient_blocks = call.row_blocks("coefficients"), call.row_blocks("row_gradient")
+    block_k = min(gradient_of.block_k, coefficients_of.block_c)
     granules = cdiv(call.c, GRANULE)
     stripes = buffers.shares(row_blocks, min(granules, dense_granules(call)), multiprocessors)
     d_blocks = cdiv(call.d, gradient_of.block_c)
@@ -205,9 +207,11 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
     grad = call.empty(splits if need_grad else 0, call.padded_n, call.d)
     chunk = dense_chunk(call, stripes)
     prepared = preparation(call, chunk, result)
+    shifts = need_grad and call.precision == "split"
     shared = {
         "unit_w_ptr": prepared.unit_w,
-        "coefficient_ptr": call.empty(call.padded_n if need_grad else 0, chunk, dtype=call.unit_dtype),
+        "coefficient_ptr": call.coefficients(chunk if need_grad else 0),
+        "shift_ptr": call.empty(chunk // coefficients_of.block_c if shifts else 0, call.padded_n, dtype=torch.int32),
         "padded_n": call.padded_n,
         "padded_chunk": chunk,
         "PADDED_D": call.padded_d,
@@ -224,7 +228,6 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
         "grad_row_ptr": sums,
         "largest_ptr": sums,
         "along_ptr": sums,
-        "shift_ptr": active,
         "row_blocks": row_blocks,
         "stripes": stripes,
         "BACKWARD": False,
@@ -238,6 +241,8 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
         "row_blocks": gradient_blocks,
         "splits": splits,
         **call.product("row_gradient"),
+        "COLUMNS": coefficients_of.block_c,
+        "BLOCK_K": block_k,
     }
     for first, rows in call.chunks(chunk):
         begun = 0 if first == 0 else call.padded_n
@@ -255,7 +260,7 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
                 row_gradient,
                 (gradient_blocks * splits, d_blocks),
                 **multiplied,
-                steps=cdiv(rows, gradient_of.block_k),
+                steps=cdiv(rows, block_k),
                 begun=begun,
             )
     made = {"sums_ptr": sums, "count_ptr": active, "best_class_ptr": best_class, "list_ptr": active}

@@ -13,18 +13,33 @@ import triton.language as tl
 from .math import (
     IGNORED,
     NO_COSINE,
+    SPLIT_EXPONENT,
+    SPLIT_SCALE,
     arccos,
     exponent_of,
     is_finite,
+    load_operand,
     nearer_class,
-    operand,
     power_of_two,
     product,
     sigmoid_of_angle,
     store_class_gradient,
+    store_operand,
 )
 
 FP16_PEAK: tl.constexpr = tl.constexpr(13)  # exponent of the largest coefficient in fp16, which ends at 15
+
+
+@triton.jit
+def shift_to_peak(g, AXIS: tl.constexpr):
+    """Exponents of the powers of two that bring the largest along AXIS of the tile `g` to FP16_PEAK."""
+    return tl.minimum(-exponent_of(tl.max(tl.abs(g), AXIS)) + FP16_PEAK, 126 - SPLIT_EXPONENT)
+
+
+@triton.jit
+def without_shift(shift, PRECISION: tl.constexpr):
+    """What takes a shift off a sum of coefficients times unit rows."""
+    return power_of_two(-shift - SPLIT_EXPONENT) if PRECISION == "split" else power_of_two(-shift)
 
 
 @triton.jit
@@ -33,30 +48,38 @@ def cosine_tile(
     PADDED_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, not clamped."""
+    PARTS: tl.constexpr = 2 if PRECISION == "split" else 1
     k = tl.arange(0, BLOCK_K)
-    x_tile = unit_x_ptr + x_row[:, None] * PADDED_D + k[None, :]
-    w_tile = unit_w_ptr + w_row[None, :] * PADDED_D + k[:, None]
+    x_tile = unit_x_ptr + x_row[:, None] * (PARTS * PADDED_D) + k[None, :]
+    w_tile = unit_w_ptr + w_row[None, :] * (PARTS * PADDED_D) + k[:, None]
     cos = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for first in range(0, PADDED_D, BLOCK_K):
-        cos = product(tl.load(x_tile + first), tl.load(w_tile + first), cos, PRECISION, UPCAST)
-    return cos
+        x, x_rest = load_operand(x_tile + first, PADDED_D, None, PRECISION)
+        w, w_rest = load_operand(w_tile + first, PADDED_D, None, PRECISION)
+        if PARTS == 2:
+            # a sum of its own for each step: a tensor core cuts off what it adds to a long one
+            cos += product(x, x_rest, w, w_rest, tl.zeros_like(cos), PRECISION, UPCAST)
+        else:
+            cos = product(x, x_rest, w, w_rest, cos, PRECISION, UPCAST)
+    return cos * (1.0 / (SPLIT_SCALE * SPLIT_SCALE)) if PARTS == 2 else cos
 
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "begun"])
 def coefficients(
     # pointers
-    unit_x_ptr,  # [padded N, PADDED_D]
-    unit_w_ptr,  # [padded chunk, PADDED_D]
+    unit_x_ptr,  # [padded N, parts, PADDED_D]: two parts where PRECISION is "split", else one
+    unit_w_ptr,  # [padded chunk, parts, PADDED_D]
     target_ptr,  # [N]
-    coefficient_ptr,  # [padded N, padded chunk] out: (6) without s; forward: own classes left out; BACKWARD: times u,
-    # and in fp16 times 2^shift of the block of samples and the class
+    coefficient_ptr,  # [padded N, parts, padded chunk] out: (6) without s; forward: own classes left out; BACKWARD:
+    # times u; in fp16 times 2^shift
     sums_ptr,  # forward, [4, stripes, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
     best_class_ptr,  # forward, [stripes, padded N] int32
     active_ptr,  # forward, [stripes, padded N] int32
     grad_row_ptr,  # BACKWARD, [N], u
     largest_ptr,  # BACKWARD, [1], max |u|
     along_ptr,  # BACKWARD, [padded chunk] out: Σ_i u_i g_ij c_ij / s
-    shift_ptr,  # BACKWARD and fp16, [row blocks + 1, padded chunk] int32 out; the last row: the least of the others
+    shift_ptr,  # int32 out: BACKWARD and fp16, of each block of samples and class, [row blocks, padded chunk];
+    # forward and split, of each tile of classes and sample, [tiles, padded N]
     # sizes, floats
     n,
     c,
@@ -84,9 +107,10 @@ def coefficients(
 ):
     """A program owns a block of samples, and takes every `stripes`-th tile of classes; BACKWARD the other way round.
 
-    In the backward powers of two bring u to 1 and, as fp16 has little range, the largest coefficient of each class and
-    block of samples to FP16_PEAK: `class_gradient` takes them off again.
+    In the backward a power of two brings u to 1. As fp16 has little range, others bring the largest coefficient of each
+    class in a tile to FP16_PEAK, in the forward that of each sample: the kernel that multiplies takes them off again.
     """
+    PARTS: tl.constexpr = 2 if PRECISION == "split" else 1
     pid = tl.program_id(0)
     own_block = pid % row_blocks
     first = pid // row_blocks
@@ -96,7 +120,6 @@ def coefficients(
         scale = power_of_two(-exponent_of(tl.load(largest_ptr)))
         along = tl.zeros([BLOCK_C], tl.float32)
         own_rows = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-        least_shift = tl.full([BLOCK_C], 126, tl.int32)
     else:
         at = first.to(tl.int64) * padded_n + own_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         plane = padded_n.to(tl.int64) * stripes
@@ -129,10 +152,9 @@ def coefficients(
             g = tl.where((j < c)[None, :] & (weight >= filter_eps), weight, 0.0)
             g = tl.where(own, -weight, g) * u[:, None]
             along += tl.sum(g * cos, 0)
-            if PRECISION == "half":
-                shift = tl.minimum(-exponent_of(tl.max(tl.abs(g), 0)) + FP16_PEAK, 126)  # [BLOCK_C]
+            if PRECISION == "half" or PRECISION == "split":
+                shift = shift_to_peak(g, 0)  # [BLOCK_C]
                 g *= power_of_two(shift)[None, :]
-                least_shift = tl.minimum(least_shift, shift)
                 tl.store(shift_ptr + own_rows + block * padded_chunk, shift)
         else:
             other = (j < c)[None, :] & ~own
@@ -145,12 +167,15 @@ def coefficients(
             column = tl.arange(0, BLOCK_C)
             best, best_class = nearer_class(best, best_class, cos, first_class + tile * BLOCK_C, column, BLOCK_C)
             active += tl.sum(kept.to(tl.int32), 1)
+            if NEED_GRAD and PRECISION == "split":
+                shift = shift_to_peak(g, 1)  # [BLOCK_N]
+                g *= power_of_two(shift)[:, None]
+                tl.store(shift_ptr + tile * padded_n + i, shift)
         if NEED_GRAD:
-            tl.store(coefficient_ptr + i[:, None] * padded_chunk + row[None, :], operand(g, PRECISION))
+            g_tile = coefficient_ptr + i[:, None] * (PARTS * padded_chunk) + row[None, :]
+            store_operand(g_tile, padded_chunk, g, None, PARTS == 2)
     if BACKWARD:
         tl.store(along_ptr + own_rows, along)
-        if PRECISION == "half":
-            tl.store(shift_ptr + own_rows + row_blocks * padded_chunk, least_shift)
     else:
         tl.store(sums_ptr + at, inter)
         tl.store(sums_ptr + plane + at, dropped)
@@ -163,8 +188,9 @@ def coefficients(
 @triton.jit(do_not_specialize=["row_blocks", "steps", "splits", "begun"])
 def row_gradient(
     # pointers
-    coefficient_ptr,  # [padded N, padded chunk]
-    unit_w_ptr,  # [padded chunk, PADDED_D]
+    coefficient_ptr,  # [padded N, parts, padded chunk], of `coefficients`
+    unit_w_ptr,  # [padded chunk, parts, PADDED_D]
+    shift_ptr,  # split: of `coefficients`
     grad_ptr,  # [splits, padded N, D]: Σ weight·ŵ
     # sizes
     d,
@@ -177,12 +203,14 @@ def row_gradient(
     # compile time
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,  # features of the output
-    BLOCK_K: tl.constexpr,  # classes
+    BLOCK_K: tl.constexpr,  # classes, all in the same tile of `coefficients`
+    COLUMNS: tl.constexpr,  # classes of such a tile
     PADDED_D: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Adds the chunk's coefficients times its unit rows to the sum of (7); a split takes every `splits`-th step."""
+    PARTS: tl.constexpr = 2 if PRECISION == "split" else 1
     pid = tl.program_id(0)
     split = (pid // row_blocks).to(tl.int64)
     i = (pid % row_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -193,19 +221,26 @@ def row_gradient(
     grad = tl.load(at, mask=inside & (i < begun)[:, None], other=0.0)
     for step in range(split, steps, splits):
         j = step * BLOCK_K + row
-        g = tl.load(coefficient_ptr + i[:, None] * padded_chunk + j[None, :])
-        w = tl.load(unit_w_ptr + j[:, None] * PADDED_D + out[None, :], mask=(out < PADDED_D)[None, :], other=0.0)
-        grad = product(g, w, grad, PRECISION, UPCAST)
+        g_tile = coefficient_ptr + i[:, None] * (PARTS * padded_chunk) + j[None, :]
+        w_tile = unit_w_ptr + j[:, None] * (PARTS * PADDED_D) + out[None, :]
+        g, g_rest = load_operand(g_tile, padded_chunk, None, PRECISION)
+        w, w_rest = load_operand(w_tile, PADDED_D, (out < PADDED_D)[None, :], PRECISION)
+        if PARTS == 2:
+            shift = tl.load(shift_ptr + step * BLOCK_K // COLUMNS * padded_n + i)
+            added = product(g, g_rest, w, w_rest, tl.zeros_like(grad), PRECISION, UPCAST)
+            grad += added * without_shift(shift, PRECISION)[:, None]
+        else:
+            grad = product(g, g_rest, w, w_rest, grad, PRECISION, UPCAST)
     tl.store(at, grad, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "row_blocks"])
+@triton.jit(do_not_specialize=["n"])
 def class_gradient(
     # pointers
-    coefficient_ptr,  # [padded N, padded chunk]
-    unit_x_ptr,  # [padded N, PADDED_D]
+    coefficient_ptr,  # [padded N, parts, padded chunk], of `coefficients`
+    unit_x_ptr,  # [padded N, parts, PADDED_D]
     along_ptr,  # [padded chunk]
-    shift_ptr,  # fp16, [row blocks + 1, padded chunk], of `coefficients`
+    shift_ptr,  # fp16: of `coefficients`
     w_ptr,
     inv_norm_ptr,  # [C]
     largest_ptr,  # [1], max |u|
@@ -215,7 +250,6 @@ def class_gradient(
     c,
     d,
     padded_chunk,
-    row_blocks,
     first_class,
     w_stride_c,
     w_stride_d,
@@ -230,27 +264,26 @@ def class_gradient(
     UPCAST: tl.constexpr,
 ):
     """(8) for the chunk's classes."""
+    PARTS: tl.constexpr = 2 if PRECISION == "split" else 1
     row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     out = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_K).to(tl.int64)
     raw = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    if PRECISION == "half":
-        least_shift = tl.load(shift_ptr + row_blocks * padded_chunk + row)  # [BLOCK_C]
     for first in range(0, n, BLOCK_K):
         i = first + sample
         # rows past the last sample were not written
-        g = tl.load(coefficient_ptr + i[None, :] * padded_chunk + row[:, None], mask=(i < n)[None, :], other=0.0)
-        x = tl.load(unit_x_ptr + i[:, None] * PADDED_D + out[None, :], mask=(out < PADDED_D)[None, :], other=0.0)
-        if PRECISION == "half":
-            # from the scale of the block to that of the class; what is lost is below 2⁻²⁴ of the class's largest
-            shift = tl.load(shift_ptr + first // ROWS * padded_chunk + row)
-            to_class = power_of_two(tl.maximum(least_shift - shift, -126))
-            g = operand(g.to(tl.float32) * to_class[:, None], PRECISION)
-        raw = product(g, x, raw, PRECISION, UPCAST)
+        g_tile = coefficient_ptr + i[None, :] * (PARTS * padded_chunk) + row[:, None]
+        x_tile = unit_x_ptr + i[:, None] * (PARTS * PADDED_D) + out[None, :]
+        g, g_rest = load_operand(g_tile, padded_chunk, (i < n)[None, :], PRECISION)
+        x, x_rest = load_operand(x_tile, PADDED_D, (out < PADDED_D)[None, :], PRECISION)
+        if PRECISION == "half" or PRECISION == "split":
+            shift = tl.load(shift_ptr + first // ROWS * padded_chunk + row)  # [BLOCK_C]
+            added = product(g, g_rest, x, x_rest, tl.zeros_like(raw), PRECISION, UPCAST)
+            raw += added * without_shift(shift, PRECISION)[:, None]
+        else:
+            raw = product(g, g_rest, x, x_rest, raw, PRECISION, UPCAST)
     j = first_class + row
     inv_w = tl.load(inv_norm_ptr + j, mask=j < c, other=0.0)
     along = tl.load(along_ptr + row)
-    if PRECISION == "half":
-        raw *= power_of_two(-least_shift)[:, None]
     scale = s * power_of_two(exponent_of(tl.load(largest_ptr)))
     store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, scale, c, d, w_stride_c, w_stride_d)

@@ -1,8 +1,8 @@
 """Equations (2)–(4) as Triton functions, all in fp32, and what the kernels that multiply share.
 
 The same polynomials as `csrc/cpu/simd/generic/device_math.inl`. No libdevice call: the interpreter has none, and these
-cost fewer instructions. PRECISION is that of products: "half" rounds unit rows and coefficients to fp16; the others are
-`tl.dot`'s, of unrounded fp32. Sums, arccos and sigmoid are fp32 always.
+cost fewer instructions. PRECISION is that of products: "half" rounds unit rows and coefficients to fp16, "split" makes
+two fp16 numbers of each; the others are `tl.dot`'s, of unrounded fp32. Sums, arccos and sigmoid are fp32 always.
 
 A compiler may fuse any product and sum into one rounding, and a GPU's division is off by an ulp or two: nothing may
 depend on v − v being 0, or on (1/v)·v being 1.
@@ -23,6 +23,9 @@ NO_CLASS: tl.constexpr = tl.constexpr(2**31 - 1)
 IGNORED: tl.constexpr = tl.constexpr(types.IGNORED)
 INVALID: tl.constexpr = tl.constexpr(types.INVALID)
 NO_TARGET: tl.constexpr = tl.constexpr(types.NO_TARGET)
+# Unit rows are multiplied with it before they are split, so that what fp16 leaves out is no subnormal number.
+SPLIT_SCALE: tl.constexpr = tl.constexpr(2.0**8)
+SPLIT_EXPONENT: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -104,19 +107,45 @@ def sums_with_one_trip(row_max):
 
 
 @triton.jit
-def operand(values, PRECISION: tl.constexpr):
-    return values.to(tl.float16) if PRECISION == "half" else values
+def store_operand(ptr, second, values, mask, SPLIT: tl.constexpr):
+    """Stores a factor of products in its dtype; SPLIT: what fp16 leaves out of it too, `second` further on."""
+    stored = values.to(ptr.dtype.element_ty)
+    tl.store(ptr, stored, mask=mask)
+    if SPLIT:
+        tl.store(ptr + second, (values - stored.to(tl.float32)).to(tl.float16), mask=mask)
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a·b. UPCAST multiplies in fp32 what is stored in fp16: the interpreter."""
-    if PRECISION != "half":
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    elif UPCAST:
+def load_operand(ptr, second, mask, PRECISION: tl.constexpr):
+    """What `store_operand` stored, zeros outside the mask: twice the same where it was not split."""
+    other = None if mask is None else 0.0
+    values = tl.load(ptr, mask=mask, other=other)
+    rest = values
+    if PRECISION == "split":
+        rest = tl.load(ptr + second, mask=mask, other=other)
+    return values, rest
+
+
+@triton.jit
+def half_product(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a·b of fp16. UPCAST multiplies in fp32 what is stored in fp16: the interpreter."""
+    if UPCAST:
         acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def product(a, a_rest, b, b_rest, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a·b; of what is split without a_rest·b_rest, which is below 2⁻²² of it."""
+    if PRECISION == "split":
+        acc = half_product(a_rest, b, acc, UPCAST)
+        acc = half_product(a, b_rest, acc, UPCAST)
+    if PRECISION == "half" or PRECISION == "split":
+        acc = half_product(a, b, acc, UPCAST)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
 

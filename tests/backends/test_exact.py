@@ -1,4 +1,4 @@
-"""The exact mode of the C++ backend as an optimizer that looks at each class row by itself sees it."""
+"""Exact calls of backends that multiply in parts, as an optimizer that looks at each class row by itself sees them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ import torch.nn.functional as F
 from benchmarks.optimizers import OPTIMIZERS, trained
 from sface_kernels.testing.truth import compute_truth
 from sface_kernels.testing.workloads import Case, Shape, make_workload
+from tests.support import cases
 from tests.support.checks import Judge, run
 from tests.support.problems import GEOMETRIES, Problem, rows_at_cosines
 
 # One block and a part of one; an odd number of samples and features; two groups of samples; the usual D.
 SHAPES = [(33, 97, 123), (257, 331, 127), (128, 1009, 512)]
 NORMAL = torch.finfo(torch.float32).tiny
+
+
+@pytest.fixture(params=["native", "triton"])
+def exact(request) -> cases.Case:
+    case = cases.Case(request.param, "cpu", cases.f32, cases.f32)
+    if case.reason_to_skip() is not None:
+        pytest.skip(f"{case}: {case.reason_to_skip()}")
+    return case
 
 
 def assert_each_row(result, problem: Problem) -> None:
@@ -29,16 +38,16 @@ def assert_each_row(result, problem: Problem) -> None:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_class_row_by_itself(native, shape, geometry):
+def test_every_class_row_by_itself(exact, shape, geometry):
     problem = GEOMETRIES[geometry](*shape)
     problem = problem._replace(upstream=torch.full((shape[0],), 1 / shape[0]))
-    assert_each_row(run(native, problem, filter_eps=0.0), problem)
+    assert_each_row(run(exact, problem, filter_eps=0.0), problem)
 
 
 @pytest.mark.parametrize("d", [40, 512])
-def test_rows_down_to_the_smallest_numbers(native, d):
-    """Coefficients from s to 2⁻¹²⁰·s, each class with its own: what multiplies bf16 takes numbers below 2⁻¹²⁶ for 0, and the
-    entries of a row are smaller than its coefficient."""
+def test_rows_down_to_the_smallest_numbers(exact, d):
+    """Coefficients from s to 2⁻¹²⁰·s, each class with its own: AMX takes numbers below 2⁻¹²⁶ for 0, fp16 ends at 2⁻²⁴,
+    and the entries of a row are smaller than its coefficient."""
     n, c = 40, 480
     axis = torch.eye(d)[0]
     w = rows_at_cosines(axis, torch.linspace(-0.65, 0.6, c)).float() * torch.linspace(0.5, 3, c).unsqueeze(1)
@@ -47,7 +56,7 @@ def test_rows_down_to_the_smallest_numbers(native, d):
     problem = Problem(
         x, w[torch.randperm(c, generator=torch.Generator().manual_seed(6))], labels, torch.full((n,), 1 / n)
     )
-    assert_each_row(run(native, problem, filter_eps=0.0), problem)
+    assert_each_row(run(exact, problem, filter_eps=0.0), problem)
 
 
 def test_a_single_near_class_among_far_ones(native):
@@ -63,11 +72,11 @@ def test_a_single_near_class_among_far_ones(native):
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adagrad", "RMSprop"])
-def test_four_steps_beside_the_reference(native, optimizer):
+def test_four_steps_beside_the_reference(exact, optimizer):
     """At most 1e-2 of the path apart from the reference in float64: these divide each entry by its own size."""
     batches = [make_workload(Case(Shape(32, 600, 256), "random", seed=seed)) for seed in range(4)]
     start = batches[0].w
     true = trained(optimizer, batches, start.double(), "reference", 0.0)
     assert optimizer in OPTIMIZERS and float((true - start).norm()) > 0
-    found = trained(optimizer, batches, start, "native", 0.0)
+    found = trained(optimizer, batches, start, exact.backend, 0.0)
     assert float((found - true).norm() / (true - start).norm()) < 1e-2
