@@ -135,6 +135,8 @@ def sface_loss(
     validation.check_tensors(embeddings, weight, labels, sample_weight)
     validation.check_reduction(reduction)
     validation.check_return_stats(return_stats)
+    if angle_counter is not None and not isinstance(angle_counter, AngleCounter):
+        raise TypeError(f"angle_counter: expected an AngleCounter, got {type(angle_counter).__name__}")
     ignore_index = validation.integer("ignore_index", ignore_index)
     hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
     request = Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1])
@@ -147,8 +149,6 @@ def sface_loss(
         embeddings, weight, labels, how, chosen, hp, within, backend != "auto", sparse_grad
     )
     if angle_counter is not None:
-        if not isinstance(angle_counter, AngleCounter):
-            raise TypeError(f"angle_counter: expected an AngleCounter, got {type(angle_counter).__name__}")
         angle_counter(embeddings, weight, target, RowStats(*row_stats.unbind(0)))
     if sample_weight is not None:
         weights = row_weights(sample_weight, target, loss.dtype)  # [N]
