@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sface_kernels import sface_loss
@@ -97,6 +97,7 @@ def test_active_set(case32, n, c, d, eps, seed, make, duplicates):
     check_active_set(case32, problem, filter_eps=eps)
 
 
+@example(s=64.0, k=80.0, k_inter=None, a=0.8, b=1e-300, eps=0.0, seed=0, make="trained", d=3)  # 0 in fp32
 @examples
 @given(
     s=st.floats(0.5, 200),

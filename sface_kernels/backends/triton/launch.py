@@ -61,6 +61,7 @@ def block_parts(count: int) -> int:
 
 
 KINDS = 64  # of calls whose constants are kept
+SMALLEST = 2.0**-126  # a float below it is 0 to a GPU, and one of 64 bits to Triton's interpreter
 
 
 class Kind:
@@ -82,7 +83,8 @@ class Kind:
         _overrides: str | None,
     ):
         self.n, self.c, self.d = shape
-        self.device, self.hp, self.dense = device, hp, dense
+        self.device, self.dense = device, dense
+        self.hp = HyperParameters(*(value if abs(value) >= SMALLEST else 0.0 for value in hp))
         self.family, self.precision, self.int8 = family, precision, int8
         # the screen multiplies fp16 or int8 whatever the dtype; of dense products fp32 is left, or split into two parts
         self.unit_dtype = torch.int8 if int8 else torch.float16
@@ -97,7 +99,7 @@ class Kind:
         self.x: dict[str, Any] = {"x_stride_n": strides[0][0], "x_stride_d": strides[0][1]}
         self.w: dict[str, Any] = {"w_stride_c": strides[1][0], "w_stride_d": strides[1][1]}
         self.target: dict[str, Any] = {"n": self.n}
-        self.pairs = {"c": self.c, **hp._asdict()}  # equations (3) and (4), and the filter
+        self.pairs = {"c": self.c, **self.hp._asdict()}  # equations (3) and (4), and the filter
         del self.pairs["s"]
         self.threshold = threshold_of(hp, self.d, int8) or 0.0
 
