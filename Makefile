@@ -32,12 +32,13 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 demo: build
 	$(BIN)/python examples/train_faces.py --head both --out runs/demo
 
+KERNELS := tests/triton/test_triton.py tests/triton/test_int8_screen.py
 # The interpreter runs Triton's kernels on the CPU, and must be asked for before they are imported: a process of its own.
 test: build
 	$(BIN)/python -m pytest -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton tests/triton/test_triton.py tests/loss/test_compile.py \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(KERNELS) tests/loss/test_compile.py \
 		tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py tests/backends/test_exact.py
-	SFACE_PTX=sm_90 $(COMPILED) tests/triton/test_triton.py
+	SFACE_PTX=sm_90 $(COMPILED) $(KERNELS)
 
 # A copy of the package with an extension that checks itself, for each instruction set of this CPU: no read or write out of
 # bounds, no undefined behaviour, in a thousand random calls, in what only this backend does and in the optimizers' steps.
@@ -66,13 +67,13 @@ sanitize: build
 # The Triton kernels compiled for GPUs, executed on the CPU by an emulator of PTX; skipped where there is none
 # (tests/triton/compiled.py). The last lines: without fusing products and sums, and with divisions off by an ulp.
 COMPILED := $(BIN)/python -m pytest -n 2 -p tests.triton.compiled -k triton
-CALLS := tests/triton/test_triton.py tests/triton/test_compiled_cases.py
+CALLS := $(KERNELS) tests/triton/test_compiled_cases.py
 test-compiled: build
 	SFACE_PTX=sm_80 $(COMPILED) $(CALLS)
 	SFACE_PTX=sm_90 $(COMPILED) $(CALLS) tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py
 	SFACE_PTX=sm_120 $(COMPILED) $(CALLS)
-	SFACE_PTX=sm_90 SFACE_PTX_FUSION=0 $(COMPILED) tests/triton/test_triton.py
-	SFACE_PTX=sm_90 PTXEMU_NOISE=1 $(COMPILED) tests/triton/test_triton.py
+	SFACE_PTX=sm_90 SFACE_PTX_FUSION=0 $(COMPILED) $(KERNELS)
+	SFACE_PTX=sm_90 PTXEMU_NOISE=1 $(COMPILED) $(KERNELS)
 
 # Another Triton beside the environment's own: that of torch 2.11, or with OTHER_TRITON=3.4.0 or 3.9.0 the oldest and the
 # newest supported. Interpreters before 3.7 need the older numpy. 200 MB.
@@ -86,7 +87,7 @@ $(OTHER)/installed: $(VENV)/requirements
 test-triton36: build $(OTHER)/installed
 	PYTHONPATH=$(CURDIR)/$(OTHER) $(BIN)/python -m pytest tests/triton/test_triton_compile.py tests/triton/test_launch.py
 	PYTHONPATH=$(CURDIR)/$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
-		tests/triton/test_triton.py tests/triton/test_triton_memory.py
+		$(KERNELS) tests/triton/test_triton_memory.py
 
 # The oldest versions that pyproject.toml allows, of everything but torch (requirements-oldest.txt), and the oldest Triton.
 OLDEST := $(VENV)/oldest

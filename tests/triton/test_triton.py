@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from sface_kernels import available_backends, ops, sface_loss, validation, verify
 from sface_kernels.backends import triton as backend
@@ -21,7 +19,7 @@ from sface_kernels.ops import prepare_labels
 from sface_kernels.types import IGNORED, HyperParameters, Request
 from tests.support.cases import Case, bf16, f16, f32
 from tests.support.checks import Judge, Result, run
-from tests.support.oracle import threshold_angle, truth
+from tests.support.oracle import truth
 from tests.support.problems import GEOMETRIES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,44 +33,6 @@ FAST = 2.0**-16
 def same_bits(a: Result, b: Result) -> bool:
     pairs = zip((a.row_loss, a.grad_x, a.grad_w, *a.stats), (b.row_loss, b.grad_x, b.grad_w, *b.stats), strict=True)
     return all(torch.equal(x, y) for x, y in pairs)
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Every buffer that a launch gets starts as NaN (or a wild integer): what is not written shows."""
-    before = buffers.fresh
-
-    def fresh(t: torch.Tensor) -> torch.Tensor:
-        return before(t.fill_(torch.nan if t.dtype.is_floating_point else torch.iinfo(t.dtype).max >> 1))
-
-    monkeypatch.setattr(buffers, "fresh", fresh)
-
-
-@pytest.fixture
-def lists(monkeypatch):
-    """Sets the number and capacity of the parts of a list."""
-
-    def set_to(stripes: int, capacity: int) -> None:
-        monkeypatch.setattr(buffers, "lists", lambda *_: (stripes, capacity))
-
-    return set_to
-
-
-@pytest.fixture
-def int8(monkeypatch):
-    """Every screen in int8, whatever the filter and D."""
-    if not tiles.INT8_SCREEN:
-        pytest.skip("this emulator does not multiply int8")
-    monkeypatch.setattr(plan, "INT8_SHARE", 1.0)
-
-
-@pytest.fixture(params=["fp16", "int8"])
-def screen(request, monkeypatch):
-    """What every screen multiplies."""
-    if request.param == "int8":
-        request.getfixturevalue("int8")
-    else:
-        monkeypatch.setattr(tiles, "INT8_SCREEN", ())
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -424,65 +384,3 @@ class TestDispatch:
         x, w = torch.randn(2, 5000, device=DEVICE), torch.randn(3, 5000, device=DEVICE)
         with pytest.raises(RuntimeError, match="'triton' cannot run here: it takes at most 4096 features, got 5000"):
             sface_loss(x, w, torch.tensor([0, 1], device=DEVICE), backend="triton")
-
-
-def near_misses(features: int, samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples and 24 classes for each whose rounding to int8 takes as much from their cosine as it can.
-
-    Every entry is a whole number of steps and nearly half a step, which rounding takes away, on the side of the other
-    row's sign. Cosines are around the filter's; in every third row one entry is far larger than the rest.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    x, w = [], []
-    for row in range(samples):
-        whole = torch.randint(-60, 61, (features,), generator=generator).double()
-        whole[0] = 127
-        other = torch.randint(-60, 61, (24, features), generator=generator).double()
-        other += torch.linspace(0.15, 0.3, 24, dtype=torch.float64)[:, None] * whole
-        other = (other * 126 / other.abs().amax(1, keepdim=True)).round()
-        other[:, 1] = 127 if row % 3 else 600
-        other *= 127 / other[:, 1:2]
-        other = other.round()
-        x.append(whole + 0.499 * (other.sum(0)).sign())
-        w.append(other + 0.499 * whole.sign())
-        x[-1][0] = w[-1][:, 1] = 127
-    return torch.stack(x).float(), torch.cat(w).float()
-
-
-@pytest.mark.parametrize("features, seed", [(384, 0), (512, 1), (200, 2)])
-def test_an_int8_screen_misses_no_active_pair(int8, poisoned, features, seed):
-    """The count of active pairs is the truth's, where int8 cosines against the filter's own would miss many."""
-    x, w = near_misses(features, 6, seed)
-    problem = GEOMETRIES["random"](6, len(w), features)._replace(x=x, w=w)
-    t = truth(*problem, filter_eps=FAST)
-    unit = [F.normalize(rows.double()) for rows in (x, w)]
-    steps = [rows.abs().amax(1, keepdim=True) / 127 for rows in unit]
-    screened = (unit[0] / steps[0]).round() @ (unit[1] / steps[1]).round().t() * steps[0] * steps[1].t()
-    assert int((t.active & (screened < math.cos(threshold_angle(80.0, 1.23, FAST)) - 2e-3)).sum()) > 5
-    result = run(CASE, problem, filter_eps=FAST)
-    assert abs(int(result.stats.active_pairs) - int(t.active.sum())) <= int(t.borderline.sum())
-    assert int(t.borderline.sum()) <= 1 and float(result.stats.dense_share) == 0
-    Judge(problem, filter_eps=FAST).check(result, "triton")
-
-
-def test_odd_rows_of_an_int8_screen(int8, poisoned, monkeypatch):
-    """Zeros, tiny, huge and no numbers are to it what they are to fp16; so is a single entry, which rounding keeps."""
-    problem = GEOMETRIES["trained"](14, 150, 48)
-    x, w = problem.x, problem.w
-    x[1], w[5] = 0, 0
-    x[2] *= 1e30
-    x[3] *= 1e-30
-    w[6] *= 1e28
-    w[7] *= 1e-25
-    x[4], w[8] = torch.eye(48)[3], torch.eye(48)[3] * 5
-    x[5, 3], x[6, 2] = torch.nan, torch.inf
-    ours = run(CASE, problem, filter_eps=FAST)
-    with monkeypatch.context() as inside:
-        inside.setattr(tiles, "INT8_SCREEN", ())
-        theirs = run(CASE, problem, filter_eps=FAST)
-    assert torch.equal(ours.row_loss.isnan().cpu(), (torch.arange(14) == 5) | (torch.arange(14) == 6))
-    assert ours.stats.active_pairs == theirs.stats.active_pairs
-    for name, rtol in (("row_loss", 1e-3), ("grad_x", 1e-5), ("grad_w", 1e-5)):  # far pairs have other cosines
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=rtol, atol=1e-5, equal_nan=True)
-    w[9, 1] = torch.inf
-    assert run(CASE, problem, filter_eps=FAST).row_loss.isnan().all()

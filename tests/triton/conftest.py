@@ -1,0 +1,46 @@
+"""What tests of the Triton backend set: its buffers' first contents, the size of its lists, what a screen multiplies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sface_kernels.backends.triton import buffers, plan, tiles
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every buffer that a launch gets starts as NaN (or a wild integer): what is not written shows."""
+    before = buffers.fresh
+
+    def fresh(t: torch.Tensor) -> torch.Tensor:
+        return before(t.fill_(torch.nan if t.dtype.is_floating_point else torch.iinfo(t.dtype).max >> 1))
+
+    monkeypatch.setattr(buffers, "fresh", fresh)
+
+
+@pytest.fixture
+def lists(monkeypatch):
+    """Sets the number and capacity of the parts of a list."""
+
+    def set_to(stripes: int, capacity: int) -> None:
+        monkeypatch.setattr(buffers, "lists", lambda *_: (stripes, capacity))
+
+    return set_to
+
+
+@pytest.fixture
+def int8(monkeypatch):
+    """Every screen in int8, whatever the filter and D."""
+    if not tiles.INT8_SCREEN:
+        pytest.skip("this emulator does not multiply int8")
+    monkeypatch.setattr(plan, "INT8_SHARE", 1.0)
+
+
+@pytest.fixture(params=["fp16", "int8"])
+def screen(request, monkeypatch):
+    """What every screen multiplies."""
+    if request.param == "int8":
+        request.getfixturevalue("int8")
+    else:
+        monkeypatch.setattr(tiles, "INT8_SCREEN", ())
