@@ -198,8 +198,11 @@ def test_many_steps_leak_nothing(native):
 
     steps(100)
     before = resident()
-    steps(400 * int(os.environ.get("SFACE_SOAK", 1)))
-    assert resident() - before < 12 * MB  # one leaked ∂w a step would be 600 MB, one leaked list of pairs 100
+    after = []  # the allocator's share varies by 20 MB from one reading to the next
+    for _ in range(4):
+        steps(100 * int(os.environ.get("SFACE_SOAK", 1)))
+        after.append(resident())
+    assert min(after) - before < 12 * MB  # one leaked ∂w a step would be 150 MB by the first, one leaked list 25
 
 
 def test_without_memory_it_raises(native):
