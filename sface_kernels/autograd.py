@@ -142,17 +142,15 @@ class _RowLoss(torch.autograd.Function):
         *saved: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
         backend, hp, _, need_w, sparse, found, strict, reduction, _ = ctx.options
+        grad_row = (upstream / counted if reduction == "mean" else upstream).expand(target.shape)  # [N]
+        # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
+        counting = grad_row.masked_fill(target == IGNORED, 0)
         if reduction == "none":
-            # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
-            grad_row = upstream.masked_fill(target == IGNORED, 0)
-            factor = grad_row.unsqueeze(1)
-        else:
-            factor = upstream / counted if reduction == "mean" else upstream
-            grad_row = factor.expand(target.shape)
+            grad_row = counting  # else one element of memory, which backends make use of
         grad_x = grad_w = None
         if row_grad_x is not None:
             grad_x = torch.empty_like(row_grad_x, dtype=embeddings.dtype)  # [N, D], (7)
-            torch.mul(row_grad_x, factor, out=grad_x)
+            torch.mul(row_grad_x, counting.unsqueeze(1), out=grad_x)
         if need_w and ctx.needs_input_grad[1]:
             assert weight is not None
             # detached: what waits must not keep the graph

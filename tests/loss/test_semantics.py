@@ -68,6 +68,18 @@ class TestIgnoredRows:
         problem.upstream[[0, 7, 20]] = poison
         assert_same(run(case32, problem), clean)
 
+    @pytest.mark.parametrize("poison", [nan, inf])
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_the_upstream_gradient_of_all_does_not_reach_them(self, case32, reduction, poison):
+        """A loss that overflowed leaves zeros there, as in `F.cross_entropy`, and shows in all other rows."""
+        problem = trained_problem(21, 300, 64).to(case32.device, case32.dtype, case32.weight_dtype)
+        problem.labels[[0, 7, 20]] = -100
+        x = problem.x.clone().requires_grad_()
+        loss = sface_loss(x, problem.w, problem.labels, reduction=reduction, backend=case32.backend)
+        (loss * poison).backward()
+        counted = problem.labels != -100
+        assert not x.grad[~counted].any() and not x.grad[counted].isfinite().all(1).any()
+
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @pytest.mark.parametrize("n", [0, 1, 5])
     def test_nothing_left(self, case, n, reduction):
