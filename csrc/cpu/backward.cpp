@@ -34,7 +34,7 @@ Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target
   const SavedPairs saved(x, w, target, grad_row, make_hyper(s, k_intra, k_inter, a, b, filter_eps), inv_norm,
                          target_weight, arena, segments, 1);
   const Problem& problem = saved.problem;
-  Tensor grad = empty_gradient(w);
+  Tensor grad = empty_kept(w);
   if (saved.up.poisoned) return torch::stable::fill_(grad, std::numeric_limits<double>::quiet_NaN());
 
   void* const out = grad.mutable_data_ptr();

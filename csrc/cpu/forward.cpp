@@ -10,6 +10,10 @@ namespace sface {
 
 namespace {
 
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
+  return torch::stable::empty(sizes, dtype);
+}
+
 // What each task adds up: per range of classes and sample, in rows of N padded to whole groups.
 struct Partials {
   int64_t stride, padded_d, samples;
@@ -34,8 +38,7 @@ struct Partials {
         best(problem.ranges * stride, INT32_MIN),
         best_class(problem.ranges * stride, -1),
         touched(problem.ranges * stride, 0),
-        grad_memory(empty_gradient(
-            torch::stable::empty({need_grad_ ? problem.ranges * problem.n * problem.padded_d : 0}, ScalarType::Float))),
+        grad_memory(empty_kept(empty({need_grad_ ? problem.ranges * problem.n * problem.padded_d : 0}))),
         grad(grad_memory.mutable_data_ptr<float>()),
         class_sum(problem.ranges * problem.padded_d, 0.0f),
         tallies(problem.ranges * problem.groups),
@@ -240,10 +243,6 @@ float smallest_own(const Problem& problem, const Kernels& kernels, const Hyper& 
   return smallest;
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
-  return torch::stable::empty(sizes, dtype);
-}
-
 }  // namespace
 
 ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& target, double s, double k_intra,
@@ -265,7 +264,7 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
   Tensor row_grad_x = empty({need_grad_x ? problem.n : 0, problem.d});
   Tensor inv_norm = empty({problem.c}), target_weight = empty({problem.n});
   Tensor arena = empty({words}, ScalarType::Int);
-  if (!rules.screen) arena = empty_gradient(arena);  // all of it will be written
+  if (!rules.screen) arena = empty_kept(arena);  // all of it will be written
   Tensor segments = empty({2 * records}, ScalarType::Long);
   const Results out{
       .loss = row_loss.mutable_data_ptr<float>(),

@@ -23,13 +23,16 @@ void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) 
 #endif
 }
 
-Tensor empty_gradient(const Tensor& like) {
+Tensor empty_kept(const Tensor& like) {
+  constexpr int64_t kSmallest = 8 << 20;  // bytes; below it PyTorch's allocator does as well
+  const std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  if (like.numel() * static_cast<int64_t>(like.element_size()) < kSmallest)
+    return torch::stable::empty(sizes, like.scalar_type());
   std::array<StableIValue, 1> stack{torch::stable::detail::from(like)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("sface::native_empty_gradient", "", stack.data(), TORCH_ABI_VERSION));
   Tensor grad = torch::stable::detail::to<Tensor>(stack[0]);
-  check_tensor("native_empty_gradient", grad, like.scalar_type(),
-               std::vector<int64_t>(like.sizes().begin(), like.sizes().end()));
+  check_tensor("native_empty_gradient", grad, like.scalar_type(), sizes);
   use_huge_pages(grad.mutable_data_ptr(), grad.numel() * grad.element_size());
   return grad;
 }

@@ -54,9 +54,9 @@ void native_adamw_step(const Tensor& w, const Tensor& exp_avg, const Tensor& exp
                        const std::vector<Tensor>& saved, const std::vector<double>& hyper, double lr, double beta1,
                        double beta2, double eps, double weight_decay, double step, bool maximize);
 
-// Uninitialised, of the shape and dtype of `like`, contiguous; in memory that an earlier gradient or arena had, where
-// there is some.
-Tensor empty_gradient(const Tensor& like);
+// Uninitialised, of the shape and dtype of `like`, contiguous; a large one in the memory of an earlier one, where there
+// is some that nobody holds any more.
+Tensor empty_kept(const Tensor& like);
 
 // The huge pages that lie inside: they fault 512 times less often. Costs nothing where they are huge already.
 void use_huge_pages(void* data, size_t bytes);

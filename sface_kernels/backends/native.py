@@ -88,7 +88,6 @@ class GradientMemory:
     it. They are storages like any other, which may be resized or shared.
     """
 
-    SMALLEST = 8 << 20  # bytes; below this PyTorch's allocator does as well
     BLOCKS = 5  # four heads may take turns, two in exact mode; partial sums are gone before the next head's
     PATIENCE = 16  # a free block that this many gradients had no use for goes back
 
@@ -120,7 +119,7 @@ class GradientMemory:
     def empty_like(self, w: Tensor) -> Tensor:
         """Uninitialised, contiguous."""
         size = w.numel() * w.element_size()
-        if size < self.SMALLEST or not self._counts:
+        if not self._counts:
             return torch.empty(w.shape, dtype=w.dtype, device="cpu")
         with self._lock:
             self._time += 1
