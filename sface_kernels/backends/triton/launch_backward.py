@@ -19,7 +19,7 @@ from .launch_forward import Preparation, dense_chunk
 
 
 @functools.lru_cache(maxsize=KINDS)
-def _of_scatter(kind: Kind, slots: int, block_c: int, block_d: int) -> dict[str, Any]:
+def _scatter_constants(kind: Kind, slots: int, block_c: int, block_d: int) -> dict[str, Any]:
     return {
         **kind.x,
         **kind.w,
@@ -40,7 +40,7 @@ def _from_lists(call: Call, saved: Saved, common: dict[str, Any]) -> None:
     launch(
         scatter_classes,
         (cdiv(call.c, block_c), cdiv(call.d, block_d)),
-        **_of_scatter(call.kind, saved.links.shape[1], block_c, block_d),
+        **_scatter_constants(call.kind, saved.links.shape[1], block_c, block_d),
         **call.pointers,
         **common,
         norm_ptr=saved.norm,

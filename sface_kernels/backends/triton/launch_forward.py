@@ -35,7 +35,7 @@ def makes_links(call: Call, head: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=KINDS)
-def _of_prepare(kind: Kind, links: bool) -> dict[str, Any]:
+def _prepare_constants(kind: Kind, links: bool) -> dict[str, Any]:
     return {
         **kind.x,
         **kind.w,
@@ -81,7 +81,7 @@ class Preparation:
         self.inv_norm, self.row_block = inv_norm, call.row_block
         self.sample_blocks = cdiv(call.padded_n, call.row_block)
         self.arguments: dict[str, Any] = {
-            **_of_prepare(call.kind, makes_links(call, head)),
+            **_prepare_constants(call.kind, makes_links(call, head)),
             **call.pointers,
             **call.labels,
             "target_ptr": target,
@@ -131,7 +131,7 @@ def screen_operands(call: Call, prepared: Preparation, block_n: int, block_c: in
 
 
 @functools.lru_cache(maxsize=KINDS)
-def _of_screen(kind: Kind, stripes: int, capacity: int) -> dict[str, Any]:
+def _screen_constants(kind: Kind, stripes: int, capacity: int) -> dict[str, Any]:
     tile, product = kind.tile("screen"), kind.product("screen")
     if kind.padded_d > tiles.DEEP_FEATURES:
         product["num_stages"] = min(product["num_stages"], tiles.DEEP_STAGES)
@@ -166,7 +166,7 @@ def _screen(call: Call, result: Forward, stripes: int, capacity: int) -> dict[st
         "count_ptr": call.empty(stripes, call.padded_n, dtype=torch.int32),
         "list_ptr": saved.links,
     }
-    constants = _of_screen(call.kind, stripes, capacity)
+    constants = _screen_constants(call.kind, stripes, capacity)
     block_c, row_blocks = constants["BLOCK_C"], constants["row_blocks"]
     rounds = max(1, buffers.CHUNK_BYTES // (call.unit_dtype.itemsize * call.padded_d * GRANULE * stripes))
     chunk = min(rounds * stripes, cdiv(call.c, GRANULE)) * GRANULE
@@ -268,7 +268,7 @@ def _dense(call: Call, result: Forward, need_grad: bool, multiprocessors: int) -
 
 
 @functools.lru_cache(maxsize=KINDS)
-def _of_finish(kind: Kind, capacity: int, slots: int, parts: int, need_x: bool, links: bool) -> dict[str, Any]:
+def _finish_constants(kind: Kind, capacity: int, slots: int, parts: int, need_x: bool, links: bool) -> dict[str, Any]:
     return {
         **kind.x,
         **kind.w,
@@ -312,7 +312,7 @@ def forward(
     launch(
         finish_samples,
         (call.n,),
-        **_of_finish(
+        **_finish_constants(
             call.kind,
             capacity,
             saved.links.shape[1],
