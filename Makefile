@@ -113,7 +113,7 @@ wheel: build
 sdist: build
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist
 
-# docs/compile-tables.md. Needs no GPU; some minutes. SFACE_COMPILE_EVERY=1 make test checks more cases.
+# docs/compile-tables.md. Needs no GPU; some minutes. SFACE_COMPILE_EVERY=1 makes the tests take every case.
 compile-matrix: build
 	$(BIN)/python -m sface_kernels.backends.triton.tools.compile_report --targets sm_80,sm_89,sm_90,sm_100,sm_120,gfx942 --jobs 2 \
 		--write docs/compile-tables.md
