@@ -122,7 +122,11 @@ def test_axes_say_what_is_on_them_and_the_floor_is_drawn():
     [
         ("not json", "", "not a JSON file"),
         ("[1, 2]", "", "schema"),
+        ("[" * 100_000, "", "not a JSON file"),
         ('{"schema": "somebody else"}', "", "somebody else"),
+        (BY_CLASSES | {"rows": None}, "", "'rows'"),
+        (BY_CLASSES | {"machine": "Abacus"}, "", "'machine'"),
+        (result([bench_row(128, 1000, "reference") | {"c": "many"}]), "", "another kind"),
         (BY_CLASSES | {"schema_version": 1}, "", "'schema_version': 1"),
         (BY_CLASSES | {"kind": "poem"}, "", "poem"),
         (result([]), "", "nothing to draw"),
