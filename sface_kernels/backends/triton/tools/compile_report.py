@@ -2,7 +2,7 @@
 
     python -m sface_kernels.backends.triton.tools.compile_report --targets sm_90 --every --jobs 2
 
-Runs the launch code on tensors without memory and compiles every launch that it would make (`launch.pretend` records
+Runs the launch code on tensors without memory and compiles every launch that it would make (`device.pretend` records
 them instead), with the specialisations that Triton would choose. Not to be used with TRITON_INTERPRET=1.
 """
 
