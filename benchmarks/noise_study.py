@@ -98,9 +98,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu-noise-study.json"))
     parser.add_argument("--runs", type=int, help="make at most so many trainings now")
     given = parser.parse_args()
+    if given.runs is not None and given.runs < 1:
+        parser.error(f"--runs: expected at least 1, got {given.runs}")
     faces = {"generated": data.FaceSet(*cartoon.generate_faces(IDENTITIES, IMAGES, 0), "generated")}
-    faces |= {"real": folder.load_folder(given.data)[0]} if given.data else {}
-    result = report.load(given.out) if given.out.exists() else report.new_report("table", SETTINGS, torch.device("cpu"))
+    try:
+        faces |= {"real": folder.load_folder(given.data)[0]} if given.data else {}
+        new = report.new_report("table", SETTINGS, torch.device("cpu"))
+        result = report.load(given.out) if given.out.exists() else new
+    except (data.DataError, report.ReportError) as error:
+        parser.error(str(error))
     if result["settings"] != SETTINGS:
         parser.error(f"--out: {given.out} has runs with the settings {result['settings']}, and now they are {SETTINGS}")
     done = {tuple(row[name] for name in KEY): row for row in result.setdefault("runs", [])}

@@ -39,7 +39,14 @@ def tables(result: dict[str, Any], chosen: dict[str, list[str]]) -> list[Table]:
         return [plain_table(result["rows"])]
     if result["kind"] != "accuracy":
         chosen = {"mode": ["both"], **chosen}
-    rows = [row for row in result["rows"] if all(row[name.removesuffix("s")] in some for name, some in chosen.items())]
+    rows = result["rows"]
+    for name, some in chosen.items():
+        key = name.removesuffix("s")
+        if missing := set(some) - {str(row.get(key)) for row in result["rows"]}:
+            raise report.ReportError(
+                f"{name}: expected values of {key!r} in the rows, got {', '.join(sorted(missing))}"
+            )
+        rows = [row for row in rows if row[key] in some]
     if result["kind"] == "accuracy":
         return accuracy_tables(rows)
     return [density_table(rows) if report.is_density_sweep(rows) else bench_table(rows)]

@@ -38,7 +38,7 @@ from faces.checkpoint import (
 )
 from faces.comparison import HeadRun, compare
 from faces.data import DataError, Split, augment, batches, split_identities, steps_per_epoch
-from faces.files import OutputError, output_folders, printable
+from faces.files import FULL, OutputError, output_folders, printable
 from faces.heads import about, build_head
 from faces.options import OptionError, TrainOptions
 from faces.plots import PLOTS, Curves, draw_all
@@ -259,6 +259,10 @@ def command(
         leave(1 if error.full else 2, f"error: --out: {error}")
     except DivergedError as error:
         leave(1, f"error: {error}")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        leave(1, f"error: cannot write what is printed: {error.strerror}")
     except (Interrupted, KeyboardInterrupt) as interrupt:
         leave(130, str(interrupt) or "interrupted")
     except (MemoryError, RuntimeError) as error:

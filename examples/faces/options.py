@@ -14,6 +14,7 @@ import torch
 from .files import printable
 from .processes import started_by_torchrun
 
+LARGEST = 1e30  # of what is multiplied in float32
 SMALL = 10_000  # training images below which a run takes the recipe for small data
 WHOLE_NUMBERS = {  # lowest and highest
     "epochs": (1, 1_000_000),
@@ -74,8 +75,8 @@ class TrainOptions:
         """Raises OptionError for the first option that makes no sense or names what is not there."""
         for name in ("lr", "s", "k", "a", "b"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise OptionError(f"--{name}: expected a number > 0, got {value:g}")
+            if not 0 < value <= LARGEST:  # False for NaN
+                raise OptionError(f"--{name}: expected a number > 0 and at most {LARGEST:g}, got {value:g}")
         for name in ("a", "b"):
             if getattr(self, name) >= math.pi:
                 raise OptionError(f"--{name}: expected an angle in radians below π, got {getattr(self, name):g}")

@@ -85,11 +85,14 @@ def load(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text())
     except OSError as error:
         raise ReportError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: not a JSON file ({error})") from error
     found = {key: report.get(key) if isinstance(report, dict) else None for key in (*FORMAT, "kind")}
     if found not in ({**FORMAT, "kind": kind} for kind in KINDS):
         raise ReportError(f"{path}: expected {FORMAT} and a kind of {', '.join(KINDS)}, found {found}")
+    rows = report.get("rows")
+    if not (isinstance(rows, list) and all(isinstance(part, dict) for part in (report.get("machine"), *rows))):
+        raise ReportError(f"{path}: expected 'machine', an object, and 'rows', a list of objects")
     return report
 
 
@@ -99,15 +102,25 @@ def save(report: Any, path: Path) -> None:
     write(path, (json.dumps(finite, indent=1, allow_nan=False) + "\n").encode())
 
 
+def is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder: a device, a pipe."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def write(path: Path, content: bytes) -> None:
-    """Writes a file in one move: a reader sees the old file or the new one, and nothing else is left behind."""
+    """Writes a file in one move: a reader sees the old file or the new one, and nothing else is left behind. A link
+    stays one. A device or a pipe is written to, and never replaced."""
     name = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=path.name, suffix=".tmp")
+        if is_special(path):
+            path.write_bytes(content)
+            return
+        target = path.resolve()
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=path.name, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(name, target)
     except OSError as error:
         raise WriteError(error.errno, error.strerror, str(path)) from None
     finally:

@@ -47,8 +47,10 @@ def run(arguments: list[str]) -> int:
         status = app(arguments, prog_name="sface-kernels", standalone_mode=False, obj=arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except report.WriteError as error:
-        name = os.fsencode(error.filename).decode("utf-8", "backslashreplace")
+    except OSError as error:
+        if not (isinstance(error, report.WriteError) or error.errno in FULL):
+            raise
+        name = os.fsencode(error.filename or "what is printed").decode("utf-8", "backslashreplace")
         print(f"sface-kernels: error: cannot write {name}: {error.strerror}", file=sys.stderr)
         return 1 if error.errno in FULL else 2
     except Exception as error:

@@ -31,7 +31,8 @@ def _classes(name: str) -> int:
 
 
 def _modes(text: str) -> list[str]:
-    return list(MODES[:4]) if text == "all" else several(options.one_of((*MODES, "all")))(text)
+    names = [mode for name in text.split(",") for mode in (MODES[:4] if name.strip() == "all" else [name])]
+    return several(options.one_of(MODES))(",".join(names))
 
 
 def _providers(text: str) -> list[Provider]:
@@ -46,14 +47,14 @@ def bench(
     c: Annotated[Any, option(several(options.positive), "Classes, in place of names; several with commas.")] = None,
     d: Annotated[Any, option(several(options.positive), "Features; several with commas.")] = "512",
     geometry: Annotated[Any, option(options.one_of(GEOMETRIES), "random: an untrained head; trained: look-alikes; dense: --density of the pairs active.", "NAME")] = "random",
-    density: Annotated[Any, option(several(float), "Share of active pairs at 2^-16, for dense (0.05); several with commas.")] = None,
+    density: Annotated[Any, option(several(options.share), "Share of active pairs at 2^-16, for dense (0.05); several with commas.")] = None,
     mode: Annotated[Any, option(_modes, "forward, backward, both, step (with an optimizer, SGD by default), all (of these), graph (both, replayed from a CUDA graph); several with commas.")] = "both",
     device: Annotated[Any, options.DEVICE] = "auto",
     dtype: Annotated[Any, option(options.one_of(HALF_AND_FULL), "Of the embeddings; the weights are float32.", "NAME")] = "float32",
     providers: Annotated[Any, option(_providers, "default, all, steps (for --mode step), or names (a wrong one lists them). A filter: native@2^-12; an optimizer: native+head-sgd.")] = "default",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all take their turn.")] = 15,
     budget_seconds: Annotated[float, typer.Option(min=0, help="Timing of one workload and mode; at least 3 rounds.")] = 60.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if left out.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; PyTorch's choice if left out.")] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each provider in a process of its own.")] = True,
     kernels: Annotated[bool, typer.Option("--kernels", help="Show the time of each kernel (on a CPU operation), by torch.profiler.")] = False,
     thp: Annotated[bool, typer.Option("--thp", help=f"Set {THP_VARIABLE}=1: huge pages in PyTorch's allocator.")] = False,
@@ -65,10 +66,8 @@ def bench(
     Every SFace loss is checked against float64 first: one that is wrong is reported and not timed. What cannot run, or
     runs out of memory, is reported as such, and the rest go on. Ctrl-C keeps the finished rows.
     """
-    if density and (geometry != "dense" or not all(0 < share <= 1 for share in density)):
-        raise typer.BadParameter(
-            f"expected numbers in (0, 1] and --geometry dense, got {density}", param_hint="--density"
-        )
+    if density and geometry != "dense":
+        raise typer.BadParameter(f"expected --geometry dense with it, got {geometry}", param_hint="--density")
     if workloads and c:
         raise typer.BadParameter(f"not together with a workload by name ({workloads[0]})", param_hint="--c")
     if "graph" in mode and device.type != "cuda":

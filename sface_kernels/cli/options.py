@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,8 +10,10 @@ from typing import Any, TypeVar
 import torch
 import typer
 
+from ..bench import report
 from ..testing.selfcheck import DTYPES
 
+LARGEST = 1_000_000_000  # of a size; the bytes of a tensor of two such sizes still fit into 64 bits
 T = TypeVar("T")
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -38,10 +41,22 @@ def several(convert: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 
 def positive(text: str) -> int:
-    """An integer above 0, with or without underscores."""
-    if not text.replace("_", "").isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"expected a positive integer, got {text!r}")
-    return int(text)
+    """An integer from 1 to LARGEST, with or without underscores."""
+    value = int(text) if re.fullmatch(r"\d+(_\d+)*", text) else 0
+    if not 1 <= value <= LARGEST:
+        raise typer.BadParameter(f"expected a positive integer up to {LARGEST:,}, got {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"expected a number in (0, 1], got {text!r}")
+    return value
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
@@ -57,10 +72,10 @@ def device(text: str) -> torch.device:
     """A device that is there; the GPU where there is one and none is named."""
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", text)
+    if found is None:
         raise typer.BadParameter(f"expected cpu, cuda or cuda:<number>, got {text!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    if text != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
         raise typer.BadParameter(f"{text}: PyTorch finds {torch.cuda.device_count()} CUDA devices here")
     return torch.device(text)
 
@@ -68,6 +83,8 @@ def device(text: str) -> torch.device:
 def output_file(text: str) -> Path:
     """A file that can be written; it is left as it is."""
     path = Path(text)
+    if report.is_special(path):  # to open a pipe and close it again would end what reads it
+        return path
     existed = path.exists()
     try:
         path.open("a").close()

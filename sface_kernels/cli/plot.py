@@ -44,10 +44,13 @@ def plot(
     mode = mode or ("both" if "both" in modes or not modes else modes[0])
     try:
         drawn = plots.draw(files, mode)
-    except KeyError as error:
-        message = f"a row lacks the key {error}, which benchmarks/README.md describes"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        missing = f"lacks the key {error}" if isinstance(error, KeyError) else f"has a value of another kind ({error})"
+        message = f"a row {missing}: benchmarks/README.md describes them"
         raise typer.BadParameter(message, param_hint="FILES") from error
-    figures = {name: figure for name, figure in drawn.items() if name.startswith(tuple(only.split(",")))}
+    figures = {
+        name: figure for name, figure in drawn.items() if name.startswith(tuple(map(str.strip, only.split(","))))
+    }
     if not figures:
         message = f"nothing to draw: these files hold no data for {only or 'any picture'} in mode {mode!r}"
         raise typer.BadParameter(message, param_hint="FILES")

@@ -30,7 +30,12 @@ PARTIAL_FC_KEY = "state_dict_softmax_fc"
 
 
 def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises what its zip and pickle readers do
+        raise ValueError(f"{path}: expected a file of torch.save; torch.load raised {type(error).__name__}") from None
 
 
 def _take(state: Any, key: str, where: Path) -> Tensor:
@@ -139,6 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
         written = save_weight(weight, options.target, options.target_key, options.processes)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # torch.save hides the system's error in one of several lines
+        print(f"error: cannot write {options.target}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     print(f"{list(weight.shape)} {weight.dtype}: wrote {options.target}, {written}")
     return 0

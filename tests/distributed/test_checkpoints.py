@@ -200,6 +200,11 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     assert "under 'head.weight'; it has matrices under ['weight']" in error(
         tmp_path / "dcp", tmp_path / "x.pt", "--key", "head.weight"
     )
+    (tmp_path / "text.pt").write_text("text")
+    assert "text.pt: expected a file of torch.save" in error(tmp_path / "text.pt", tmp_path / "x.pt")
+    (tmp_path / "folder.pt").mkdir()
+    written = error(tmp_path / "other.pt", tmp_path / "folder.pt", "--key", "head.weight")
+    assert "folder.pt" in written and written.count("\n") == 1
     assert "expected an empty directory" in error(
         tmp_path / "other.pt", tmp_path / "dcp", "--key", "head.weight", "--processes", 2
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -83,6 +84,21 @@ def test_numbers_out_of_range_are_one_line(tmp_path, option, value):
     result = run(*TINY, option, value, "--out", tmp_path / "out")
     failed(result, 2, f"error: {option}: expected a whole number from", f"got {value}")
     assert result.output.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--lr", "--s", "--k"])
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "1e308"])
+def test_a_number_that_float32_cannot_work_with_is_one_line(tmp_path, option, value):
+    result = run(*TINY, option, value, "--out", tmp_path / "out")
+    failed(result, 2, f"error: {option}: expected a number > 0", f"got {float(value):g}")
+
+
+def test_a_full_disk_below_what_is_printed_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train_faces, "load_faces", full)
+    failed(run(*TINY, "--out", tmp_path / "out"), 1, "error: cannot write what is printed: No space left")
 
 
 @pytest.mark.parametrize("seed", [2**45, 2**63 - 1])

@@ -57,6 +57,23 @@ def test_files_and_folders():
                 assert (ROOT / "sface_kernels" / path).exists(), f"{name}: {path}"
 
 
+def test_named_tests_are_there():
+    """In a table row the file may be named once, with several tests of it."""
+    for line in TEXT["robustness.md"].splitlines():
+        paths = re.findall(r"`(tests/[\w/]+\.py)", line)
+        for name in re.findall(r"\b(test_\w+|Test\w+)(?!\w*\.py|/)`", line):
+            assert (
+                any(re.search(rf"^ *(def|class) {name}\b", (ROOT / path).read_text(), re.M) for path in paths)
+                or not paths
+            ), name
+
+
+def test_the_installation_names_what_the_build_needs():
+    """Without pip's build isolation nobody brings it: a fresh environment of Python 3.10 or 3.11 has an older one."""
+    (needed,) = re.findall(r'requires = \["(setuptools[^"]+)"\]', (ROOT / "pyproject.toml").read_text())
+    assert f"'{needed}'" in TEXT["README.md"].partition("pip install --no-build-isolation")[0]
+
+
 def test_make_targets():
     targets = set(re.findall(r"^([a-z0-9-]+)(?:\s+[a-z0-9-]+)*:", (ROOT / "Makefile").read_text(), re.M))
     for name, text in TEXT.items():

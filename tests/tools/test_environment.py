@@ -13,7 +13,7 @@ import pytest
 
 from sface_kernels import cli
 from sface_kernels.bench import report
-from sface_kernels.cli import info
+from sface_kernels.cli import info, options
 from sface_kernels.dispatch import BACKENDS
 from tests.support.cases import ROOT
 from tests.tools.test_results import BY_CLASSES
@@ -65,6 +65,30 @@ def test_a_result_that_cannot_be_written_names_the_file(tmp_path):
         report.save({"rows": []}, tmp_path / "folder")
     assert caught.value.filename == str(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_pipe_is_written_to_and_a_link_stays_one(tmp_path):
+    """Neither is replaced by a file: as root that would take /dev/null from the machine."""
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to("real.json")
+    report.save({"rows": [1]}, link)
+    assert link.is_symlink() and json.loads((tmp_path / "real.json").read_text()) == {"rows": [1]}
+    os.mkfifo(pipe)
+    assert options.output_file(str(pipe)) == pipe  # it does not wait for a reader
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    report.save({"rows": [2]}, pipe)
+    assert json.loads(os.read(reader, 1000)) == {"rows": [2]} and pipe.is_fifo()
+    os.close(reader)
+
+
+@pytest.mark.parametrize("redirection, status", [(">/dev/full", 1), (">&-", 0)])
+def test_an_output_that_takes_nothing(redirection, status):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    shell = ["sh", "-c", f'"$0" -m sface_kernels info {redirection}', sys.executable]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert ("cannot write what is printed: No space left" in done.stderr) == bool(status)
 
 
 def test_reasons_are_no_markup(capsys, monkeypatch):

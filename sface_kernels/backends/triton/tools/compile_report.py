@@ -2,7 +2,7 @@
 
     python -m sface_kernels.backends.triton.tools.compile_report --targets sm_90 --every --jobs 2
 
-Runs the launch code on tensors without memory and compiles every launch that it would make (`launch.pretend` records
+Runs the launch code on tensors without memory and compiles every launch that it would make (`device.pretend` records
 them instead), with the specialisations that Triton would choose. Not to be used with TRITON_INTERPRET=1.
 """
 
@@ -313,7 +313,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, not Markdown")
     parser.add_argument("--write", type=Path, help="a Markdown file to put the tables in, between its two markers")
     options = parser.parse_args()
-    tables = {name: compile_table(name, options.every, options.jobs) for name in options.targets.split(",")}
+    targets = options.targets.split(",")
+    if not set(targets) <= TARGETS.keys():
+        parser.error(f"--targets: expected some of {', '.join(TARGETS)}, got {options.targets!r}")
+    tables = {name: compile_table(name, options.every, options.jobs) for name in targets}
     text = "\n\n".join(markdown(name, table) for name, table in tables.items())
     if options.write:
         write_between_markers(options.write, text)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -145,7 +146,9 @@ def main() -> int:
     parser.add_argument("--weight-dtype", choices=DTYPES, default="float32")
     parser.add_argument("--ways", default="lists,dense", help="of lists, dense")
     options = parser.parse_args()
-    n, c, d = (int(size) for size in options.shape.split(","))
+    if not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*){2}", options.shape):
+        parser.error(f"--shape: expected three positive whole numbers with commas, got {options.shape!r}")
+    n, c, d = map(int, options.shape.split(","))
     ways = options.ways.split(",")
     if not set(ways) <= WAYS.keys():
         parser.error(f"--ways: expected some of {sorted(WAYS)}, got {options.ways!r}")
