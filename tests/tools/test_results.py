@@ -17,7 +17,7 @@ pytest.importorskip("typer")
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import accuracy, tables
+from benchmarks import accuracy, gpu_model, tables
 from sface_kernels import cli
 from sface_kernels.bench import machine, plots, report
 from tests.support.cases import ROOT
@@ -237,3 +237,14 @@ def test_a_report_has_no_number_that_json_lacks(tmp_path):
     path = tmp_path / "report.json"
     report.save({"rows": [{"errors": {"loss": math.nan, "grad_x": math.inf, "grad_w": 1.0}}]}, path)
     assert json.loads(path.read_text())["rows"][0]["errors"] == {"loss": None, "grad_x": None, "grad_w": 1.0}
+
+
+def test_the_model_of_a_gpu_predicts_no_less_than_the_floor():
+    """One product and two passes over w by lists, for every GPU and shape; every kernel's row is found in the tables."""
+    text = gpu_model.TABLES.read_text()
+    for gpu in gpu_model.GPUS.values():
+        rows = gpu_model.compiled(gpu.target, text)
+        for n, c in gpu_model.SHAPES:
+            floor = 2 * n * c * 512 / (gpu.tflops * 1e9) + 2 * c * 512 * 4 / (gpu.dram_tb * 1e9)
+            ways = gpu_model.predict(gpu, rows, n, c)
+            assert floor < sum(ways["lists"].values()) < sum(ways["dense"].values())
