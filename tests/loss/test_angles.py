@@ -149,10 +149,26 @@ def test_when_it_counts():
     head.train()(x, labels)
     head.add_classes(5)
     assert rows() == 0
-    meta = SFaceLoss(16, 30, angle_histogram=True, device="meta").to_empty(device="cpu")
-    meta.reset_parameters()
-    assert float(meta.angle_counter.histograms().target.sum()) == 0
     assert SFaceLoss(16, 30).angle_counter is None
+
+
+@pytest.mark.parametrize("how", ["reset", "load", "assign"])
+def test_it_starts_from_nothing_on_a_device_that_comes_later(how):
+    """A head made on meta: its counts are in no checkpoint, and memory that to_empty hands out is none."""
+    head = SFaceLoss(16, 3000, angle_histogram=True, device="meta")
+    if how != "assign":
+        torch.use_deterministic_algorithms(True)  # fills such memory with the largest numbers
+        try:
+            head.to_empty(device="cpu")
+        finally:
+            torch.use_deterministic_algorithms(False)
+    if how == "reset":
+        head.reset_parameters()
+    else:
+        head.load_state_dict({"weight": torch.randn(3000, 16)}, assign=how == "assign")
+    head(torch.randn(8, 16), torch.arange(8))
+    assert float(head.angle_counter.histograms().target.sum()) == 8
+    assert int(head.angle_counter.steps) == 1
 
 
 def test_nan_and_labels_of_no_row_are_not_counted():
@@ -220,8 +236,8 @@ def test_the_counter_is_checked():
     x, w, labels = torch.randn(3, 8), torch.randn(5, 8), torch.arange(3)
     with pytest.raises(TypeError, match="angle_counter: expected an AngleCounter, got bool"):
         sface_loss(x, w, labels, angle_counter=True)
-    with pytest.raises(ValueError, match="angle_counter: expected it on cpu, as the weight, got meta"):
-        sface_loss(x, w, labels, angle_counter=AngleCounter(device="meta"))
+    with pytest.raises(ValueError, match="angle_counter: expected it on meta, as the weight, got cpu"):
+        sface_loss(*(t.to("meta") for t in (x, w, labels)), angle_counter=AngleCounter())
 
 
 def test_count_angles_checks_as_the_loss_does():
