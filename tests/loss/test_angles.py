@@ -189,6 +189,26 @@ def test_autocast_does_not_round_the_angles():
         assert_counts(histograms.other, brute_force(x, head.weight, labels).other, ERROR)
 
 
+def test_switches_and_defaults_of_the_process_change_nothing():
+    head = SFaceLoss(64, 50, angle_histogram=True)
+    head.angle_counter.every = 1
+    x, labels = torch.randn(200, 64), torch.arange(200) % 50
+
+    def result():
+        head.angle_counter.reset()
+        head(x, labels)
+        found = head.angle_counter.histograms()
+        angles.draw_rescale(figure.Figure().subplots(), k=80.0, a=0.8, b=1.23)
+        return [*found, *count_angles(x, head.weight, labels)], shares(found), suggest(found)
+
+    figure = pytest.importorskip("matplotlib.figure")
+    plain = result()
+    torch.set_float32_matmul_precision("medium")  # put back by a fixture
+    with torch.device("meta"):
+        changed = result()
+    assert all(map(torch.equal, changed[0], plain[0])) and changed[1:] == plain[1:]
+
+
 def test_it_counts_in_a_compiled_graph():
     torch._dynamo.reset()
     eager = SFaceLoss(16, 500, angle_histogram=True)
