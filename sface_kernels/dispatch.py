@@ -85,8 +85,9 @@ def _request(
 
 
 def check_name(name: str) -> None:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {name!r}")
+    known = ["auto", *BACKENDS]
+    if name not in known:
+        raise ValueError(f"backend: expected one of {known}, got {name!r}")
 
 
 def choose(name: str, request: Request) -> tuple[str, str | None]:

@@ -85,6 +85,7 @@ ARGUMENTS = [
     (dict(ignore_index=2**63), ValueError, r"ignore_index: expected an int of 64 bits, got 9223372036854775808"),
     (dict(ignore_index=-(2**70)), ValueError, r"ignore_index: expected an int of 64 bits, got -1180591620717411303424"),
     (dict(backend="cuda"), ValueError, r"backend: expected one of \['auto'.*got 'cuda'"),
+    (dict(backend=["native"]), ValueError, r"backend: expected one of \['auto'.*got \['native'\]"),
     (dict(backend=None), ValueError, r"backend: expected one of \['auto'.*got None"),
 ]
 NUMBERS = [
