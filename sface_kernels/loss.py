@@ -114,9 +114,9 @@ def sface_loss(
             exactly 0 and stands still where such an optimizer would move it. SGD is linear: the default is safe.
         sparse_grad: the gradient of the weight is a COO tensor of the rows that have one, as of
             `nn.Embedding(sparse=True)`, for `torch.optim.SGD` and `SparseAdam`. Rows without one then stay as they are:
-            momentum and weight decay do not reach them. Waits for the device. DistributedDataParallel takes such a
-            gradient of `nn.Embedding` alone. To save the dense gradient's memory with
-            an optimizer that moves every row take `sface_kernels.optim`.
+            momentum and weight decay do not reach them. Waits for the device; DistributedDataParallel takes such
+            gradients from `nn.Embedding` alone. To save the dense gradient's memory with an optimizer that moves every
+            row take `sface_kernels.optim`.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
         angle_counter: counts the angles of this call (`sface_kernels.angles`).
         return_stats: True returns `SFaceStats` too, means and counts of the batch; "rows" `SFaceRowStats`, a number for
@@ -129,7 +129,8 @@ def sface_loss(
     Raises:
         TypeError, ValueError: an argument is off; the text names it, what was expected and what came. A label out of
             range raises on the CPU; on a GPU its row's loss is NaN unless the environment has SFACE_CHECK_LABELS=1.
-        RuntimeError: the named backend cannot run here, or the loss is differentiated twice.
+        RuntimeError: the named backend cannot run here, the loss is differentiated twice, or torch.compile with
+            `fullgraph=True` meets it inside a transform of torch.func.
 
     Source: Zhong et al., "SFace: Sigmoid-Constrained Hypersphere Loss for Robust Face Recognition", IEEE TIP 2021.
     """

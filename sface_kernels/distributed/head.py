@@ -58,7 +58,7 @@ class ClassParallelSFaceLoss(nn.Module):
         sample_seed: of the draws, with `sample_step`, the number of sampled steps. It is in the state dict, and a
             resumed run goes on with the draws of the one that stopped, on the same number of processes.
         device: of the weight; by default that of `mesh`, or the current GPU for a group on NCCL.
-        dtype: of the weight; float32 by default.
+        dtype: of the weight; torch's default one if None.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or this process is not in the group.
