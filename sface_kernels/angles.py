@@ -21,7 +21,7 @@ from torch import Tensor
 from . import validation
 from .histograms import BINS, NOWHERE, AngleCounter, AngleHistograms, add_to_bins, bin_of
 from .ops import compute_dtype, prepare_labels
-from .precision import without_autocast
+from .precision import full_precision
 from .types import DEFAULTS
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def count_angles(embeddings: Tensor, weight: Tensor, labels: Tensor, ignore_inde
     nearest = unit.new_full([len(unit)], -torch.inf)  # [N], largest cosine to another class
     block = max(1, BLOCK_ELEMENTS // max(1, *embeddings.shape))
     for first in range(0, weight.shape[0], block):
-        with without_autocast(unit.device):
-            cos = unit @ F.normalize(weight[first : first + block].to(dtype)).t()  # [N, block]
+        cos = full_precision(torch.mm)(unit, F.normalize(weight[first : first + block].to(dtype)).t())  # [N, block]
         is_own = target.unsqueeze(1) == torch.arange(first, first + cos.shape[1], device=unit.device)
         add_to_bins(own, bin_of(cos, is_own))
         add_to_bins(other, bin_of(cos, counted.unsqueeze(1) & ~is_own))
@@ -172,7 +171,7 @@ def _quantile(counts: Tensor, share: float) -> float:
 
 def _sigmoid_of_bins(k: float, middle: float) -> Tensor:
     """Mean of sigmoid(k (θ − middle)) in each bin, `[BINS]` float64; the integral is softplus(k (θ − middle)) / k."""
-    edges = torch.linspace(0, math.pi, BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(0, math.pi, BINS + 1, dtype=torch.float64, device="cpu")
     integral = torch.logaddexp(torch.zeros_like(edges), k * (edges - middle)) / k
     return integral.diff() * (BINS / math.pi)
 
@@ -209,7 +208,7 @@ def draw_histograms(
     axis: Axes, histograms: AngleHistograms, label: str = "", dash: Any = "-", fill: bool = True
 ) -> None:
     """Onto an axis of matplotlib: densities over the angle, named with `label` behind."""
-    theta = (torch.arange(BINS) + 0.5) * (math.pi / BINS)
+    theta = (torch.arange(BINS, device="cpu") + 0.5) * (math.pi / BINS)
     kinds = (
         ("own class", histograms.target, "#16a34a"),
         ("nearest other class", histograms.hardest, "#d97706"),
@@ -238,7 +237,7 @@ def draw_rescale(
 ) -> Axes:
     """The two rescale curves, eqs. (3) and (4), as shares of s on a right-hand axis; dashed and lower named on the axis
     `onto` that a former call returned."""
-    theta = torch.linspace(0, math.pi, 1000, dtype=torch.float64)
+    theta = torch.linspace(0, math.pi, 1000, dtype=torch.float64, device="cpu")
     suggested = onto is not None
     right = axis.twinx() if onto is None else onto
     right.grid(False)

@@ -12,7 +12,6 @@ from . import verify
 from .dispatch import BACKENDS
 from .ops import prepare_labels
 from .pending import PendingGradient, WeightGradient, pending_of
-from .precision import without_autocast
 from .types import IGNORED, HyperParameters
 
 
@@ -20,9 +19,11 @@ class RaiseOnSecondBackward(torch.autograd.Function):
     """Identity on a gradient, whose own backward raises. What the gradient was computed from comes along, so that there
     is a graph to walk where the upstream gradient is a constant too; once_differentiable has none there."""
 
+    generate_vmap_rule = True  # jacrev batches the upstream gradient
+
     @staticmethod
     def forward(grad: Tensor, *computed_from: Tensor | None) -> Tensor:
-        return grad.view_as(grad)
+        return grad.detach()  # sparse ones have no views
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -91,8 +92,7 @@ class _RowLoss(torch.autograd.Function):
                 target, raw = target.reshape(-1).contiguous(), {"ignore_index": labels.ignore_index}
             else:
                 target = prepare_labels(target, weight.shape[0], *labels)
-        with without_autocast(embeddings.device):
-            result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w, **raw)
+        result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w, **raw)
         loss, *others, saved, counted, prepared = result
         if prepared is not None:
             target = prepared
@@ -149,8 +149,11 @@ class _RowLoss(torch.autograd.Function):
             grad_row = counting  # else one element of memory, which backends make use of
         grad_x = grad_w = None
         if row_grad_x is not None:
-            grad_x = torch.empty_like(row_grad_x, dtype=embeddings.dtype)  # [N, D], (7)
-            torch.mul(row_grad_x, counting.unsqueeze(1), out=grad_x)
+            factor = counting.unsqueeze(1)  # [N, 1]
+            if row_grad_x.dtype == embeddings.dtype or verify.is_batched(counting):
+                grad_x = (row_grad_x * factor).to(embeddings.dtype)  # [N, D], (7)
+            else:  # in one operation
+                grad_x = torch.mul(row_grad_x, factor, out=torch.empty_like(row_grad_x, dtype=embeddings.dtype))
         if need_w and ctx.needs_input_grad[1]:
             assert weight is not None
             # detached: what waits must not keep the graph
@@ -236,6 +239,12 @@ def _apply(
     reduction: str = "none",
     labels: Labels | None = None,
 ) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # PyTorch issue 193279: the compiler would differentiate what is in _RowLoss.forward, which gives zeros
+        raise RuntimeError(
+            "sface_loss: torch.compile loses its gradient inside torch.func.grad, vjp and other transforms; leave out "
+            "the compiler there, or use autograd (loss.backward(), torch.autograd.grad) with it"
+        )
     need_w = torch.is_grad_enabled() and weight.requires_grad
     # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
     pending = None if torch.compiler.is_compiling() or not need_w else pending_of(weight)

@@ -6,7 +6,7 @@ float64) whatever autocast and the process-wide switches say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from . import validation
 from .ops import compute_dtype
-from .precision import full_float32, without_autocast
+from .precision import full_precision
 
 BLOCK_ELEMENTS = 1 << 20  # of N·block and D·block: 4 MiB each of fp32 cosines and of unit rows at a time
+
+multiply, dot = full_precision(torch.mm), full_precision(torch.linalg.vecdot)
 
 
 def block_cosines(embeddings: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -26,9 +28,7 @@ def block_cosines(embeddings: Tensor, weight: Tensor) -> Iterator[tuple[slice, T
     x_unit, weight = F.normalize(embeddings.detach().to(dtype)), weight.detach()  # [N, D]
     for start in range(0, classes, size):
         block = slice(start, min(start + size, classes))
-        with without_autocast(embeddings.device), full_float32():
-            cosines = x_unit @ F.normalize(weight[block].to(dtype)).t()
-        yield block, cosines
+        yield block, multiply(x_unit, F.normalize(weight[block].to(dtype)).t())
 
 
 @torch.no_grad()
@@ -53,15 +53,17 @@ def checked_topk(embeddings: Tensor, weight: Tensor, k: int) -> torch.return_typ
     return torch.return_types.topk((values.clamp_(-1, 1), classes))
 
 
-def check_k(k: int, classes: int) -> int:
-    k = validation.integer("k", k, positive=True)
+def check_k(k: int, classes: int, name: str = "k") -> int:
+    k = validation.integer(name, k, positive=True)
     if k > classes:
-        raise ValueError(f"k: expected at most {classes} (the number of classes), got {k}")
+        raise ValueError(f"{name}: expected at most {classes} (the number of classes), got {k}")
     return k
 
 
-def check_counts(topk: Sequence[int]) -> list[int]:
-    counts = [validation.integer("topk", k, positive=True) for k in topk]
+def check_counts(topk: Sequence[int], classes: int) -> list[int]:
+    if not isinstance(topk, Iterable):
+        raise TypeError(f"topk: expected a sequence of ints, got {topk!r}")
+    counts = [check_k(k, classes, "topk") for k in topk]
     if not counts:
         raise ValueError("topk: expected at least one number, got none")
     return counts
@@ -79,8 +81,7 @@ def logits(embeddings: Tensor, weight: Tensor, scale: float) -> Tensor:
     dtype = compute_dtype(embeddings, weight)
     wanted = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
     if wanted or torch.compiler.is_compiling():  # a graph of blocks would fix N
-        with without_autocast(embeddings.device), full_float32():
-            return F.linear(F.normalize(embeddings.to(dtype)), F.normalize(weight.to(dtype))).clamp(-1, 1) * scale
+        return multiply(F.normalize(embeddings.to(dtype)), F.normalize(weight.to(dtype)).t()).clamp(-1, 1) * scale
     result = torch.empty(embeddings.shape[0], weight.shape[0], dtype=dtype, device=embeddings.device)
     for block, cosines in block_cosines(embeddings, weight):
         result[:, block] = cosines.clamp_(-1, 1).mul_(scale)
@@ -95,13 +96,12 @@ def cosine(embeddings: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
     validation.check_pair(embeddings, weight)
     count, dtype = weight.shape[0], compute_dtype(embeddings, weight)
     validation.check_classes(classes, embeddings)
+    classes = classes.long()  # a uint8 would be compared with `count` modulo 256
     valid = (classes >= 0) & (classes < count)
     if validation.checks_labels(embeddings.device) and not bool(valid.all()):
         wrong = int(classes[~valid][0])
         raise ValueError(f"classes: expected values in [0, {count}), got {wrong}")
-    centres = weight[torch.where(valid, classes, 0).long()].to(dtype)  # [N, D] or [N, M, D]
+    centres = weight[torch.where(valid, classes, 0)].to(dtype)  # [N, D] or [N, M, D]
     x_unit = F.normalize(embeddings.to(dtype))
     x_unit = x_unit if classes.dim() == 1 else x_unit.unsqueeze(1)
-    with without_autocast(embeddings.device), full_float32():
-        cosines = torch.linalg.vecdot(x_unit, F.normalize(centres, dim=-1)).clamp(-1, 1)
-    return torch.where(valid, cosines, torch.nan)
+    return torch.where(valid, dot(x_unit, F.normalize(centres, dim=-1)).clamp(-1, 1), torch.nan)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backends import chunked, native, reference, triton
 from .types import Forward, HyperParameters, Request
+from .validation import check_dtype
 
 
 class Backend(NamedTuple):
@@ -66,17 +67,27 @@ def available_backends(
     dtype: torch.dtype = torch.float32,
     weight_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Names of the backends that can run embeddings of `dtype` on `device`, the one "auto" takes first."""
-    return [
-        name
-        for name, backend in BACKENDS.items()
-        if backend.unavailable(Request(torch.device(device), dtype, weight_dtype or dtype)) is None
-    ]
+    """Names of the backends that can run embeddings of `dtype` on `device`, the one "auto" takes first.
+
+    Raises:
+        TypeError: a dtype that no loss takes.
+    """
+    request = _request(device, dtype, weight_dtype)
+    return [name for name, backend in BACKENDS.items() if backend.unavailable(request) is None]
+
+
+def _request(
+    device: torch.device | str, dtype: torch.dtype, weight_dtype: torch.dtype | None, features: int = 512
+) -> Request:
+    check_dtype("dtype", dtype)
+    check_dtype("weight_dtype", weight_dtype)
+    return Request(torch.device(device), dtype, weight_dtype or dtype, features)
 
 
 def check_name(name: str) -> None:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {name!r}")
+    known = ["auto", *BACKENDS]
+    if name not in known:
+        raise ValueError(f"backend: expected one of {known}, got {name!r}")
 
 
 def choose(name: str, request: Request) -> tuple[str, str | None]:
@@ -130,9 +141,9 @@ def explain(
         Text of one line per backend, the chosen one marked with "->".
 
     Raises:
-        ValueError, RuntimeError: as `sface_loss` would for this backend.
+        TypeError, ValueError, RuntimeError: as `sface_loss` would for this backend.
     """
-    request = Request(torch.device(device), dtype, weight_dtype or dtype, features)
+    request = _request(device, dtype, weight_dtype, features)
     chosen, _ = choose(backend, request)
     lines = [
         f"{backend!r} on {request.device} with {dtype} embeddings and {request.weight_dtype} weights runs {chosen!r}:"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops import compute_dtype
-from .precision import without_autocast
+from .precision import full_precision
 from .types import NORM_EPS, RowStats
 from .validation import integer
 
@@ -97,6 +97,13 @@ class AngleCounter(nn.Module):
         self.steps.zero_()
         self.reset()
 
+    def _apply(self, *args: Any, **kwargs: Any) -> AngleCounter:
+        was_meta = self.counts.is_meta
+        super()._apply(*args, **kwargs)
+        if was_meta and not self.counts.is_meta:  # to_empty leaves what the memory held, and no checkpoint has counts
+            self.reset_parameters()
+        return self
+
     def reset(self) -> None:
         """Forget the counts, as at the start of an epoch, and before the number of classes changes. The draws go on."""
         self.counts.zero_()
@@ -121,6 +128,8 @@ class AngleCounter(nn.Module):
         Raises:
             ValueError: the counter is on another device.
         """
+        if self.counts.is_meta and not weight.is_meta:  # load_state_dict(assign=True) gave the weight alone a device
+            self.to_empty(device=weight.device)
         if self.counts.device != weight.device:
             raise ValueError(f"angle_counter: expected it on {weight.device}, as the weight, got {self.counts.device}")
         if not torch.compiler.is_compiling():  # a number that changes with each call would be a graph for each
@@ -132,8 +141,7 @@ class AngleCounter(nn.Module):
         dtype = compute_dtype(embeddings, weight)
         x, w = embeddings.to(dtype), weight[classes].to(dtype)  # [N, D], [m, D]
         norms = [torch.linalg.vector_norm(t, dim=1).clamp_min(NORM_EPS) for t in (x, w)]  # [N], [m]
-        with without_autocast(weight.device):
-            cos = (x @ w.t()) / (norms[0].unsqueeze(1) * norms[1])  # [N, m]
+        cos = full_precision(torch.mm)(x, w.t()) / (norms[0].unsqueeze(1) * norms[1])  # [N, m]
         cos = torch.cat((rows.cos_target.unsqueeze(1), rows.hardest.unsqueeze(1), cos), 1)  # [N, 2 + m]
         row = target.unsqueeze(1)
         place = bin_of(cos, (row >= 0) & (row != F.pad(classes, (2, 0), value=NO_CLASS)))  # [N, 2 + m]

@@ -95,7 +95,7 @@ def sface_loss(
     Args:
         embeddings: `[N, D]`, float32, float16, bfloat16 or float64. Need not be normalised.
         weight: `[C, D]` class centres, float32 or the dtype of the embeddings. Need not be normalised.
-        labels: `[N]`, `[N, 1]`, or 0-d for N = 1; any integer dtype, in [0, C) or `ignore_index`.
+        labels: `[N]`, `[N, 1]`, or 0-d for N = 1; int64, int32, int16, int8 or uint8, in [0, C) or `ignore_index`.
         s: scale of both terms, > 0.
         k: slope of the intra-class sigmoid (and of the inter-class one unless `k_inter` is given), > 0.
         a: angle in radians around which the pull to the own class fades.
@@ -114,8 +114,9 @@ def sface_loss(
             exactly 0 and stands still where such an optimizer would move it. SGD is linear: the default is safe.
         sparse_grad: the gradient of the weight is a COO tensor of the rows that have one, as of
             `nn.Embedding(sparse=True)`, for `torch.optim.SGD` and `SparseAdam`. Rows without one then stay as they are:
-            momentum and weight decay do not reach them. Waits for the device. To save the dense gradient's memory with
-            an optimizer that moves every row take `sface_kernels.optim`.
+            momentum and weight decay do not reach them. Waits for the device; DistributedDataParallel takes such
+            gradients from `nn.Embedding` alone. To save the dense gradient's memory with an optimizer that moves every
+            row take `sface_kernels.optim`.
         backend: "auto", "native", "triton", "chunked" or "reference" (see `explain`); a name never falls back.
         angle_counter: counts the angles of this call (`sface_kernels.angles`).
         return_stats: True returns `SFaceStats` too, means and counts of the batch; "rows" `SFaceRowStats`, a number for
@@ -128,7 +129,8 @@ def sface_loss(
     Raises:
         TypeError, ValueError: an argument is off; the text names it, what was expected and what came. A label out of
             range raises on the CPU; on a GPU its row's loss is NaN unless the environment has SFACE_CHECK_LABELS=1.
-        RuntimeError: the named backend cannot run here, or the loss is differentiated twice.
+        RuntimeError: the named backend cannot run here, the loss is differentiated twice, or torch.compile with
+            `fullgraph=True` meets it inside a transform of torch.func.
 
     Source: Zhong et al., "SFace: Sigmoid-Constrained Hypersphere Loss for Robust Face Recognition", IEEE TIP 2021.
     """
@@ -157,7 +159,7 @@ def sface_loss(
             loss = loss.sum()
         if reduction == "mean":
             total = weights.sum()
-            loss = loss / torch.where(total == 0, 1, total)
+            loss = loss / torch.where(total == 0, torch.inf, total)
     if return_stats == "rows":
         return loss, describe_rows(RowStats(*row_stats.unbind(0)), hardest_class, target)
     if return_stats:
@@ -178,7 +180,7 @@ class SFaceLoss(nn.Module):
     Args:
         in_features: D, size of an embedding; `embedding_size` by its other name.
         out_features: C, number of classes; `num_classes` by its other name.
-        device, dtype: of the weight; dtype float32 by default.
+        device, dtype: of the weight; torch's default ones if None.
         s, k, a, b, k_inter, reduction, ignore_index, filter_eps, sparse_grad, backend: as in `sface_loss`.
         init_std: standard deviation of the initial weight, > 0; 2·√(2/C) if None. An SGD step turns a row by an angle
             that goes with 1/‖row‖², so the default makes the first steps larger the more classes there are;
@@ -223,11 +225,15 @@ class SFaceLoss(nn.Module):
         ignore_index = validation.integer("ignore_index", ignore_index)
         validation.check_reduction(reduction)
         check_name(backend)
-        validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, torch.float32, in_features)
+        validation.check_dtype("dtype", dtype)
+        hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, torch.float32, in_features)
         self.in_features, self.out_features = in_features, out_features
-        self.s, self.k, self.a, self.b, self.k_inter = s, k, a, b, k_inter
+        # Python's own numbers, as torch.compile takes numpy's for arrays
+        self.s, self.k, self.a, self.b = hp.s, hp.k_intra, hp.a, hp.b
+        self.k_inter = None if k_inter is None else hp.k_inter
         self.reduction, self.ignore_index = reduction, ignore_index
-        self.filter_eps, self.sparse_grad, self.backend = filter_eps, sparse_grad, backend
+        self.filter_eps = None if filter_eps is None else hp.filter_eps
+        self.sparse_grad, self.backend = sparse_grad, backend
         self.init_std = None if init_std is None else validation.positive("init_std", init_std)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.angle_counter = AngleCounter(device=device) if angle_histogram else None
@@ -247,9 +253,11 @@ class SFaceLoss(nn.Module):
         new one, and with its state for the old rows, zeros for the others.
 
         Raises:
-            TypeError, ValueError: `count` is no int > 0, or the optimizer does not hold the weight.
+            TypeError, ValueError: `count` is no int > 0, the weight is no plain Parameter (parametrized, or spread over
+                processes), or the optimizer does not hold it.
         """
         count = validation.integer("count", count, positive=True)
+        validation.check_parameter(self.weight)
         old, total = self.weight, self.out_features + count
         rows = nn.init.normal_(old.new_empty(count, self.in_features), std=initial_std(total, self.init_std))
         new = nn.Parameter(torch.cat([old, rows]), requires_grad=old.requires_grad)
@@ -305,8 +313,8 @@ class SFaceLoss(nn.Module):
             TypeError, ValueError: an argument is off, or a k > C.
         """
         validation.check_tensors(embeddings, self.weight, labels)
-        counts, check = cosines.check_counts(topk), validation.checks_labels(embeddings.device)
-        target = prepare_labels(labels, self.out_features, self.ignore_index, check)
+        counts, check = cosines.check_counts(topk, self.weight.shape[0]), validation.checks_labels(embeddings.device)
+        target = prepare_labels(labels, self.weight.shape[0], self.ignore_index, check)
         return cosines.count_hits(self.topk(embeddings, max(counts)).indices, target, counts)
 
     def logits(self, embeddings: Tensor) -> Tensor:

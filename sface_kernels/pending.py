@@ -14,7 +14,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import verify
 from .dispatch import BACKENDS
-from .precision import without_autocast
 from .types import NO_TARGET, HyperParameters
 
 RANGE_BYTES = 4 << 20  # of the rows of ∂w that are made at a time
@@ -50,8 +49,7 @@ class WeightGradient(NamedTuple):
         if backend.narrow is not None:
             saved = backend.narrow(self.saved, len(self.x), start, stop)
         else:
-            with without_autocast(w.device):
-                saved = backend.forward(self.x, w, target, self.hp, False, True).saved
+            saved = backend.forward(self.x, w, target, self.hp, False, True).saved
         return self._of_all(w, target, saved)[first - start : end - start]
 
     def sparse(self) -> Tensor:
@@ -67,8 +65,7 @@ class WeightGradient(NamedTuple):
         )
 
     def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
-        with without_autocast(w.device):
-            grad = verify.grad_weight(self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict)
+        grad = verify.grad_weight(self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict)
         return grad.to(w.dtype)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
 
 # what torch.set_float32_matmul_precision and torch.backends.fp32_precision set for a CPU and for a GPU
 _SWITCHES: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
@@ -34,8 +38,8 @@ def _put_back(switch: Any, value: str) -> None:
         switch.fp32_precision = value
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Products inside choose their own precision. Devices such as meta have no autocast to turn off."""
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Devices such as meta have no autocast to turn off."""
     # making the other context costs more than all that a small step does in it
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
@@ -43,8 +47,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 @contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Float32 products are not made in TF32 or bf16 inside: k = 80 would blow such cosines up to errors of percents."""
+def _without_tf32() -> Iterator[None]:
     if torch.compiler.is_compiling():  # the compiler cannot trace the switches
         yield
         return
@@ -56,6 +59,18 @@ def full_float32() -> Iterator[None]:
     finally:
         for switch, value in reduced:
             _put_back(switch, value)
+
+
+def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorates a function whose first argument is a tensor: its products are made in the dtype of what it multiplies,
+    not in TF32 or half precision. k = 80 would blow such cosines up to errors of percents."""
+
+    @functools.wraps(function)
+    def wrapped(first: Tensor, *others: Any) -> Result:
+        with _without_autocast(first.device), _without_tf32():
+            return function(first, *others)
+
+    return wrapped
 
 
 def rounds_to_tf32() -> bool:

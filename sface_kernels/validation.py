@@ -34,8 +34,7 @@ def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor, sample_wei
     check_classes(labels, embeddings, "labels", one_a_row=True)
     if sample_weight is not None:
         _check_plain(sample_weight=sample_weight)
-        if sample_weight.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"sample_weight: expected a dtype of {_names(FLOAT_DTYPES)}, got {sample_weight.dtype}")
+        check_dtype("sample_weight", sample_weight.dtype)
         _check_rows("sample_weight", sample_weight, embeddings)
 
 
@@ -43,11 +42,25 @@ def _check_plain(**tensors: Tensor) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
         if type(value).__name__ == "DTensor":  # by name, as torch.distributed need not be there
             raise TypeError(
                 f"{name}: expected a plain tensor, got a DTensor; a weight that is spread over processes belongs in "
                 "sface_kernels.distributed.ClassParallelSFaceLoss"
             )
+
+
+def check_parameter(weight: Tensor) -> None:
+    """That it is the module's own Parameter, which another may replace."""
+    _check_plain(weight=weight)
+    if not isinstance(weight, torch.nn.Parameter):
+        raise TypeError("weight: expected a Parameter, got what a parametrization computes; remove that first")
+
+
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected a dtype of {_names(FLOAT_DTYPES)}, got {dtype!r}")
 
 
 def check_pair(embeddings: Tensor, weight: Tensor) -> None:
@@ -57,8 +70,7 @@ def check_pair(embeddings: Tensor, weight: Tensor) -> None:
         raise ValueError(f"embeddings: expected shape [N, D], got {list(embeddings.shape)}")
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [C, D], got {list(weight.shape)}")
-    if embeddings.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"embeddings: expected a dtype of {_names(FLOAT_DTYPES)}, got {embeddings.dtype}")
+    check_dtype("embeddings", embeddings.dtype)
     if weight.dtype not in (torch.float32, embeddings.dtype) and not _cast_by_autocast(embeddings, weight):
         raise TypeError(
             f"weight: expected float32 or the dtype of the embeddings ({embeddings.dtype}), got {weight.dtype}"
@@ -129,6 +141,8 @@ def integer(name: str, value: Any, positive: bool = False) -> int:
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     number = operator.index(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {value!r}")
     if positive and number <= 0:
         raise ValueError(f"{name}: expected an int > 0, got {value!r}")
     return number
@@ -140,7 +154,10 @@ def _number(name: str, value: Any) -> float:
         refused = isinstance(value, (bool, str, bytes, Tensor))
         if refused or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
             raise TypeError(f"{name}: expected a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, OverflowError) as error:  # an array, an int past every float
+        raise TypeError(f"{name}: expected a number that a float can hold, got {value!r}") from error
     if not -math.inf < number < math.inf:  # math.isfinite cannot be traced by torch.compile
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return number

@@ -3,7 +3,7 @@
 The first call of each kind in a process is checked, forward and backward: row losses and ∂x of some of its samples over
 all classes, and ∂w of some of its classes over all samples. That waits for the GPU, once; later calls do not.
 `SFACE_VERIFY=0` turns it off, `SFACE_VERIFY=all` checks every call and `SFACE_VERIFY=1000` each thousandth of a kind.
-Calls that are compiled or captured in a CUDA graph are not checked.
+Calls that are compiled or captured in a CUDA graph are not checked, nor is a backward under torch.func.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ def _can_wait(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Whether vmap may hold a Jacobian's batch of upstream gradients in it: it cannot be read, nor fill an `out`."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._are_functorch_transforms_active()
 
 
 def _due(kind: Kind, period: int) -> bool:
@@ -167,7 +174,8 @@ def grad_weight(
 ) -> Tensor:
     """The backend's ∂w, checked where that is due; what is wrong raises, or unless `strict` `chunked` does it."""
     entry = BACKENDS[backend]
-    way = entry.way(x, saved) if entry.way is not None and _can_wait(x) and len(x) > 0 else None
+    can_wait = len(x) > 0 and _can_wait(x) and not is_batched(grad_row)
+    way = entry.way(x, saved) if entry.way is not None and can_wait else None
     period = _period() if way is not None else 0
     if way is None or period == 0 or not _due((*_kind(backend, x, w, hp), way, "backward"), period):
         return entry.grad_weight(x, w, target, hp, grad_row, saved)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..precision import full_float32
+from ..precision import full_precision
 from ..types import IGNORED, INVALID, NORM_EPS, Forward, HyperParameters, Request
 
 CHUNK_ELEMENTS = 1 << 18  # chunk·N: 1 MiB of fp32 cosines stays in a CPU's cache
@@ -253,5 +253,5 @@ def _grad_weight(  # type: ignore[no-untyped-def]
     return grad
 
 
-ops.implement("chunked_forward", full_float32()(_forward))
-ops.implement("chunked_grad_weight", full_float32()(_grad_weight))
+ops.implement("chunked_forward", full_precision(_forward))
+ops.implement("chunked_grad_weight", full_precision(_grad_weight))

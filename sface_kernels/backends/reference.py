@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..precision import full_float32
+from ..precision import full_precision
 from ..types import IGNORED, INVALID, NORM_EPS, Forward, HyperParameters, Request, RowStats
 
 
@@ -34,7 +34,7 @@ def _tangent(grad_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return (grad_unit - along * unit) / norm.clamp_min(NORM_EPS)
 
 
-@full_float32()
+@full_precision
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
     dtype = torch.promote_types(x.dtype, w.dtype)
     if dtype in (torch.float16, torch.bfloat16):
@@ -86,7 +86,7 @@ def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: b
     )
 
 
-@full_float32()
+@full_precision
 def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:

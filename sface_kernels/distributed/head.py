@@ -58,7 +58,7 @@ class ClassParallelSFaceLoss(nn.Module):
         sample_seed: of the draws, with `sample_step`, the number of sampled steps. It is in the state dict, and a
             resumed run goes on with the draws of the one that stopped, on the same number of processes.
         device: of the weight; by default that of `mesh`, or the current GPU for a group on NCCL.
-        dtype: of the weight; float32 by default.
+        dtype: of the weight; torch's default one if None.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or this process is not in the group.
@@ -236,7 +236,7 @@ class ClassParallelSFaceLoss(nn.Module):
     @torch.no_grad()
     def topk_correct(self, embeddings: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
         """As `SFaceLoss.topk_correct`, of this process's rows; every process must call it, with the same `topk`."""
-        counts, check = cosines.check_counts(topk), validation.checks_labels(embeddings.device)
+        counts, check = cosines.check_counts(topk, self.num_classes), validation.checks_labels(embeddings.device)
         nearest = self.topk(embeddings, max(counts)).indices
         # after what all processes take part in: labels that are wrong here must not let the others wait
         validation.check_classes(labels, embeddings, "labels", one_a_row=True)

@@ -149,10 +149,26 @@ def test_when_it_counts():
     head.train()(x, labels)
     head.add_classes(5)
     assert rows() == 0
-    meta = SFaceLoss(16, 30, angle_histogram=True, device="meta").to_empty(device="cpu")
-    meta.reset_parameters()
-    assert float(meta.angle_counter.histograms().target.sum()) == 0
     assert SFaceLoss(16, 30).angle_counter is None
+
+
+@pytest.mark.parametrize("how", ["reset", "load", "assign"])
+def test_it_starts_from_nothing_on_a_device_that_comes_later(how):
+    """A head made on meta: its counts are in no checkpoint, and memory that to_empty hands out is none."""
+    head = SFaceLoss(16, 3000, angle_histogram=True, device="meta")
+    if how != "assign":
+        torch.use_deterministic_algorithms(True)  # fills such memory with the largest numbers
+        try:
+            head.to_empty(device="cpu")
+        finally:
+            torch.use_deterministic_algorithms(False)
+    if how == "reset":
+        head.reset_parameters()
+    else:
+        head.load_state_dict({"weight": torch.randn(3000, 16)}, assign=how == "assign")
+    head(torch.randn(8, 16), torch.arange(8))
+    assert float(head.angle_counter.histograms().target.sum()) == 8
+    assert int(head.angle_counter.steps) == 1
 
 
 def test_nan_and_labels_of_no_row_are_not_counted():
@@ -171,6 +187,26 @@ def test_autocast_does_not_round_the_angles():
         exact = count_angles(x, head.weight, labels)
     for histograms in (head.angle_counter.histograms(), exact):
         assert_counts(histograms.other, brute_force(x, head.weight, labels).other, ERROR)
+
+
+def test_switches_and_defaults_of_the_process_change_nothing():
+    head = SFaceLoss(64, 50, angle_histogram=True)
+    head.angle_counter.every = 1
+    x, labels = torch.randn(200, 64), torch.arange(200) % 50
+
+    def result():
+        head.angle_counter.reset()
+        head(x, labels)
+        found = head.angle_counter.histograms()
+        angles.draw_rescale(figure.Figure().subplots(), k=80.0, a=0.8, b=1.23)
+        return [*found, *count_angles(x, head.weight, labels)], shares(found), suggest(found)
+
+    figure = pytest.importorskip("matplotlib.figure")
+    plain = result()
+    torch.set_float32_matmul_precision("medium")  # put back by a fixture
+    with torch.device("meta"):
+        changed = result()
+    assert all(map(torch.equal, changed[0], plain[0])) and changed[1:] == plain[1:]
 
 
 def test_it_counts_in_a_compiled_graph():
@@ -220,8 +256,8 @@ def test_the_counter_is_checked():
     x, w, labels = torch.randn(3, 8), torch.randn(5, 8), torch.arange(3)
     with pytest.raises(TypeError, match="angle_counter: expected an AngleCounter, got bool"):
         sface_loss(x, w, labels, angle_counter=True)
-    with pytest.raises(ValueError, match="angle_counter: expected it on cpu, as the weight, got meta"):
-        sface_loss(x, w, labels, angle_counter=AngleCounter(device="meta"))
+    with pytest.raises(ValueError, match="angle_counter: expected it on meta, as the weight, got cpu"):
+        sface_loss(*(t.to("meta") for t in (x, w, labels)), angle_counter=AngleCounter())
 
 
 def test_count_angles_checks_as_the_loss_does():

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "backends.triton": BACKEND | {"backends.triton"},
     "backends.triton.kernels": {"types", "backends.triton.kernels"},
     "backends.triton.tools": BACKEND | {"backends.triton"},
-    "dispatch": {"types", "backends"},
+    "dispatch": {"types", "backends", "validation"},
     "verify": {"types", "dispatch", "precision"},
     "pending": {"types", "dispatch", "precision", "verify"},
     "growing": {"pending"},

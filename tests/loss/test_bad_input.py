@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,14 @@ ARGUMENTS = [
         ValueError,
         r"weight: expected at least one class and one feature, got .*\[6, 0\]",
     ),
+    (dict(embeddings=T(4, 8).to_sparse()), TypeError, r"embeddings: expected a dense tensor, got .*torch\.sparse_coo"),
+    (dict(weight=T(6, 8).to_sparse()), TypeError, r"weight: expected a dense tensor, got .*torch\.sparse_coo"),
+    (dict(labels=T(4).long().to_sparse()), TypeError, r"labels: expected a dense tensor, got .*torch\.sparse_coo"),
+    (
+        dict(embeddings=torch.nested.nested_tensor([T(8), T(8)], layout=torch.jagged)),
+        TypeError,
+        r"embeddings: expected a dense tensor, got .*torch\.jagged",
+    ),
     (dict(labels=T(4)), TypeError, r"labels: expected an integer dtype .*got torch\.float32"),
     (dict(labels=T(4).bool()), TypeError, r"labels: expected an integer dtype .*got torch\.bool"),
     (dict(labels=T(3).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[3\]"),
@@ -73,13 +82,18 @@ ARGUMENTS = [
     (dict(ignore_index=1.0), TypeError, r"ignore_index: expected an int, got 1\.0"),
     (dict(ignore_index=True), TypeError, r"ignore_index: expected an int, got True"),
     (dict(ignore_index=None), TypeError, r"ignore_index: expected an int, got None"),
+    (dict(ignore_index=2**63), ValueError, r"ignore_index: expected an int of 64 bits, got 9223372036854775808"),
+    (dict(ignore_index=-(2**70)), ValueError, r"ignore_index: expected an int of 64 bits, got -1180591620717411303424"),
     (dict(backend="cuda"), ValueError, r"backend: expected one of \['auto'.*got 'cuda'"),
+    (dict(backend=["native"]), ValueError, r"backend: expected one of \['auto'.*got \['native'\]"),
     (dict(backend=None), ValueError, r"backend: expected one of \['auto'.*got None"),
 ]
 NUMBERS = [
     *[({name: bad}, TypeError, rf"{name}: expected a number, got ") for name in ("s", "k", "a", "b") for bad in ("1", None, True)],
     *[({name: bad}, TypeError, rf"{name}: expected a number, got ") for name in ("k_inter", "filter_eps") for bad in ("1", False)],
     ({"s": torch.tensor(64.0)}, TypeError, r"s: expected a number, got tensor\(64\.\)"),
+    ({"s": np.array([64.0, 32.0])}, TypeError, r"s: expected a number that a float can hold, got array\("),
+    ({"filter_eps": 10**400}, TypeError, r"filter_eps: expected a number that a float can hold, got 1000"),
     *[
         ({name: bad}, ValueError, rf"{name}: expected a finite number, got {bad!r}")
         for name in ("s", "k", "a", "b", "k_inter", "filter_eps")
@@ -115,6 +129,10 @@ CONSTRUCTOR = [
     ({"in_features": True}, TypeError, r"in_features: expected an int, got True"),
     ({"out_features": 0}, ValueError, r"out_features: expected an int > 0, got 0"),
     ({"out_features": "6"}, TypeError, r"out_features: expected an int, got '6'"),
+    *[
+        ({"dtype": bad}, TypeError, r"dtype: expected a dtype of float32, float16, bfloat16, float64, got ")
+        for bad in (torch.int32, torch.complex64, torch.float8_e4m3fn, "float32")
+    ],
     *[
         (c, e, t)
         for c, e, t in ARGUMENTS
@@ -230,6 +248,14 @@ class TestBackends:
         assert all(name in text for name in BACKENDS)
         assert "not available" in next(line for line in text.splitlines() if "native" in line)
         assert explain("cpu", backend="reference").count("-> reference") == 1
+
+    @pytest.mark.parametrize("ask", [explain, available_backends])
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, "float32"])
+    def test_no_backend_takes_what_the_loss_refuses(self, ask, dtype):
+        with pytest.raises(TypeError, match=r"^dtype: expected a dtype of float32"):
+            ask("cpu", dtype)
+        with pytest.raises(TypeError, match=r"^weight_dtype: expected a dtype of float32"):
+            ask("cpu", f32, dtype)
 
     def test_available_backends(self):
         assert set(available_backends()) <= set(BACKENDS) and {"chunked", "reference"} <= set(available_backends())

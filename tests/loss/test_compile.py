@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -177,6 +178,41 @@ def test_inside_a_compiled_backbone(case32):
         results.append(torch.autograd.grad(loss, (backbone.weight, head.weight)))
     for ours, eager in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_autocast(case32, where):
+    """Around the compiled step or within it, with both gradients: eager's bits."""
+    x, w, labels, _ = GEOMETRIES["trained"](9, 70, 32).to(case32.device, f32, f32)
+    linear = torch.nn.Linear(32, 32, device=case32.device)
+
+    def plain(x, w):
+        return sface_loss(linear(x), w, labels, backend=case32.backend)
+
+    def step(x, w):
+        if where == "outside":
+            return plain(x, w)
+        with torch.autocast(case32.device, torch.bfloat16):
+            return plain(x, w)
+
+    def result(f):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        with torch.autocast(case32.device, torch.bfloat16, enabled=where == "outside"):
+            loss = f(*leaves)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(result(compiled), result(step), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_numpy_numbers(case32):
+    """Of the constructor, which the compiler would take for arrays."""
+    numbers = dict(s=np.float32(32), k=np.int64(40), k_inter=np.float64(30), filter_eps=np.float64(0))
+    head = SFaceLoss(32, 70, **numbers, ignore_index=np.int64(3), backend=case32.backend, device=case32.device)
+    x, labels = torch.randn(9, 32, device=case32.device), torch.arange(9, device=case32.device)
+    ours = torch.compile(head, fullgraph=True, backend="aot_eager")(x, labels)
+    torch.testing.assert_close(ours, head(x, labels), rtol=1e-5, atol=1e-5)
 
 
 def test_without_gradients(case32):

@@ -79,6 +79,14 @@ class TestValues:
         assert ours.dtype == torch.int64 and ours.device == x.device
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_classes_of_a_dtype_that_holds_no_number_of_classes(dtype):
+    """A uint8 beside C = 2500 must not be compared with 2500 modulo 256, which is 196."""
+    head, x, *_ = make()
+    classes = torch.arange(N) + (240 if dtype == torch.uint8 else 110)
+    assert torch.equal(head.cosine(x, classes.to(dtype)), head.cosine(x, classes))
+
+
 def test_gradients():
     """Those of plain autograd: of the logits, of cosines to chosen classes; none of topk."""
     head, x, labels, _ = make(f64, f64)
@@ -173,7 +181,9 @@ REFUSED = [
     (lambda h, x, y: h.topk_correct(x, y + C), ValueError, rf"labels: expected values in \[0, {C}\)"),
     (lambda h, x, y: h.topk_correct(x, y, topk=()), ValueError, r"topk: expected at least one number, got none"),
     (lambda h, x, y: h.topk_correct(x, y, topk=(1, 0)), ValueError, r"topk: expected an int > 0, got 0"),
-    (lambda h, x, y: h.topk_correct(x, y, topk=(C + 1,)), ValueError, rf"k: expected at most {C}"),
+    (lambda h, x, y: h.topk_correct(x, y, topk=(1, C + 1)), ValueError, rf"topk: expected at most {C}"),
+    (lambda h, x, y: h.topk_correct(x, y, topk=5), TypeError, r"topk: expected a sequence of ints, got 5"),
+    (lambda h, x, y: h.topk(x.to_sparse(), 1), TypeError, r"embeddings: expected a dense tensor, got .*sparse_coo"),
 ]
 
 

@@ -71,3 +71,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="optimizer: expected one that holds the head's weight"):
         head.add_classes(2, torch.optim.SGD(SFaceLoss(8, 10).parameters()))
     assert head.weight is weight and head.out_features == 10, "half a change"
+    head = torch.nn.utils.parametrizations.weight_norm(head)
+    with pytest.raises(TypeError, match="weight: expected a Parameter, got what a parametrization computes"):
+        head.add_classes(2)
+    assert head.weight.shape == (10, 8) and head.out_features == 10

@@ -89,12 +89,16 @@ def test_what_ignored_rows_weigh_changes_nothing(case32):
         assert all(map(torch.equal, others, results[0]))
 
 
-def test_weights_that_sum_to_nothing(case32):
-    """0, as with every row ignored, where cross entropy would say NaN."""
+@pytest.mark.parametrize("some", [0.0, 1.5])
+def test_weights_that_sum_to_nothing(case32, some):
+    """0, as with every row ignored, where cross entropy would say NaN; the gradients are zeros."""
     x, w, labels, weights = setting(case32)
-    loss = sface_loss(x.requires_grad_(), w, labels, sample_weight=torch.zeros_like(weights), backend=case32.backend)
+    weights = torch.zeros_like(weights)
+    weights[0], weights[1] = some, -some
+    leaves = [t.clone().requires_grad_() for t in (x, w, weights)]
+    loss = sface_loss(*leaves[:2], labels, sample_weight=leaves[2], backend=case32.backend)
     loss.backward()
-    assert float(loss.detach()) == 0 and not x.grad.any()
+    assert float(loss.detach()) == 0 and not any(t.grad.any() for t in leaves)
 
 
 def test_statistics_count_every_row_alike(case32):

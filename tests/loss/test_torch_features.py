@@ -18,59 +18,6 @@ from tests.support.checks import Judge, assert_same, run
 from tests.support.problems import trained_problem
 
 
-def gradients(loss, *tensors):
-    leaves = [t.clone().requires_grad_() for t in tensors]
-    return torch.autograd.grad(loss(*leaves), leaves)
-
-
-class TestFunctorch:
-    def setup_method(self):
-        self.x, self.w, self.labels, _ = trained_problem(9, 60, 24)
-
-    def loss(self, case, reduction="mean"):
-        labels = self.labels.to(case.device)
-        return lambda x, w: sface_loss(x, w, labels, reduction=reduction, backend=case.backend)
-
-    def test_grad_equals_autograd(self, case32):
-        x, w, loss = self.x.to(case32.device), self.w.to(case32.device), self.loss(case32)
-        expected = gradients(loss, x, w)
-        assert all(map(torch.equal, torch.func.grad(loss, (0, 1))(x, w), expected))
-        for which in (0, 1):  # the other one needs no gradient
-            assert torch.equal(torch.func.grad(loss, which)(x, w), expected[which])
-
-    def test_vjp_with_a_gradient_per_row(self, case32):
-        x, w, loss = self.x.to(case32.device), self.w.to(case32.device), self.loss(case32, "none")
-        upstream = torch.linspace(-1, 2, 9, device=case32.device)
-        rows, pull = torch.func.vjp(loss, x, w)  # type: ignore[misc]
-        assert torch.equal(rows, loss(x, w))
-        for ours, theirs in zip(pull(upstream), gradients(lambda x, w: loss(x, w) @ upstream, x, w), strict=True):
-            assert torch.equal(ours, theirs)
-
-    def test_functional_call(self, case32):
-        head = SFaceLoss(24, 60, backend=case32.backend, device=case32.device)
-        x, labels = self.x.to(case32.device), self.labels.to(case32.device)
-
-        def loss(weight):
-            return torch.func.functional_call(head, {"weight": weight}, (x, labels))
-
-        w = self.w.to(case32.device)
-        assert torch.equal(torch.func.grad(loss)(w), gradients(loss, w)[0])
-
-    def test_vmap_is_refused_with_the_way_round(self, case32):
-        w = self.w.to(case32.device)
-
-        def one_row(x, label):
-            return sface_loss(x[None], w, label[None], backend=case32.backend)
-
-        with pytest.raises(RuntimeError, match=r"vmap cannot batch it.*reduction=\"none\""):
-            torch.func.vmap(one_row)(self.x.to(case32.device), self.labels.to(case32.device))
-
-    def test_second_derivatives_raise(self, case32):
-        x, w, loss = self.x.to(case32.device), self.w.to(case32.device), self.loss(case32)
-        with pytest.raises(RuntimeError, match="differentiable once"):
-            torch.func.grad(lambda x: torch.func.grad(loss)(x, w).square().sum())(x)
-
-
 def test_meta_tensors(case):
     """A dry run without data: shapes and dtypes of the real one."""
     x, w, labels, _ = trained_problem(9, 60, 24).to(case.device, case.dtype, case.weight_dtype)
