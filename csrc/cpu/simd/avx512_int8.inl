@@ -167,19 +167,22 @@ class Int8Sums {
   Int8Sums(const Rules& rules, const Group& group, Workspace& work)
       : group_(group), work_(work), slope_(rules.hyper.k_inter), active_cosine_(rules.active_cosine), series_(rules) {}
 
-  void begin() const {
+  void begin(const Block& block) const {
     for (int i = 0; i < group_.panels * kPanel; ++i) work_.best[i] = kNone;
+    // past the last row, whatever block this thread had before: its errors have no part in this one's threshold
+    for (int row = block.count; row < kBlockClasses; ++row) work_.int8_error[row] = 0;
   }
 
   // The best of the block among the task's.
   void end(const Block& block, RowSums& sums) const {
     for (int i = 0; i < group_.count; ++i) {
-      const float tagged = work_.best[i];
-      if (!(tagged > kNone)) continue;
-      const int32_t product = static_cast<int32_t>(tagged * (kScale * kScale));
+      if (!(work_.best[i] > kNone)) continue;
+      const int32_t tagged = bit_cast<int32_t>(work_.best[i]);
+      const float cosine = bit_cast<float>(tagged & ~kRowBits);  // equal in equal classes of other blocks too
+      const int32_t product = static_cast<int32_t>(cosine * (kScale * kScale));
       if (product <= sums.best[i]) continue;
       sums.best[i] = product;
-      sums.best_class[i] = static_cast<int32_t>(block.first) + kRowBits - (bit_cast<int32_t>(tagged) & kRowBits);
+      sums.best_class[i] = static_cast<int32_t>(block.first) + (kRowBits - (tagged & kRowBits));
     }
   }
 
@@ -196,7 +199,8 @@ class Int8Sums {
   Workspace& work_;
 
  private:
-  static constexpr int kRowBits = 63;    // of a cosine hold its row, turned round: of equal ones the first wins
+  // Of a cosine hold its row, turned round: of equal ones the first wins, or the last where they are below 0.
+  static constexpr int kRowBits = 63;
   static constexpr float kNone = -2.0f;  // no cosine
   static_assert(kBlockClasses <= kRowBits + 1);
 
