@@ -169,7 +169,13 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
   parallel_for(ceil_div(problem.n, panel), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p * panel, count = std::min(panel, problem.n - first);
-      for (int64_t i = first; i < first + count; ++i) std::memcpy(row(i), x + i * d, sizeof(float) * d);
+      for (int64_t i = first; i < first + count; ++i) {
+        if (problem.ignored(i)) {  // whatever it holds must change no threshold and no way of computing
+          std::memset(row(i), 0, sizeof(float) * d);
+        } else {
+          std::memcpy(row(i), x + i * d, sizeof(float) * d);
+        }
+      }
       kernels.pack_panel(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
                          layouts.fixed_point ? fixed_point.data.get() + p * panel * (padded_d / 2) : nullptr,
                          &norms[first]);

@@ -65,6 +65,25 @@ def test_any_number_of_threads(native, n, c, d, filter_eps):
         assert result.stats == results[0].stats
 
 
+@pytest.mark.parametrize("filter_eps", [0.0, 2.0**-24])
+def test_what_ignored_rows_hold_changes_nothing(native, filter_eps):
+    """Neither what the others are computed with, int8 thresholds and products of fewer parts, nor so their last bits."""
+    problem = random_problem(N, 300, D)
+    problem.labels[3] = -100
+
+    def results() -> list[torch.Tensor]:
+        x, w = problem.x.clone().requires_grad_(), problem.w.clone().requires_grad_()
+        options = dict(filter_eps=filter_eps, reduction="sum", return_stats="rows", backend="native")
+        loss, rows = sface_loss(x, w, problem.labels, **options)
+        return [loss.detach(), *rows, *torch.autograd.grad(loss, (x, w))]
+
+    expected = results()
+    for held in (rows_that_round_badly(1)[0], problem.w[17], -problem.w[17], torch.full((D,), 1e38)):
+        problem.x[3] = held
+        for ours, theirs in zip(results(), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_equal_cosines_below_the_threshold(native):
     """Copies of a centre in many places of many blocks, no pair a candidate: the lowest number."""
     x = random_problem(N, 1, D).x
