@@ -53,12 +53,6 @@ SFACE_INLINE __m512i unsigned_bytes(const I32 v[4]) {
                              _mm512_packs_epi32(__m512i(v[2]), __m512i(v[3])));
 }
 
-// Lanes [k, k + 16) of a row of d features, 0 past the end.
-SFACE_INLINE F32 features(const float* row, int k, int d) {
-  if (k + kLanes <= d) return load(row + k);
-  return F32(_mm512_maskz_loadu_ps(static_cast<__mmask16>(k < d ? (1u << (d - k)) - 1 : 0), row + k));
-}
-
 inline void pack_int8(const float* rows, int count, int d, int padded_d, const Int8Samples& out) {
   const int depth = int8_depth(d);
   std::memset(out.words, 0, static_cast<size_t>(depth) * kPanel);
@@ -69,12 +63,13 @@ inline void pack_int8(const float* rows, int count, int d, int padded_d, const I
     const float* row = rows + static_cast<int64_t>(i) * padded_d;
     F32 largest{}, square{};
     I32 total{};
-    for (int k = 0; k < d; k += kLanes) largest = larger(largest, absolute(features(row, k, d)));
+    for (int k = 0; k < d; k += kLanes) largest = larger(largest, absolute(load_first(row + k, d - k)));
     const Int8Row scaled = int8_row(largest_lane(largest), 1);
     for (int k = 0; k < depth; k += kInt8Pad) {
       I32 whole[4];
       for (int q = 0; q < 4; ++q) {
-        whole[q] = round_lanes(features(row, k + q * kLanes, d) * scaled.factor, square);
+        const int at = k + q * kLanes;
+        whole[q] = round_lanes(load_first(row + at, d - at) * scaled.factor, square);
         total += whole[q];
       }
       int32_t words[kInt8Pad / 4];
@@ -117,7 +112,7 @@ inline void prepare_int8_rows(const float* const rows[kRowsAtOnce], const float 
   };
   int k = 0;
   for (; k + kInt8Pad <= d; k += kInt8Pad) chunk(k, [](const float* from, int at) { return load(from + at); });
-  if (k < d) chunk(k, [d](const float* from, int at) { return features(from, at, d); });
+  if (k < d) chunk(k, [d](const float* from, int at) { return load_first(from + at, d - at); });
   for (int r = 0; r < kRowsAtOnce; ++r) {
     work.int8_scale[row + r] = scaled[r].scale;
     work.int8_error[row + r] = int8_error(scaled[r], sum_lanes(square[r]), d);
