@@ -64,9 +64,8 @@ struct Results {
 
 // Words of the arena that lie before this task: shares are proportional to the pairs, whole if N·C words fit.
 int64_t arena_before(const Problem& p, int64_t group, int64_t first_class, int64_t words) {
-  const double pairs = static_cast<double>(p.group_first(group)) * p.c +
-                       static_cast<double>(p.group_count(group)) * std::min(first_class, p.c);
-  return static_cast<int64_t>(pairs / (static_cast<double>(p.n) * p.c) * words);
+  const int64_t pairs = p.group_first(group) * p.c + p.group_count(group) * std::min(first_class, p.c);
+  return static_cast<int64_t>(static_cast<__int128>(pairs) * words / (p.n * p.c));
 }
 
 void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Workspace& work, const Results& out) {
@@ -86,8 +85,9 @@ void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Wo
     Block block = problem.block_of(g, b, own);
     block.w = problem.weight_rows(block.first, block.count, work.converted, &block.row_stride);
     block.sum_rows = first_group;
-    // the last block may be shorter than this one, and its prefetch must not run past the weight
-    const bool whole_next = b + 1 < end && problem.block_rows(b + 1) == block.count;
+    // the last block may be shorter than this one, and its prefetch must not run past the weight, nor take what lies
+    // between rows far apart
+    const bool whole_next = b + 1 < end && problem.block_rows(b + 1) == block.count && block.row_stride < 2 * problem.d;
     if (problem.float_weight() && whole_next) block.next = block.w + kBlockClasses * block.row_stride;
     const int64_t used = task.arena.used;
     const int64_t count = call.kernels.forward_block(call.rules, group, block, task, work);
@@ -125,25 +125,28 @@ class RowFinisher {
 
   void finish(int64_t i) {
     const int64_t code = call_.problem.codes()[i];
-    const bool usable = call_.samples.usable(i);
     if (code == kIgnored) return report_constant(i, 0, 0);
-    if (!usable || !classes_.finite || code == kInvalid) return report_constant(i, kNaN, usable ? 0 : kNaN);
+    if (!call_.samples.usable(i)) return report_constant(i, kNaN, kNaN);
 
     const int d = static_cast<int>(call_.problem.d);
     const float* x = call_.samples.row(i);
+    WeightRow own{};
+    float cos_target = 0, p = 0;
+    if (code >= 0 && !is_nan(out_.inv_norm[code])) {
+      own = weight_row(code, own_converted_);
+      cos_target = cosine(x, own);
+      call_.kernels.intra(call_.rules.hyper, cos_target, &p);
+    }
+    // a row of w that is not finite leaves ∂w of the others as it is: −p even where the loss is NaN
+    if (!classes_.finite || code == kInvalid) return report_constant(i, kNaN, -p);
+
     float* row_grad = out_.row_grad_x ? out_.row_grad_x + i * d : nullptr;
     Totals totals = add_partials(i, row_grad != nullptr);
     const float s = call_.rules.hyper.s;
     // the largest screened product below the threshold may beat what was computed in fp32, up to its rounding
-    if (totals.best_class >= 0) totals.take(cosine(x, weight_row(totals.best_class)), totals.best_class);
-    float cos_target = 0, p = 0;
-    if (code >= 0) {
-      const WeightRow own = weight_row(code);
-      cos_target = cosine(x, own);
-      call_.kernels.intra(call_.rules.hyper, cos_target, &p);
-      if (row_grad) call_.kernels.axpy(-p * own.inv_norm, own.w, grad_.data(), d);
-    }
+    if (totals.best_class >= 0) totals.take(cosine(x, weight_row(totals.best_class, converted_)), totals.best_class);
     if (row_grad) {
+      if (code >= 0) call_.kernels.axpy(-p * own.inv_norm, own.w, grad_.data(), d);
       const double norm = call_.samples.norms[i];
       const float scale = static_cast<float>(s / std::max<double>(norm, kNormEps));
       // below kNormEps normalize divides by a constant, so nothing is projected away
@@ -194,9 +197,11 @@ class RowFinisher {
     return totals;
   }
 
-  WeightRow weight_row(int64_t cls) { return call_.problem.weight_row(cls, out_.inv_norm[cls], converted_); }
+  WeightRow weight_row(int64_t cls, std::vector<float>& converted) const {
+    return call_.problem.weight_row(cls, out_.inv_norm[cls], converted);
+  }
 
-  float cosine(const float* x, const WeightRow& row) {
+  float cosine(const float* x, const WeightRow& row) const {
     return clamp_cosine(call_.kernels.dot(x, row.w, static_cast<int>(call_.problem.d)) * row.inv_norm);
   }
 
@@ -219,8 +224,8 @@ class RowFinisher {
   Partials& partials_;
   const ClassTotals& classes_;
   const Results& out_;
-  std::vector<float> grad_;       // [padded D] Σ g ŵ of the sample
-  std::vector<float> converted_;  // a row of w that is not taken in place
+  std::vector<float> grad_;                       // [padded D] Σ g ŵ of the sample
+  std::vector<float> converted_, own_converted_;  // rows of w that are not taken in place
 };
 
 // The smallest share p_i / s of the samples that count; 0 where one of them has no class here.
@@ -235,8 +240,8 @@ float smallest_own(const Problem& problem, const Kernels& kernels, const Hyper& 
     int64_t stride;
     const float* w = problem.weight_rows(own.cls, 1, converted, &stride);
     const float norm = std::sqrt(kernels.dot(w, w, d));
-    float p = 0;  // where the row's norm is not finite
-    if (norm > 0 && is_finite(norm))
+    float p = 0;  // where the cosine is not this product
+    if (norm > kNormEps && is_finite(norm))
       kernels.intra(hyper, clamp_cosine(kernels.dot(samples.row(own.sample), w, d) / norm), &p);
     smallest = std::min(smallest, p);
   }

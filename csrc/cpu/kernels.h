@@ -1,7 +1,7 @@
 // What one instruction set must provide, and the plain records that go between the drivers and the kernels.
 //
 // Sizes: N samples, C classes, D features. The drivers (forward.cpp, backward.cpp) own memory and threads; the kernels
-// (kernels.inl, compiled once per instruction set) own arithmetic.
+// (simd/generic/, compiled once per instruction set) own arithmetic.
 #pragma once
 
 #include <cstddef>

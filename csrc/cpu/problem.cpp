@@ -9,7 +9,8 @@ namespace {
 // but 4, so that there is something to share.
 constexpr int64_t kPartialBytes = 14 << 20;
 constexpr int64_t kMinRanges = 4, kMaxRanges = 64;
-constexpr int64_t kMaxFeatures = 1 << 24;  // its products with a panel or a block are taken in int
+constexpr int64_t kMaxRows = INT32_MAX - kGroupSamples;  // a tile's places past the last row are numbered in int too
+constexpr int64_t kMaxFeatures = 1 << 24;                // its products with a panel or a block are taken in int
 
 // Steeper ones turn the error of an int8 cosine into too much of a coefficient.
 constexpr double kInt8Steepest = 160;
@@ -67,8 +68,8 @@ Problem::Problem(const Tensor& x_, const Tensor& w_, const Tensor& target_)
   if (!(w.is_cpu() && w.size(1) == d && (d == 1 || w.stride(1) == 1)))
     fail("w: expected [C, ", d, "] with contiguous rows on the CPU, got ", describe(w));
   if (c == 0 || d == 0) fail("w: expected at least one class and one feature, got ", describe(w));
-  check(c < INT32_MAX && n < INT32_MAX && d <= kMaxFeatures,
-        "sizes: expected fewer than 2^31 classes and samples and at most 2^24 features, got ", c, ", ", n, ", ", d);
+  check(c <= kMaxRows && n <= kMaxRows && d <= kMaxFeatures, "sizes: expected at most ", kMaxRows,
+        " classes and samples and 2^24 features, got ", c, ", ", n, ", ", d);
   const int64_t partial = std::max<int64_t>(1, n * padded_d * static_cast<int64_t>(sizeof(float)));
   ranges = std::min(blocks, std::clamp(kPartialBytes / partial, kMinRanges, kMaxRanges));
   for (int64_t i = 0; i < n; ++i) {
@@ -168,7 +169,13 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
   parallel_for(ceil_div(problem.n, panel), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = p * panel, count = std::min(panel, problem.n - first);
-      for (int64_t i = first; i < first + count; ++i) std::memcpy(row(i), x + i * d, sizeof(float) * d);
+      for (int64_t i = first; i < first + count; ++i) {
+        if (problem.ignored(i)) {  // whatever it holds must change no threshold and no way of computing
+          std::memset(row(i), 0, sizeof(float) * d);
+        } else {
+          std::memcpy(row(i), x + i * d, sizeof(float) * d);
+        }
+      }
       kernels.pack_panel(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
                          layouts.fixed_point ? fixed_point.data.get() + p * panel * (padded_d / 2) : nullptr,
                          &norms[first]);

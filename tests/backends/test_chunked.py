@@ -60,8 +60,8 @@ def test_many_and_few_pairs(monkeypatch, filter_eps, many):
     Judge(problem, filter_eps=filter_eps).check(result, "chunked")
 
 
-def test_large_gradients_are_mapped(monkeypatch):
-    """Past HUGE_BYTES ∂w is made elsewhere; it is as zero where nothing was added, and as right where something was."""
+def test_large_gradients_in_huge_pages(monkeypatch):
+    """Past HUGE_BYTES the memory of ∂w gets other pages: as zero where nothing was added, as right where something was."""
     problem: Problem = GEOMETRIES["trained"](9, 331, 96)
     expected = run(CASE, problem, filter_eps=2.0**-12).grad_w
     monkeypatch.setattr(chunked, "HUGE_BYTES", 1)

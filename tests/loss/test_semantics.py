@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sface_kernels import sface_loss
 from sface_kernels.ops import prepare_labels
 from sface_kernels.types import IGNORED, INVALID, NO_TARGET
-from tests.support.checks import Result, assert_same, check, run
+from tests.support.checks import Result, assert_rows_within, assert_same, check, run
 from tests.support.oracle import truth
 from tests.support.problems import GEOMETRIES, Problem, random_problem, trained_problem
 
@@ -244,13 +244,18 @@ class TestNotFinite:
         if row == "target of none":
             problem.labels[problem.labels == j] = 0
         problem.w[j, 9] = poison
-        masks = self.masks(run(case32, problem, filter_eps=filter_eps))
+        result = run(case32, problem, filter_eps=filter_eps)
+        masks = self.masks(result)
         expected = torch.zeros(300, dtype=torch.bool)
         expected[j] = True
         assert masks["row_loss"].all() and masks["grad_x"].all()
         assert torch.equal(masks["grad_w"], expected.unsqueeze(1).expand(300, 64))
         for name, mask in self.masks(run("reference", problem, filter_eps=filter_eps)).items():
             assert torch.equal(masks[name], mask), name
+        clean = GEOMETRIES[geometry](21, 300, 64)._replace(upstream=problem.upstream, labels=problem.labels)
+        t = truth(*clean, filter_eps=filter_eps)
+        error, bound = result.grad_w.double().cpu() - t.grad_w, t.worst.w + t.flip_w
+        assert_rows_within("grad_w of the other classes", error[~expected], bound[~expected])
 
     @pytest.mark.parametrize("poison", [nan, inf])
     def test_upstream_gradient(self, case32, poison):

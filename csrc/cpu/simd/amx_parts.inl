@@ -35,12 +35,6 @@ SFACE_INLINE void store_pairs(uint8_t* to, I32 low, I32 high) {
   store_int(reinterpret_cast<int32_t*>(to), pairs(low, high));
 }
 
-// The first `count` lanes, the others 0.
-SFACE_INLINE F32 load_first(const float* p, int count) {
-  if (count >= kLanes) return load(p);
-  return F32(_mm512_maskz_loadu_ps(static_cast<__mmask16>(count > 0 ? (1u << count) - 1 : 0), p));
-}
-
 // One pair of parts: sums in the tiles 0 … 5, [kRowTiles][2], += a · b.
 template <int kRowTiles>
 SFACE_INLINE void multiply_parts(const uint8_t* a, const uint8_t* b) {

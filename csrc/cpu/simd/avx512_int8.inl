@@ -53,12 +53,6 @@ SFACE_INLINE __m512i unsigned_bytes(const I32 v[4]) {
                              _mm512_packs_epi32(__m512i(v[2]), __m512i(v[3])));
 }
 
-// Lanes [k, k + 16) of a row of d features, 0 past the end.
-SFACE_INLINE F32 features(const float* row, int k, int d) {
-  if (k + kLanes <= d) return load(row + k);
-  return F32(_mm512_maskz_loadu_ps(static_cast<__mmask16>(k < d ? (1u << (d - k)) - 1 : 0), row + k));
-}
-
 inline void pack_int8(const float* rows, int count, int d, int padded_d, const Int8Samples& out) {
   const int depth = int8_depth(d);
   std::memset(out.words, 0, static_cast<size_t>(depth) * kPanel);
@@ -69,12 +63,13 @@ inline void pack_int8(const float* rows, int count, int d, int padded_d, const I
     const float* row = rows + static_cast<int64_t>(i) * padded_d;
     F32 largest{}, square{};
     I32 total{};
-    for (int k = 0; k < d; k += kLanes) largest = larger(largest, absolute(features(row, k, d)));
+    for (int k = 0; k < d; k += kLanes) largest = larger(largest, absolute(load_first(row + k, d - k)));
     const Int8Row scaled = int8_row(largest_lane(largest), 1);
     for (int k = 0; k < depth; k += kInt8Pad) {
       I32 whole[4];
       for (int q = 0; q < 4; ++q) {
-        whole[q] = round_lanes(features(row, k + q * kLanes, d) * scaled.factor, square);
+        const int at = k + q * kLanes;
+        whole[q] = round_lanes(load_first(row + at, d - at) * scaled.factor, square);
         total += whole[q];
       }
       int32_t words[kInt8Pad / 4];
@@ -117,7 +112,7 @@ inline void prepare_int8_rows(const float* const rows[kRowsAtOnce], const float 
   };
   int k = 0;
   for (; k + kInt8Pad <= d; k += kInt8Pad) chunk(k, [](const float* from, int at) { return load(from + at); });
-  if (k < d) chunk(k, [d](const float* from, int at) { return features(from, at, d); });
+  if (k < d) chunk(k, [d](const float* from, int at) { return load_first(from + at, d - at); });
   for (int r = 0; r < kRowsAtOnce; ++r) {
     work.int8_scale[row + r] = scaled[r].scale;
     work.int8_error[row + r] = int8_error(scaled[r], sum_lanes(square[r]), d);
@@ -167,19 +162,22 @@ class Int8Sums {
   Int8Sums(const Rules& rules, const Group& group, Workspace& work)
       : group_(group), work_(work), slope_(rules.hyper.k_inter), active_cosine_(rules.active_cosine), series_(rules) {}
 
-  void begin() const {
+  void begin(const Block& block) const {
     for (int i = 0; i < group_.panels * kPanel; ++i) work_.best[i] = kNone;
+    // past the last row, whatever block this thread had before: its errors have no part in this one's threshold
+    for (int row = block.count; row < kBlockClasses; ++row) work_.int8_error[row] = 0;
   }
 
   // The best of the block among the task's.
   void end(const Block& block, RowSums& sums) const {
     for (int i = 0; i < group_.count; ++i) {
-      const float tagged = work_.best[i];
-      if (!(tagged > kNone)) continue;
-      const int32_t product = static_cast<int32_t>(tagged * (kScale * kScale));
+      if (!(work_.best[i] > kNone)) continue;
+      const int32_t tagged = bit_cast<int32_t>(work_.best[i]);
+      const float cosine = bit_cast<float>(tagged & ~kRowBits);  // equal in equal classes of other blocks too
+      const int32_t product = static_cast<int32_t>(cosine * (kScale * kScale));
       if (product <= sums.best[i]) continue;
       sums.best[i] = product;
-      sums.best_class[i] = static_cast<int32_t>(block.first) + kRowBits - (bit_cast<int32_t>(tagged) & kRowBits);
+      sums.best_class[i] = static_cast<int32_t>(block.first) + (kRowBits - (tagged & kRowBits));
     }
   }
 
@@ -196,7 +194,8 @@ class Int8Sums {
   Workspace& work_;
 
  private:
-  static constexpr int kRowBits = 63;    // of a cosine hold its row, turned round: of equal ones the first wins
+  // Of a cosine hold its row, turned round: of equal ones the first wins, or the last where they are below 0.
+  static constexpr int kRowBits = 63;
   static constexpr float kNone = -2.0f;  // no cosine
   static_assert(kBlockClasses <= kRowBits + 1);
 

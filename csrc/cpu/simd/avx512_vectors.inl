@@ -17,6 +17,11 @@ SFACE_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
 SFACE_INLINE F32 square_root(F32 v) { return F32(_mm512_sqrt_ps(__m512(v))); }
 SFACE_INLINE F32 larger(F32 a, F32 b) { return F32(_mm512_max_ps(__m512(a), __m512(b))); }
 SFACE_INLINE F32 smaller(F32 a, F32 b) { return F32(_mm512_min_ps(__m512(a), __m512(b))); }
+// The first `count` lanes, the others 0 and not read.
+SFACE_INLINE F32 load_first(const float* p, int count) {
+  if (count >= kLanes) return F32(_mm512_loadu_ps(p));
+  return F32(_mm512_maskz_loadu_ps(static_cast<__mmask16>(count > 0 ? (1u << count) - 1 : 0), p));
+}
 SFACE_INLINE bool can_stream(const float* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
 SFACE_INLINE void stream(float* p, F32 v) { _mm512_stream_ps(p, __m512(v)); }
 SFACE_INLINE void finish_streams() { _mm_sfence(); }

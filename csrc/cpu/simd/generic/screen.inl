@@ -133,7 +133,7 @@ class Int16Screen {
 
   int64_t steps() const { return depth_; }  // of a tile
   static SFACE_INLINE I32 dot(I32 sum, I32 x, I32 w) { return dot_int16(sum, x, w); }
-  void begin() const {}
+  void begin(const Block&) const {}
   void end(const Block&, RowSums&) const {}
 
   Products& multiply_tile(int strip, int panel, Ahead& ahead) {
@@ -163,7 +163,7 @@ inline void screen_block(Screen&& screen, const Group& group, const Block& block
   ahead.plan(ahead.left, static_cast<int64_t>(strips) * group.panels * screen.steps());
   for (int i = 0; i < block.own_count; ++i)
     work.own_tiles[block.own[i].row / kStripRows * group.panels + block.own[i].sample / kPanel] = 1;
-  screen.begin();
+  screen.begin(block);
   for (int panel = 0; panel < group.panels; ++panel)
     for (int strip = 0; strip < strips; ++strip) {
       Products& products = screen.multiply_tile(strip, panel, ahead);
