@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import validation
-from ..autograd import row_losses, row_losses_and_grad_x
+from ..autograd import row_losses, row_losses_and_grad_x, weight_without_rows
 from ..dispatch import select
 from ..ops import prepare_labels
+from ..pending import PendingGradient
 from ..types import DEFAULTS, HyperParameters, Request, RowStats
 
 
@@ -109,18 +110,20 @@ def shard_rows(
     backend: str,
     first: int = 0,
     with_grad_x: bool = False,
+    pending: PendingGradient | None = None,
 ) -> ShardRows:
     """`sface_shard_loss` after its checks, with the targets of `ops.prepare_labels`.
 
-    With `with_grad_x` there is `grad_x`, and the loss is differentiable in the weight alone.
+    With `with_grad_x` there is `grad_x`, and the loss is differentiable in the weight alone, whose gradient waits in
+    `pending` where that is given.
     """
     chosen = select(backend, Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1]))
     if len(weight) == 0:
-        rows = _no_classes(embeddings, weight)
+        rows = _no_classes(embeddings, weight_without_rows(embeddings, weight, target, chosen, hp, pending))
         return rows._replace(grad_x=rows.loss.new_zeros(embeddings.shape)) if with_grad_x else rows
     losses = row_losses_and_grad_x if with_grad_x else row_losses
     row_loss, row_stats, hardest_class, counts, *grad_x = losses(
-        embeddings, weight, target, chosen, hp, backend != "auto"
+        embeddings, weight, target, chosen, hp, backend != "auto", pending
     )
     hardest_class = torch.where(hardest_class < 0, -1, hardest_class + first)
     return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), hardest_class, counts, *grad_x)
