@@ -76,6 +76,11 @@ def start_reduce(values: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> P
     return Pending(values, values, work)
 
 
+def start_maximum(cosines: Tensor, group: Group) -> Pending:
+    """The largest of every process's `cosines`, +inf where one is NaN: a library's own maximum may drop that."""
+    return start_reduce(cosines.nan_to_num(torch.inf, torch.inf, -torch.inf), group, dist.ReduceOp.MAX)
+
+
 class GradientOfRows:
     """The gradient of this process's embeddings, which arrives after the forward has ended.
 

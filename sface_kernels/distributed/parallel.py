@@ -10,7 +10,6 @@ import zlib
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,11 +26,12 @@ from .collectives import (
     check_agreement,
     group_rank,
     start_gather,
+    start_maximum,
     start_reduce,
 )
 from .evaluation import class_parallel_rows
 from .sampling import Sampling, sample_classes, sampled_rows
-from .shard import ShardRows, check_shard_tensors, checks_labels, shard_rows
+from .shard import ShardRows, check_shard_tensors, shard_rows
 
 REDUCTIONS = ("mean", "sum")
 
@@ -120,7 +120,7 @@ def class_parallel_loss(
     gathering_labels = start_gather(labels, group)
     gathering_rows = start_gather(rows_to_send, group)
 
-    labels, check = gathering_labels.wait(), checks_labels(embeddings)  # [N]
+    labels, check = gathering_labels.wait(), validation.checks_labels(embeddings.device)  # [N]
     first, held = shard.first, len(shard.weight)
     target = prepare_labels(labels, shard.num_classes, options.ignore_index, check, first, held)  # [N]
     counted = (target != IGNORED).sum().clamp_min(1)  # the same everywhere: all labels are here
@@ -141,7 +141,7 @@ def class_parallel_loss(
     summing = start_reduce(torch.cat([loss.detach().double().reshape(1), sums]), group)
     cosines = None
     if return_stats is True:
-        cosines = start_reduce(_target_and_hardest(rows, target), group, dist.ReduceOp.MAX)
+        cosines = start_maximum(_target_and_hardest(rows, target), group)
     if rows.grad_x is not None:
         divisor = counted if options.reduction == "mean" else torch.ones_like(counted)
         arriving.send(rows.grad_x, divisor, target[mine] == IGNORED, group)
@@ -155,7 +155,7 @@ def class_parallel_loss(
     if cosines is None:
         return loss
     own, hardest = cosines.wait()  # [N], [N]
-    correct = ((own > hardest) & (target != IGNORED)).sum()
+    correct = ((own > hardest) & (own < torch.inf) & (target != IGNORED)).sum()
     return loss, _statistics(total[1:], correct, counted, shard.num_classes, loss.dtype)
 
 
@@ -171,7 +171,8 @@ def _exchange_sizes(
     try:
         validation.check_return_stats(return_stats)
         check_shard_tensors(embeddings, shard.weight, labels)
-        prepare_labels(labels, shard.num_classes, options.ignore_index, checks_labels(embeddings))
+        check = validation.checks_labels(embeddings.device)
+        prepare_labels(labels, shard.num_classes, options.ignore_index, check)
         request = Request(embeddings.device, embeddings.dtype, shard.weight.dtype, embeddings.shape[1])
         select(options.backend, request)
     except (TypeError, ValueError, RuntimeError) as raised:

@@ -79,7 +79,8 @@ def sface_shard_loss(
             f"first: expected a range of classes within [0, {num_classes}), got [{first}, {first + len(weight)})"
         )
     hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
-    target = prepare_labels(labels, num_classes, ignore_index, checks_labels(embeddings), first, len(weight))
+    check = validation.checks_labels(embeddings.device)
+    target = prepare_labels(labels, num_classes, ignore_index, check, first, len(weight))
     return shard_rows(embeddings, weight, target, hp, backend, first)
 
 
@@ -96,10 +97,6 @@ def check_shard_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> N
     """The checks of `sface_loss`, but for a shard that may be empty."""
     has_rows = not isinstance(weight, Tensor) or weight.dim() != 2 or len(weight) > 0
     validation.check_tensors(embeddings, weight if has_rows else weight.new_empty(1, weight.shape[1]), labels)
-
-
-def checks_labels(embeddings: Tensor) -> bool:
-    return validation.checks_labels(embeddings.device)
 
 
 def shard_rows(

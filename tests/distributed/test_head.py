@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from sface_kernels import SFaceLoss
 from sface_kernels.distributed import ClassParallelSFaceLoss, collectives
-from sface_kernels.distributed.layout import class_range
+from sface_kernels.distributed.layout import class_range, fill_normal
 from tests.distributed.batches import OPTIONS, assert_near, make_head, one_process, single, split
 from tests.support.cases import bf16, f16, f32, f64
 
@@ -144,6 +144,18 @@ def test_initial_weight(pool):
     std = 2 * math.sqrt(2 / classes)
     assert abs(float(whole[0].double().std()) / std - 1) < 5 / (2 * whole[0].numel()) ** 0.5
     assert len(whole[0].unique(dim=0)) == classes
+
+
+def test_initial_rows_whatever_the_default_dtype():
+    drawn = []
+    for dtype in (f32, f64):
+        torch.set_default_dtype(dtype)
+        try:
+            drawn.append(torch.empty(3, 4, dtype=f64))
+            fill_normal(drawn[-1], 4095, 1.0, 7)
+        finally:
+            torch.set_default_dtype(f32)
+    assert torch.equal(*drawn)
 
 
 def initial_with(std):
