@@ -133,7 +133,7 @@ class ClassParallelSFaceLoss(nn.Module):
         The seed comes from rank 0's default generator, and the rows of a class depend on the seed and its number alone:
         the whole weight is the same whatever the number of processes.
         """
-        if self._counts_steps():
+        if self._ensure_step_count():
             self.sample_step.zero_()
         assert isinstance(self.weight, DTensor)
         local = self.weight.to_local()
@@ -204,13 +204,13 @@ class ClassParallelSFaceLoss(nn.Module):
     def _next_sample(self) -> Sampling | None:
         if not self.training or self.sample_rate == 1:
             return None
-        assert self._counts_steps()
+        self._ensure_step_count()
         self.sample_step += 1
         return Sampling(self.sample_rate, self.sample_seed, int(self.sample_step))
 
-    def _counts_steps(self) -> bool:
-        """Whether there is a `sample_step`, which a head gets when it first samples and then keeps: `sample_rate` may
-        change after the head was made."""
+    def _ensure_step_count(self) -> bool:
+        """Make `sample_step` where the head samples, which it then keeps: `sample_rate` may change after the head was
+        made. Whether there is one."""
         if self.sample_rate < 1 and "sample_step" not in self._buffers:
             self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=self.weight.device))
         return "sample_step" in self._buffers
@@ -271,7 +271,7 @@ class ClassParallelSFaceLoss(nn.Module):
         The count of sampled steps may be missing, or be of no use here.
         """
         step = prefix + "sample_step"
-        if self._counts_steps():
+        if self._ensure_step_count():
             state_dict.setdefault(step, self.sample_step)
         else:
             state_dict.pop(step, None)
