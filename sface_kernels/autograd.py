@@ -185,17 +185,17 @@ def row_losses(
     backend: str,
     hp: HyperParameters,
     strict: bool = True,
-    sparse: bool = False,
+    pending: PendingGradient | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row losses `[N]` of equation (5), differentiable in the embeddings `[N, D]` and the weight `[C, D]`; beside them
     row statistics `[6, N]` (`types.RowStats`), the hardest other class `[N]` and counts `[2]` (`types.Forward`).
 
     `target` `[N]` is what `ops.prepare_labels` makes of labels. Where `verify` finds the backend wrong, `strict`
-    raises, and otherwise `chunked` takes over. The gradient of the weight waits in `pending.pending_of(weight)` where
-    there is one, and is else a COO tensor with `sparse`, or a dense one.
+    raises, and otherwise `chunked` takes over. The gradient of the weight waits in `pending`, or in
+    `pending.pending_of(weight)`, where there is one, and is else a dense one.
     """
     need_x = torch.is_grad_enabled() and embeddings.requires_grad
-    outputs = _apply(embeddings, weight, target, backend, hp, need_x, strict, sparse)
+    outputs = _apply(embeddings, weight, target, backend, hp, need_x, strict, pending=pending)
     row_loss, _, _, row_stats, hardest_class, counts, *_ = outputs
     return row_loss, row_stats, hardest_class, counts
 
@@ -219,12 +219,44 @@ def reduced_loss(
 
 
 def row_losses_and_grad_x(
-    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, hp: HyperParameters, strict: bool
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    backend: str,
+    hp: HyperParameters,
+    strict: bool,
+    pending: PendingGradient | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`row_losses`, differentiable in the weight alone, and beside them ∂l_i/∂x_i `[N, D]`, at least float32."""
-    outputs = _apply(embeddings.detach(), weight, target, backend, hp, True, strict, False)
+    outputs = _apply(embeddings.detach(), weight, target, backend, hp, True, strict, pending=pending)
     row_loss, _, _, row_stats, hardest_class, counts, row_grad_x, *_ = outputs
     return row_loss, row_stats, hardest_class, counts, row_grad_x
+
+
+def weight_without_rows(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    backend: str,
+    hp: HyperParameters,
+    pending: PendingGradient | None = None,
+) -> Tensor:
+    """A weight `[0, D]` whose gradient waits as that of `row_losses`: it has no rows, but an optimizer has to know that
+    there was a backward."""
+    pending = _where_to_wait(weight, pending)
+    if pending is None:
+        return weight
+    x = embeddings.detach()
+    return _LetWait.apply(
+        weight, pending, [WeightGradient(backend, hp, x, weight.detach(), target, x.new_zeros(len(x)), ())]
+    )
+
+
+def _where_to_wait(weight: Tensor, pending: PendingGradient | None) -> PendingGradient | None:
+    # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+        return None
+    return pending_of(weight) if pending is None else pending
 
 
 def _apply(
@@ -235,9 +267,10 @@ def _apply(
     hp: HyperParameters,
     need_x: bool,
     strict: bool,
-    sparse: bool,
+    sparse: bool = False,
     reduction: str = "none",
     labels: Labels | None = None,
+    pending: PendingGradient | None = None,
 ) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # PyTorch issue 193279: the compiler would differentiate what is in _RowLoss.forward, which gives zeros
@@ -246,8 +279,7 @@ def _apply(
             "the compiler there, or use autograd (loss.backward(), torch.autograd.grad) with it"
         )
     need_w = torch.is_grad_enabled() and weight.requires_grad
-    # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
-    pending = None if torch.compiler.is_compiling() or not need_w else pending_of(weight)
+    pending = _where_to_wait(weight, pending)
     found: list[WeightGradient] | None = None
     if pending is not None:
         found = []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .pending import let_wait, pending_of
+from .pending import pending_of, wait_no_longer
 
 
 def replace_parameter(
@@ -32,8 +32,8 @@ def replace_parameter(
     pending = pending_of(old)
     if pending is not None:
         pending.clear()
-        let_wait(old, None)
-        let_wait(new, pending)
+        wait_no_longer(old)
+        pending.watch(new)
     if old in optimizer.state:
         optimizer.state[new] = {
             name: grow(value) if isinstance(value, Tensor) and value.shape == old.shape else value

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import verify
 from .dispatch import BACKENDS
@@ -77,53 +76,66 @@ def class_ranges(classes: int, features: int, block: int) -> Iterator[tuple[int,
 
 
 class PendingGradient:
-    """The gradients of a weight that an optimizer has not taken yet, each with the weight's version at its backward."""
+    """The gradients of a weight that an optimizer has not taken yet, each with the weight's version at its backward.
 
-    def __init__(self) -> None:
-        self._waiting: list[tuple[WeightGradient, int]] = []
+    A weight that is spread over processes has two: operations on the `DTensor` count one, those on this process's rows
+    of it the other.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self._waiting: list[tuple[WeightGradient, tuple[int, int]]] = []
+        self.watch(weight)
+
+    def watch(self, weight: nn.Parameter) -> None:
+        """From now on, as long as somebody keeps this object, the gradients of `weight` wait here."""
+        self._weight = weight
+        _pending[id(weight)] = self
+        if type(weight) is nn.Parameter:
+            weight.__class__ = WatchedParameter
+
+    def _versions(self, gradient: WeightGradient) -> tuple[int, int]:
+        return self._weight._version, gradient.w._version
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, gradient: WeightGradient) -> None:
-        self._waiting.append((gradient, gradient.w._version))
+        self._waiting.append((gradient, self._versions(gradient)))
 
     def clear(self) -> None:
         self._waiting.clear()
 
     def scale(self, factor: float | Tensor) -> None:
         """Multiplies ∂w, which is linear in the upstream gradients."""
-        self._waiting = [(one._replace(grad_row=one.grad_row * factor), version) for one, version in self._waiting]
+        self._waiting = [(one._replace(grad_row=one.grad_row * factor), versions) for one, versions in self._waiting]
 
     def gradients(self) -> list[WeightGradient]:
         """Those that wait; raises where the weight was changed after their backward, as autograd does before it."""
-        for one, version in self._waiting:
-            if one.w._version != version:
+        for one, versions in self._waiting:
+            if self._versions(one) != versions:
                 raise RuntimeError(
                     "weight: modified by an in-place operation between backward() and step(), while its gradient "
-                    f"waited (version {one.w._version}, expected {version}); step or zero_grad the optimizer first"
+                    f"waited (versions {self._versions(one)}, expected {versions}); step or zero_grad it first"
                 )
         return [one for one, _ in self._waiting]
 
 
-# Beside the tensors, not on them: a copy or a pickle of a weight must not take what waits for it along.
-_pending: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# By id(weight). Beside the tensors, not on them: a copy or a pickle of a weight must not take what waits for it along.
+# No weak reference to a weight, with which torch.utils.swap_tensors, and so Module.to of a DTensor, would refuse it: a
+# PendingGradient keeps its weight alive, so that no other object has the id.
+_pending: weakref.WeakValueDictionary[int, PendingGradient] = weakref.WeakValueDictionary()
 
 
 def pending_of(weight: Tensor) -> PendingGradient | None:
     """Where the gradient of this tensor is to wait; None: it is a tensor like any other."""
-    reference = _pending.get(weight)
-    return None if reference is None else reference()
+    return _pending.get(id(weight))
 
 
-def let_wait(weight: Tensor, pending: PendingGradient | None) -> None:
-    """From now on, until `pending` is gone; None: no longer."""
-    if pending is None:
-        _pending.pop(weight, None)
-    else:
-        _pending[weight] = weakref.ref(pending)
-    if type(weight) in (nn.Parameter, WatchedParameter):
-        weight.__class__ = nn.Parameter if pending is None else WatchedParameter
+def wait_no_longer(weight: nn.Parameter) -> None:
+    """From now on the gradient of `weight` is made, as that of any tensor."""
+    _pending.pop(id(weight), None)
+    if type(weight) is WatchedParameter:
+        weight.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 _grad: Any = Tensor.grad  # the attribute of every tensor

@@ -76,6 +76,11 @@ def start_reduce(values: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> P
     return Pending(values, values, work)
 
 
+def start_maximum(cosines: Tensor, group: Group) -> Pending:
+    """The largest of every process's `cosines`, +inf where one is NaN: a library's own maximum may drop that."""
+    return start_reduce(cosines.nan_to_num(torch.inf, torch.inf, -torch.inf), group, dist.ReduceOp.MAX)
+
+
 class GradientOfRows:
     """The gradient of this process's embeddings, which arrives after the forward has ended.
 
@@ -85,20 +90,24 @@ class GradientOfRows:
 
     def __init__(self) -> None:
         self._pending: Pending | None = None
-        self._processes, self._counted = 1, torch.ones(())
+        self._processes = 1
+        self._divisor, self._ignored = torch.ones(()), torch.zeros(0, dtype=torch.bool)
 
-    def send(self, grad_x: Tensor, counted: Tensor, group: Group) -> None:
-        """Start the sum of `[P·n, D]`, the gradients of row losses of which `counted` are averaged."""
-        self._processes, self._counted = group_size(group), counted
+    def send(self, grad_x: Tensor, divisor: Tensor, ignored: Tensor, group: Group) -> None:
+        """Start the sum of `[P·n, D]`, the gradients of row losses whose sum is divided by `divisor`, 0-d. `ignored`
+        says which of this process's own rows, of which there may be fewer than n, count nowhere."""
+        self._processes, self._divisor, self._ignored = group_size(group), divisor, ignored
         self._pending = start_sum_and_scatter(grad_x, group)
 
     def take(self, upstream: Tensor) -> Tensor:
-        """`[n, D]`, multiplied by the number of processes, as DistributedDataParallel and FSDP2 divide the backbone's
-        gradients by it."""
+        """Of this process's own rows `[len(ignored), D]`, multiplied by the number of processes, as
+        DistributedDataParallel and FSDP2 divide the backbone's gradients by it."""
         assert self._pending is not None
         total = self._pending.wait()
         self._pending = Pending(total, total, None)  # a second backward finds the same
-        return total * (upstream * self._processes / self._counted)
+        factor = (upstream * self._processes / self._divisor).expand(len(self._ignored))
+        # 0 · NaN is NaN: an ignored row's zeros must not be multiplied by an upstream gradient that is not finite
+        return total[: len(factor)] * factor.masked_fill(self._ignored, 0).unsqueeze(1)
 
 
 class AttachRows(torch.autograd.Function):
@@ -117,7 +126,7 @@ class AttachRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (rows,) = ctx.saved_tensors
         with torch.no_grad():
-            grad_rows = ctx.arriving.take(grad)[: len(rows)].to(rows.dtype)  # the rest is padding
+            grad_rows = ctx.arriving.take(grad).to(rows.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             grad_rows = RaiseOnSecondBackward.apply(grad_rows, rows)
         return grad_rows, None, None

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import cosines, validation
 from ..summary import describe_rows
 from ..types import RowStats, SFaceRowStats
-from .collectives import Group, group_rank, group_size, start_gather, start_reduce
+from .collectives import Group, group_rank, group_size, start_gather, start_maximum, start_reduce
 from .shard import ShardRows, check_shard_tensors
 
 
@@ -68,7 +68,8 @@ def class_parallel_rows(rows: ShardRows, target: Tensor, mine: slice, group: Gro
     s = rows.stats
     sums = torch.stack([s.intra, s.inter, s.cos_target, s.cos_other_sum, s.dropped])  # [5, N]
     summing = start_reduce(sums, group)
-    hardest = start_reduce(s.hardest.clone(), group, dist.ReduceOp.MAX).wait()  # [N]
+    hardest = start_maximum(s.hardest, group).wait()  # [N]
+    hardest = hardest.masked_fill(hardest == torch.inf, torch.nan)
     last = torch.iinfo(torch.int64).max
     here = (s.hardest == hardest) & (rows.hardest_class >= 0)
     lowest = start_reduce(torch.where(here, rows.hardest_class, last), group, dist.ReduceOp.MIN).wait()  # [N]

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardedBy
@@ -17,7 +18,7 @@ from ..dispatch import check_name
 from ..growing import replace_parameter
 from ..loss import initial_std
 from ..ops import prepare_labels
-from ..pending import let_wait, pending_of
+from ..pending import PendingGradient, pending_of
 from ..types import DEFAULTS, SFaceRowStats, SFaceStats
 from .collectives import check_agreement, current_gpu, uses_nccl
 from .evaluation import class_parallel_topk
@@ -102,8 +103,6 @@ class ClassParallelSFaceLoss(nn.Module):
         self._options().check(in_features)
         check_name(backend)
         mesh, device = _mesh_and_device(mesh, process_group, device)
-        if sample_rate < 1:
-            self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=device))
         first, count = class_range(num_classes, mesh.size(), mesh.get_local_rank())
         local = torch.empty(count, in_features, device=device, dtype=dtype)
         shard = Shard(local, first, num_classes, mesh.get_group())
@@ -134,7 +133,7 @@ class ClassParallelSFaceLoss(nn.Module):
         The seed comes from rank 0's default generator, and the rows of a class depend on the seed and its number alone:
         the whole weight is the same whatever the number of processes.
         """
-        if self.sample_rate < 1:
+        if self._ensure_step_count():
             self.sample_step.zero_()
         assert isinstance(self.weight, DTensor)
         local = self.weight.to_local()
@@ -169,6 +168,7 @@ class ClassParallelSFaceLoss(nn.Module):
             replace_parameter(optimizer, old, new, grow)
         self.weight, self.num_classes = new, total
 
+    @_disable_dynamo  # torch.compiler.disable would import the compiler here
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, return_stats: bool | str = False
     ) -> Tensor | tuple[Tensor, SFaceStats | SFaceRowStats]:
@@ -177,9 +177,11 @@ class ClassParallelSFaceLoss(nn.Module):
         With `return_stats=True` (on every process or on none), (loss, SFaceStats) with the statistics of all rows; with
         "rows", (loss, SFaceRowStats) of this process's rows beside all classes.
         """
-        validation.check_return_stats(return_stats)
         sampling = self._next_sample()
-        shard = Shard(self._local_weight(sampling), self.class_range[0], self.num_classes, self._mesh.get_group())
+        # the gradient of copied rows goes through the copy, and does not wait
+        pending = None if sampling is not None or not self.weight.requires_grad else pending_of(self.weight)
+        weight, group = self._local_weight(pending), self._mesh.get_group()
+        shard = Shard(weight, self.class_range[0], self.num_classes, group, pending)
         return class_parallel_loss(
             embeddings,
             labels,
@@ -190,27 +192,28 @@ class ClassParallelSFaceLoss(nn.Module):
             sampling=sampling,
         )
 
-    def _local_weight(self, sampling: Sampling | None) -> Tensor:
-        """This process's rows. What waits for an optimizer is no gradient that could go through `to_local`; where there
-        are no rows, an empty one tells the optimizer that there was a backward."""
+    def _local_weight(self, pending: PendingGradient | None) -> Tensor:
+        """This process's rows. What waits for an optimizer is no gradient that could go through `to_local`."""
         assert isinstance(self.weight, DTensor)
-        pending = pending_of(self.weight)
-        if pending is None or sampling is not None or not self.weight.requires_grad or self.class_range[1] == 0:
+        if pending is None:
             return self.weight.to_local(grad_placements=[ShardedBy(0)])
-        detached = self.weight.detach()
-        assert isinstance(detached, DTensor)
-        local = detached.to_local().requires_grad_()
-        let_wait(local, pending)
-        return local
+        with torch.no_grad():  # an alias, with the version counter of the rows: autograd sees a step in between
+            local = self.weight.to_local()
+        return local.detach().requires_grad_()
 
     def _next_sample(self) -> Sampling | None:
         if not self.training or self.sample_rate == 1:
             return None
-        if "sample_step" not in self._buffers:  # the rate was lowered after the head was made
-            steps = torch.zeros((), dtype=torch.int64, device=self.weight.device)
-            self.register_buffer("sample_step", steps)
+        self._ensure_step_count()
         self.sample_step += 1
         return Sampling(self.sample_rate, self.sample_seed, int(self.sample_step))
+
+    def _ensure_step_count(self) -> bool:
+        """Make `sample_step` where the head samples, which it then keeps: `sample_rate` may change after the head was
+        made. Whether there is one."""
+        if self.sample_rate < 1 and "sample_step" not in self._buffers:
+            self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=self.weight.device))
+        return "sample_step" in self._buffers
 
     def _first_batch(self, embeddings: Tensor, shard: Shard) -> bool:
         """Without `uneven_batches`: compare the processes' first batches, and hold every later one to that."""
@@ -268,10 +271,10 @@ class ClassParallelSFaceLoss(nn.Module):
         The count of sampled steps may be missing, or be of no use here.
         """
         step = prefix + "sample_step"
-        if self.sample_rate == 1:
-            state_dict.pop(step, None)
-        else:
+        if self._ensure_step_count():
             state_dict.setdefault(step, self.sample_step)
+        else:
+            state_dict.pop(step, None)
         whole = state_dict.get(prefix + "weight")
         if isinstance(whole, Tensor) and not isinstance(whole, DTensor) and whole.shape == self.weight.shape:
             first, count = self.class_range

@@ -53,7 +53,8 @@ def fill_normal(rows: Tensor, first: int, std: float, seed: int) -> None:
     for stretch in range(first // ROWS_PER_SEED, -(-last // ROWS_PER_SEED)):
         start = stretch * ROWS_PER_SEED
         generator.manual_seed(derived_seed(seed, stretch))
-        drawn = torch.empty(ROWS_PER_SEED, rows.shape[1], device=rows.device).normal_(std=std, generator=generator)
+        drawn = torch.empty(ROWS_PER_SEED, rows.shape[1], dtype=torch.float32, device=rows.device)
+        drawn.normal_(std=std, generator=generator)
         low, high = max(first, start), min(last, start + ROWS_PER_SEED)
         rows[low - first : high - first] = drawn[low - start : high - start].to(rows.dtype)
 

@@ -10,13 +10,13 @@ import zlib
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import validation
 from ..dispatch import select
 from ..ops import compute_dtype, prepare_labels
+from ..pending import PendingGradient
 from ..types import IGNORED, Request, SFaceRowStats, SFaceStats
 from .collectives import (
     AttachRows,
@@ -26,11 +26,12 @@ from .collectives import (
     check_agreement,
     group_rank,
     start_gather,
+    start_maximum,
     start_reduce,
 )
 from .evaluation import class_parallel_rows
 from .sampling import Sampling, sample_classes, sampled_rows
-from .shard import ShardRows, check_shard_tensors, checks_labels, shard_rows
+from .shard import ShardRows, check_shard_tensors, shard_rows
 
 REDUCTIONS = ("mean", "sum")
 
@@ -69,6 +70,7 @@ class Shard(NamedTuple):
     first: int
     num_classes: int  # of all processes together
     group: Group
+    pending: PendingGradient | None = None  # where ∂w waits, if not in `pending_of(weight)`
 
     def settings(self, options: Options) -> dict[str, Any]:
         """What every process of the group must agree on."""
@@ -104,12 +106,12 @@ def class_parallel_loss(
     if exchange_sizes:
         count, need_x = _exchange_sizes(embeddings, labels, shard, options, return_stats)
     else:
+        validation.check_return_stats(return_stats)
         check_shard_tensors(embeddings, shard.weight, labels)
-        count, need_x = len(embeddings), embeddings.requires_grad
+        count, need_x = len(embeddings), _wants_gradient(embeddings)
     group, padding = shard.group, count - len(embeddings)
     arriving, attached = GradientOfRows(), None
-    need_x = need_x and torch.is_grad_enabled()
-    if need_x:
+    if need_x and torch.is_grad_enabled():
         # a process whose own rows want no gradient has a loss to differentiate all the same, as the others have
         own_rows = embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
         attached = AttachRows.apply(own_rows, arriving, compute_dtype(embeddings, shard.weight))
@@ -118,16 +120,17 @@ def class_parallel_loss(
     gathering_labels = start_gather(labels, group)
     gathering_rows = start_gather(rows_to_send, group)
 
-    labels, check = gathering_labels.wait(), checks_labels(embeddings)  # [N]
+    labels, check = gathering_labels.wait(), validation.checks_labels(embeddings.device)  # [N]
     first, held = shard.first, len(shard.weight)
     target = prepare_labels(labels, shard.num_classes, options.ignore_index, check, first, held)  # [N]
     counted = (target != IGNORED).sum().clamp_min(1)  # the same everywhere: all labels are here
     classes = None if sampling is None else sample_classes(shard.weight, target, sampling, first)
+    mine = slice(group_rank(group) * count, group_rank(group) * count + len(embeddings))
     x = gathering_rows.wait()  # [N, D]
     del gathering_rows, rows_to_send
     hp = options.hyperparameters(x.dtype, x.shape[1])
     if classes is None:
-        rows = shard_rows(x, shard.weight, target, hp, options.backend, first, need_x)
+        rows = shard_rows(x, shard.weight, target, hp, options.backend, first, need_x, shard.pending)
     else:
         rows = sampled_rows(x, classes, hp, options.backend, need_x)
 
@@ -138,11 +141,11 @@ def class_parallel_loss(
     summing = start_reduce(torch.cat([loss.detach().double().reshape(1), sums]), group)
     cosines = None
     if return_stats is True:
-        cosines = start_reduce(_target_and_hardest(rows, target), group, dist.ReduceOp.MAX)
+        cosines = start_maximum(_target_and_hardest(rows, target), group)
     if rows.grad_x is not None:
-        arriving.send(rows.grad_x, counted if options.reduction == "mean" else torch.ones_like(counted), group)
+        divisor = counted if options.reduction == "mean" else torch.ones_like(counted)
+        arriving.send(rows.grad_x, divisor, target[mine] == IGNORED, group)
     rows = rows._replace(grad_x=None)  # ∂x `[N, D]` is held until it has left, no longer
-    mine = slice(group_rank(group) * count, group_rank(group) * count + len(embeddings))
     row_stats = class_parallel_rows(rows, target, mine, group) if return_stats == "rows" else None
 
     total = summing.wait()
@@ -152,8 +155,12 @@ def class_parallel_loss(
     if cosines is None:
         return loss
     own, hardest = cosines.wait()  # [N], [N]
-    correct = ((own > hardest) & (target != IGNORED)).sum()
+    correct = ((own > hardest) & (own < torch.inf) & (target != IGNORED)).sum()
     return loss, _statistics(total[1:], correct, counted, shard.num_classes, loss.dtype)
+
+
+def _wants_gradient(embeddings: Tensor) -> bool:
+    return torch.is_grad_enabled() and embeddings.requires_grad
 
 
 def _exchange_sizes(
@@ -162,8 +169,10 @@ def _exchange_sizes(
     """(rows to pad to, whether any process wants ∂x); raises on every process what is wrong on one of them."""
     error: Exception | None = None
     try:
+        validation.check_return_stats(return_stats)
         check_shard_tensors(embeddings, shard.weight, labels)
-        prepare_labels(labels, shard.num_classes, options.ignore_index, checks_labels(embeddings))
+        check = validation.checks_labels(embeddings.device)
+        prepare_labels(labels, shard.num_classes, options.ignore_index, check)
         request = Request(embeddings.device, embeddings.dtype, shard.weight.dtype, embeddings.shape[1])
         select(options.backend, request)
     except (TypeError, ValueError, RuntimeError) as raised:
@@ -171,11 +180,11 @@ def _exchange_sizes(
     if shard.group is None:
         if error is not None:
             raise error
-        return len(embeddings), embeddings.requires_grad
+        return len(embeddings), _wants_gradient(embeddings)
     settings = {**shard.settings(options), "return_stats": return_stats}
     if error is None:
         dtype = validation.FLOAT_DTYPES.index(embeddings.dtype)
-        mine = [0, len(embeddings), embeddings.requires_grad, dtype, zlib.crc32(repr(settings).encode())]
+        mine = [0, len(embeddings), _wants_gradient(embeddings), dtype, zlib.crc32(repr(settings).encode())]
     else:
         mine = [1, 0, 0, 0, 0]
     everyone = start_gather(torch.tensor([mine], device=shard.weight.device), shard.group).wait().tolist()  # [P, 5]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import validation
-from ..autograd import row_losses, row_losses_and_grad_x
+from ..autograd import row_losses, row_losses_and_grad_x, weight_without_rows
 from ..dispatch import select
 from ..ops import prepare_labels
+from ..pending import PendingGradient
 from ..types import DEFAULTS, HyperParameters, Request, RowStats
 
 
@@ -78,7 +79,8 @@ def sface_shard_loss(
             f"first: expected a range of classes within [0, {num_classes}), got [{first}, {first + len(weight)})"
         )
     hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, embeddings.dtype, embeddings.shape[1])
-    target = prepare_labels(labels, num_classes, ignore_index, checks_labels(embeddings), first, len(weight))
+    check = validation.checks_labels(embeddings.device)
+    target = prepare_labels(labels, num_classes, ignore_index, check, first, len(weight))
     return shard_rows(embeddings, weight, target, hp, backend, first)
 
 
@@ -97,10 +99,6 @@ def check_shard_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> N
     validation.check_tensors(embeddings, weight if has_rows else weight.new_empty(1, weight.shape[1]), labels)
 
 
-def checks_labels(embeddings: Tensor) -> bool:
-    return validation.checks_labels(embeddings.device)
-
-
 def shard_rows(
     embeddings: Tensor,
     weight: Tensor,
@@ -109,18 +107,20 @@ def shard_rows(
     backend: str,
     first: int = 0,
     with_grad_x: bool = False,
+    pending: PendingGradient | None = None,
 ) -> ShardRows:
     """`sface_shard_loss` after its checks, with the targets of `ops.prepare_labels`.
 
-    With `with_grad_x` there is `grad_x`, and the loss is differentiable in the weight alone.
+    With `with_grad_x` there is `grad_x`, and the loss is differentiable in the weight alone, whose gradient waits in
+    `pending` where that is given.
     """
     chosen = select(backend, Request(embeddings.device, embeddings.dtype, weight.dtype, embeddings.shape[1]))
     if len(weight) == 0:
-        rows = _no_classes(embeddings, weight)
+        rows = _no_classes(embeddings, weight_without_rows(embeddings, weight, target, chosen, hp, pending))
         return rows._replace(grad_x=rows.loss.new_zeros(embeddings.shape)) if with_grad_x else rows
     losses = row_losses_and_grad_x if with_grad_x else row_losses
     row_loss, row_stats, hardest_class, counts, *grad_x = losses(
-        embeddings, weight, target, chosen, hp, backend != "auto"
+        embeddings, weight, target, chosen, hp, backend != "auto", pending
     )
     hardest_class = torch.where(hardest_class < 0, -1, hardest_class + first)
     return ShardRows(row_loss, RowStats(*row_stats.unbind(0)), hardest_class, counts, *grad_x)

@@ -13,9 +13,13 @@ load one's state into the other to change over at any step (`release()` before t
 - Clip by `max_norm`, or by `grad_norm()` and `scale_grad()` where the norm has to count other parameters too.
   `torch.nn.utils.clip_grad_norm_` sees no gradient; a weight that is a plain parameter warns it.
 - `GradScaler.step` works. `GradScaler.unscale_` has nothing to divide, and the step after it raises: leave it out.
-- Hooks on the weight's gradient are not called, as there is none.
-- Under torch.compile, with class sampling, or where the weight has other losses too, gradients come as `.grad`, dense;
-  the step counts them.
+- Hooks on the weight's gradient are not called, and `torch.autograd.grad` of the weight finds none: what its backward
+  came by waits all the same.
+- The gradient is made at the step, of the weight as it is then. An in-place operation in between makes the step raise;
+  writes that PyTorch does not count, to `weight.data` or to a NumPy array of it, must come after the step.
+- What waits is in no state dict: save after a step.
+- Of a compiled `SFaceLoss`, with class sampling, or where the weight has other losses too, gradients come as `.grad`,
+  dense; the step counts them.
 - On `native` the step is one C++ pass. Other backends, half weights and a `.grad` beside what waits go through ∂w in
   ranges of about 4 MiB and PyTorch's own update; `triton` screens each range again for it.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import itertools
 import warnings
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..loss import SFaceLoss
-from ..pending import PendingGradient, WeightGradient, class_ranges, gradient_of, let_wait, pending_of
+from ..pending import PendingGradient, WeightGradient, class_ranges, gradient_of, pending_of, wait_no_longer
 
 Bounds = tuple[int, int]
 
@@ -48,7 +49,7 @@ def native_arguments(gradients: list[WeightGradient]) -> tuple[list[Tensor], lis
     return list(itertools.chain(*saved)), list(itertools.chain(*(g.hp for g in gradients)))
 
 
-class HeadOptimizer(torch.optim.Optimizer):
+class HeadOptimizer(torch.optim.Optimizer, abc.ABC):
     """What both have in common. The torch.optim class beside it checks the arguments and keeps the state."""
 
     head: nn.Module
@@ -59,8 +60,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             raise ValueError(f"max_norm: expected None or a number > 0, got {max_norm!r}")
         self.head, self.max_norm = head, max_norm
         self._stand_in: Tensor | None = None
-        self._pending = PendingGradient()
-        let_wait(self.param_groups[0]["params"][0], self._pending)
+        self._pending = PendingGradient(self.param_groups[0]["params"][0])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "head": self.head, "max_norm": self.max_norm}
@@ -90,7 +90,17 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     @property
     def _rows(self) -> Tensor:
-        return local_rows(self._weight.detach())
+        return local_rows(self._weight).detach()
+
+    def _state_rows(self, name: str) -> Tensor:
+        """This process's rows of a state tensor; torch.optim's `load_state_dict` takes any."""
+        rows, expected = local_rows(self.state[self._weight][name]), self._rows.shape
+        if rows.shape != expected:
+            raise ValueError(
+                f"state_dict: expected {name} {list(expected)}, the rows that this process holds, got "
+                f"{list(rows.shape)}; load the state of other numbers of processes by torch.distributed.checkpoint"
+            )
+        return rows
 
     @property
     def _mesh(self) -> Any:
@@ -100,8 +110,16 @@ class HeadOptimizer(torch.optim.Optimizer):
     @property
     def _dense(self) -> Tensor | None:
         """The gradient that did not wait, of this process's rows."""
-        grad = gradient_of(self._weight)
-        return None if grad is None or grad is self._stand_in else local_rows(grad)
+        weight: Any = self._weight
+        grad: Any = gradient_of(weight)
+        if grad is None or grad is self._stand_in:
+            return None
+        placements = getattr(weight, "placements", None)
+        if getattr(grad, "placements", None) != placements:  # replicated, as that of weight[3].sum() is
+            grad = weight.grad = grad.redistribute(placements=placements)
+        if grad.is_sparse:  # of a compiled call with sparse_grad=True
+            grad = weight.grad = grad.to_dense()
+        return local_rows(grad)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -121,7 +139,9 @@ class HeadOptimizer(torch.optim.Optimizer):
                 return True
             row = self._rows.new_zeros(1, weight.shape[1]).masked_fill_(infinite > 0, torch.inf)
             place = torch.zeros(1, 1, dtype=torch.int64, device=row.device)
-            self._stand_in = torch.sparse_coo_tensor(place, row, weight.shape, is_coalesced=True)
+            self._stand_in = torch.sparse_coo_tensor(
+                place, row, weight.shape, is_coalesced=True, check_invariants=False
+            )
             weight.grad = self._stand_in
         return True
 
@@ -144,7 +164,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         weight = self._weight
         if self._pending:
             raise RuntimeError("release: a gradient waits; step() or zero_grad() first")
-        let_wait(weight, None)
+        wait_no_longer(weight)
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
@@ -198,26 +218,28 @@ class HeadOptimizer(torch.optim.Optimizer):
                 "GradScaler.unscale_: it divides .grad, and this gradient waits elsewhere; leave unscale_ out for this "
                 "optimizer, whose step divides by the scale, and clip by max_norm"
             )
-        idle = not self._pending and self._dense is None
-        if not idle and not (found_inf is not None and bool(found_inf)):
+        if found_inf is None or not bool(found_inf):
             if scaled is not None:
                 self.scale_grad(scaled.reciprocal())
-            if self.max_norm is not None:
+            if self.max_norm is not None:  # every process of a mesh takes part, with a gradient or without
                 self.scale_grad((self.max_norm / (self.grad_norm() + 1e-6)).clamp_max(1))
-            self._move(self.param_groups[0], self._pending.gradients())
-            if self._mesh is not None:  # what moved is inside of it
-                torch.autograd.graph.increment_version(self._weight)
+            if self._pending or self._dense is not None:
+                self._move(self.param_groups[0], self._pending.gradients())
+                if self._mesh is not None:  # what moved is inside of it
+                    torch.autograd.graph.increment_version(self._weight)
         self._pending.clear()
 
     def _goes_native(self, gradients: list[WeightGradient], *moved: Tensor) -> bool:
-        """Whether the C++ operators take these gradients and move these tensors, the weight and its state."""
+        """Whether the C++ operators take these gradients and move these tensors, the weight and its state. The
+        gradients must be of these very rows, as they are made of them: `weight.data = …` may have exchanged them."""
         return (
             len(gradients) > 0
             and self._dense is None
-            and all(one.backend == "native" for one in gradients)
+            and moved[0].numel() > 0
+            and all(one.backend == "native" and one.w.data_ptr() == moved[0].data_ptr() for one in gradients)
             and all(t.dtype == torch.float32 and t.is_contiguous() for t in moved)
         )
 
+    @abc.abstractmethod
     def _move(self, group: dict[str, Any], gradients: list[WeightGradient]) -> None:
-        """Move weight and state by the optimizer's own rule; each subclass has one."""
-        raise NotImplementedError
+        """Move weight and state by the optimizer's own rule."""

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from ..pending import WeightGradient
-from .base import HeadOptimizer, local_rows, native_arguments, weight_of
+from .base import HeadOptimizer, native_arguments, weight_of
 
 
 class HeadSGD(HeadOptimizer, torch.optim.SGD):  # type: ignore[override]
@@ -49,7 +49,7 @@ class HeadSGD(HeadOptimizer, torch.optim.SGD):  # type: ignore[override]
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(weight)
                 dampening = 0  # the first gradient becomes the buffer
-            buffer = local_rows(state["momentum_buffer"])
+            buffer = self._state_rows("momentum_buffer")
         rule: dict[str, Any] = {
             "lr": float(group["lr"]),
             "momentum": float(group["momentum"]),
@@ -104,7 +104,7 @@ class HeadAdamW(HeadOptimizer, torch.optim.AdamW):  # type: ignore[override]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-        mean, square = local_rows(state["exp_avg"]), local_rows(state["exp_avg_sq"])
+        mean, square = self._state_rows("exp_avg"), self._state_rows("exp_avg_sq")
         rule: dict[str, Any] = {
             "lr": float(group["lr"]),
             "beta1": float(group["betas"][0]),

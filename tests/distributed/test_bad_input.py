@@ -50,6 +50,8 @@ def later_disagreements():
     head.b = 1.1
     with pytest.raises(ValueError, match=r"^return_stats: expected the same on every process, got False on rank 0"):
         head(x, labels, return_stats=last)
+    with pytest.raises((ValueError, RuntimeError), match="return_stats: exp" if last else "raised an error"):
+        head(x, labels, return_stats="row" if last else "rows")
     head.backend = "fast" if last else head.backend
     with pytest.raises(ValueError if last else RuntimeError, match="backend: exp" if last else "raised an error"):
         head(x, labels)

@@ -65,6 +65,26 @@ def test_row_statistics(pool, processes):
                     assert [c for found in results for c in found][:2] == [11, 40]
 
 
+def rows_beside_a_class_that_is_not_a_number():
+    """One shard's NaN is everybody's."""
+    batch = split("uneven", (23, 9, 16), f64)
+    batch.w[8] = torch.nan
+    head, theirs = make_head(batch.w), single(batch.w)
+    x, labels = batch.x[batch.mine], batch.labels[batch.mine]
+    _, rows = head(x, labels, return_stats="rows")
+    _, whole = theirs(batch.x, batch.labels, return_stats="rows")
+    assert whole.cos_hardest.isnan().any()
+    for name in rows._fields:
+        torch.testing.assert_close(getattr(rows, name), getattr(whole, name)[batch.mine], equal_nan=True)
+    accuracy = [of(*rows, return_stats=True)[1].accuracy for of, rows in ((head, (x, labels)), (theirs, batch[:3:2]))]
+    assert torch.equal(*accuracy)
+
+
+def test_not_a_number(pool):
+    for processes in (2, 3):
+        pool.run(processes, rows_beside_a_class_that_is_not_a_number)
+
+
 def refusals():
     batch = split("even", (24, 9, 16), f64)
     head, (x, labels) = make_head(batch.w), (batch.x[batch.mine], batch.labels[batch.mine])

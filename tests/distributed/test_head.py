@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from sface_kernels import SFaceLoss
 from sface_kernels.distributed import ClassParallelSFaceLoss, collectives
-from sface_kernels.distributed.layout import class_range
+from sface_kernels.distributed.layout import class_range, fill_normal
 from tests.distributed.batches import OPTIONS, assert_near, make_head, one_process, single, split
 from tests.support.cases import bf16, f16, f32, f64
 
@@ -146,6 +146,18 @@ def test_initial_weight(pool):
     assert len(whole[0].unique(dim=0)) == classes
 
 
+def test_initial_rows_whatever_the_default_dtype():
+    drawn = []
+    for dtype in (f32, f64):
+        torch.set_default_dtype(dtype)
+        try:
+            drawn.append(torch.empty(3, 4, dtype=f64))
+            fill_normal(drawn[-1], 4095, 1.0, 7)
+        finally:
+            torch.set_default_dtype(f32)
+    assert torch.equal(*drawn)
+
+
 def initial_with(std):
     head = ClassParallelSFaceLoss(8, 1001, init_std=std)
     head.add_classes(1000)
@@ -195,6 +207,40 @@ def test_subsets_of_gradients(pool):
         for weight in (True, False):
             pool.run(4, requires_grad, embeddings_everywhere, weight)
     pool.run(4, frozen_backbone)
+
+
+def upstream_gradient_that_is_not_finite():
+    """Ignored rows keep a gradient of 0, as those of `SFaceLoss` do."""
+    batch = split("uneven", (23, 9, 16), f64)
+    head, x = make_head(batch.w), batch.x[batch.mine].clone().requires_grad_()
+    whole, whole_x = single(batch.w), batch.x.clone().requires_grad_()
+    (head(x, batch.labels[batch.mine]) * torch.inf).backward()
+    (whole(whole_x, batch.labels) * torch.inf).backward()
+    assert torch.equal(x.grad.isnan(), whole_x.grad.isnan()[batch.mine])
+    assert not x.grad[batch.labels[batch.mine] == -100].any()
+
+
+def test_ignored_rows_beside_an_infinite_gradient(pool):
+    pool.run(3, upstream_gradient_that_is_not_finite)
+
+
+def one_process_without_gradients():
+    """What it sends is what the others expect."""
+    batch = split("even", (24, 9, 16), f64)
+    theirs, head = one_process(batch), make_head(batch.w)
+    for _ in range(2):
+        x = batch.x[batch.mine].clone().requires_grad_()
+        with torch.set_grad_enabled(dist.get_rank() == 0):
+            loss = head(x, batch.labels[batch.mine])
+        torch.testing.assert_close(loss, theirs.loss)
+        if loss.requires_grad:
+            loss.backward()
+            torch.testing.assert_close(x.grad, theirs.grad_x[batch.mine] * dist.get_world_size())
+    assert loss.requires_grad == (dist.get_rank() == 0)
+
+
+def test_one_process_without_gradients(pool):
+    pool.run(2, one_process_without_gradients)
 
 
 def backward_again():

@@ -198,6 +198,28 @@ def test_state(pool, tmp_path):
     pool.run(2, state_with_and_without, tmp_path)
 
 
+def rate_changes():
+    """After the head was made: it counts from when it first samples, and what it counted stays in its state."""
+    head = make_sampled()
+    head(torch.randn(2, D), torch.arange(2))
+    head.sample_rate = 1.0
+    state = copy.deepcopy(head.state_dict())
+    head.load_state_dict(state)
+    assert int(head.sample_step) == 1
+    for change in (lambda h: h.load_state_dict(state), lambda h: h.reset_parameters(), lambda h: None):
+        later = make_sampled(sample_rate=1.0)
+        later.sample_rate = 0.3
+        change(later)
+        later(torch.randn(2, D), torch.arange(2))
+        assert int(later.sample_step) in (1, 2)
+    later.load_state_dict(state)
+    assert int(later.sample_step) == 1
+
+
+def test_a_rate_that_changes(pool):
+    pool.run(2, rate_changes)
+
+
 def resumed_partial_fc():
     """insightface's state has the weight alone; its trainer keeps `global_step`."""
     head = PartialFCSFace(D, 101, 0.3, filter_eps=0.0)

@@ -15,7 +15,7 @@ from torch import nn
 from sface_kernels import sface_loss
 from sface_kernels.compat.official import SFaceLoss as OfficialHead
 from sface_kernels.optim import HeadAdamW, HeadSGD
-from tests.optim.trainings import OPTIONS, RULES, SHAPE, batch, make_head, train, waiting
+from tests.optim.trainings import OPTIONS, RULES, SHAPE, batch, make, make_head, train, waiting
 from tests.support.problems import trained_problem
 
 
@@ -143,6 +143,46 @@ class TestChanges:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             second.backward()
 
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("backend", ["native", "chunked"])
+    def test_exchanged(self, problem, rule, backend):
+        """`weight.data = …` after the backward: as in torch.optim, the gradient is that of the weight of before."""
+        results = []
+        for ours in (True, False):
+            head, optimizer = make(problem, rule, ours, {}, backend=backend)
+            head(*batch(problem, 0)).backward()
+            head.weight.data = problem.w.flip(0)
+            optimizer.step()
+            results.append(head.weight.detach())
+        torch.testing.assert_close(*results)
+        assert not torch.equal(results[0], problem.w.flip(0))
+
+    @pytest.mark.parametrize("backend", ["native", "chunked"])
+    def test_a_state_of_other_classes(self, problem, backend):
+        _, larger = waiting(problem._replace(w=problem.w.repeat(2, 1)))
+        larger.step()
+        head = make_head(problem, backend=backend)
+        optimizer = HeadSGD(head, **OPTIONS["SGD"])
+        optimizer.load_state_dict(larger.state_dict())
+        head(*batch(problem, 0)).backward()
+        with pytest.raises(ValueError, match=r"state_dict: expected momentum_buffer \[205, 17\], .* got \[410, 17\]"):
+            optimizer.step()
+
+    def test_another_dtype_by_swapped_tensors(self, problem):
+        head, optimizer = waiting(problem)
+        optimizer.step()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            head.double()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        before = head.weight.detach().clone()
+        x, labels = batch(problem, 1)
+        head(x.double(), labels).backward()
+        assert len(optimizer._pending) == 1
+        optimizer.step()
+        assert before.dtype == torch.float64 and not torch.equal(head.weight, before)
+
     def test_more_classes(self, problem):
         head, optimizer = waiting(problem)
         optimizer.step()
@@ -222,6 +262,17 @@ class TestSurroundings:
         torch.testing.assert_close(head.weight.grad, twin.weight.grad)
         optimizer.step()
         assert not torch.equal(head.weight, problem.w)
+
+    def test_a_sparse_gradient_is_taken(self, problem):
+        """As a compiled call with `sparse_grad=True` leaves it."""
+        results = []
+        for gradient in (torch.eye(*problem.w.shape), torch.eye(*problem.w.shape).to_sparse()):
+            head = make_head(problem)
+            optimizer = HeadSGD(head, lr=0.1)
+            head.weight.grad = gradient
+            optimizer.step()
+            results.append(head.weight.detach())
+        assert torch.equal(*results) and not torch.equal(results[0], problem.w)
 
     def test_the_published_interface(self, problem):
         head = OfficialHead(SHAPE[2], SHAPE[1], device_id=None)
