@@ -115,7 +115,7 @@ _pending: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def pending_of(weight: Tensor) -> PendingGradient | None:
     """Where the gradient of this tensor is to wait; None: it is a tensor like any other."""
-    reference = _pending.get(weight)
+    reference = _pending.get(weight) if len(_pending) else None  # hashing a tensor takes microseconds
     return None if reference is None else reference()
 
 

@@ -115,50 +115,6 @@ class TestAvailability:
         assert device.gpu_of(torch.device("cuda")) == ("sm_80", 108)
 
 
-class TestPrecision:
-    """PyTorch has two switches for TF32, and asking the older one raises where the newer was set."""
-
-    @pytest.fixture(autouse=True)
-    def _restored(self):
-        backends = torch.backends
-        holders = backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv
-        before = [holder.fp32_precision for holder in holders]
-        yield
-        for holder, value in zip(holders, before, strict=True):
-            holder.fp32_precision = value
-
-    @pytest.mark.parametrize(
-        "switch, value, expected",
-        [
-            (None, None, "split"),
-            ("cuda.matmul", "tf32", "tf32"),
-            ("cuda.matmul", "ieee", "split"),
-            ("", "tf32", "tf32"),
-            ("cudnn", "tf32", "tf32"),  # which is the switch of all of CUDA
-            ("cudnn.conv", "tf32", "split"),
-        ],
-    )
-    @needs_triton
-    def test_newer_switch(self, switch, value, expected):
-        from sface_kernels.backends.triton.launch import precision
-
-        if switch is not None:
-            holder = torch.backends
-            for name in filter(None, switch.split(".")):
-                holder = getattr(holder, name)
-            holder.fp32_precision = value
-        assert precision(f32, "sm_90") == expected
-        assert precision(f32, "gfx942") == "ieee" and precision(bf16, "sm_90") == "half"
-
-    @pytest.mark.parametrize("value, expected", [("highest", "split"), ("high", "tf32"), ("medium", "tf32")])
-    @needs_triton
-    def test_older_switch(self, value, expected):
-        from sface_kernels.backends.triton.launch import precision
-
-        torch.set_float32_matmul_precision(value)
-        assert precision(f32, "sm_90") == expected
-
-
 @pytest.mark.parametrize("multiprocessors", [108, 132, 148, 188])
 @pytest.mark.parametrize("samples", [1, 128, 512, 1024, 2048, 20_480, 100_000])
 def test_a_gpu_is_busy_to_the_end(samples, multiprocessors):

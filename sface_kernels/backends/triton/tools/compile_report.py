@@ -9,11 +9,10 @@ them instead), with the specialisations that Triton would choose. Not to be used
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import json
 import multiprocessing
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,10 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ....precision import kept
 from ....types import HyperParameters
-from .. import launch_backward, launch_forward
-from ..buffers import Saved, allocate
+from .. import sequence
 from ..device import MULTIPROCESSORS, pretend
 from . import machine_code
 
@@ -61,27 +58,17 @@ TYPES = {
 }
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 LARGE = (1024, 1_000_000, 512)  # samples, classes, features
-# (shape, dtype, weight's dtype, float32 matmul precision). The two widths of a product's operands, which choose the
-# tiles, at the size that counts.
-FEW_CASES = [(LARGE, bf16, f32, "highest"), (LARGE, f32, f32, "highest")]
-# The other dtypes and precisions, and the shapes that choose other tiles and blocks; 100 features leave remainders.
+# (shape, dtype, weight's dtype). The two widths of a product's operands, which choose the tiles, at a size that counts.
+FEW_CASES = [(LARGE, bf16, f32), (LARGE, f32, f32)]
+# The other dtypes, and the shapes that choose other tiles and blocks; 100 features leave remainders.
+SHAPES = (512, 85_742, 128), (32, 10_575, 1024), (100, 1009, 100)
 CASES = [
     *FEW_CASES,
-    (LARGE, f32, f32, "high"),
-    (LARGE, bf16, bf16, "highest"),
-    (LARGE, f16, f16, "highest"),
-    *(
-        (shape, dtype, f32, "highest")
-        for shape in ((512, 85_742, 128), (32, 10_575, 1024), (100, 1009, 100))
-        for dtype in (bf16, f32)
-    ),
+    (LARGE, bf16, bf16),
+    (LARGE, f16, f16),
+    *((s, dtype, f32) for s in SHAPES for dtype in (bf16, f32)),
 ]
 MODES = [(False, True), (True, True), (True, False)]  # (dense, whether ∂x is asked for)
-
-
-def names() -> list[str]:
-    """Targets that can be asked for."""
-    return list(TARGETS)
 
 
 def recorded(
@@ -102,24 +89,18 @@ def recorded(
     capability = TARGETS[target].capability
     hip = None if capability else str(TARGETS[target].gpu.arch)
     with pretend(capability, hip, run=lambda kernel, grid, arguments: taken.append((kernel, arguments))):
-        result = allocate(x, w, need_x, True, dense, MULTIPROCESSORS)
-        launch_forward.forward(x, w, y, hp, dense, MULTIPROCESSORS, result)
-        launch_backward.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, Saved(*result.saved))
+        outputs = sequence.forward(x, w, y, hp, need_x, True, dense, MULTIPROCESSORS)
+        sequence.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, list(outputs[5:-2]))
     return taken
 
 
 def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """(kernel, arguments, which call it came from) of forwards and backwards in every mode."""
-    for shape, dtype, weight_dtype, precision in CASES if every else FEW_CASES:
-        taken = []
-        with kept():
-            torch.set_float32_matmul_precision(precision)
-            for dense, need_x in MODES:
-                eps = 2.0**-24 if dtype == f32 else 2.0**-16  # the defaults: screens in fp16, and in int8
-                hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else eps)
-                taken += recorded(target, shape, dtype, weight_dtype, hp, dense, need_x)
+    for (shape, dtype, weight_dtype), (dense, need_x) in itertools.product(CASES if every else FEW_CASES, MODES):
+        eps = 2.0**-24 if dtype == f32 else 2.0**-16  # the defaults: screens in fp16, and in int8
+        hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else eps)
         short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
-        for kernel, arguments in taken:
+        for kernel, arguments in recorded(target, shape, dtype, weight_dtype, hp, dense, need_x):
             yield kernel, arguments, f"{short} D={shape[2]}"
 
 
@@ -133,7 +114,7 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, 
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
         looks = not parameter.do_not_specialize
-        if name.isupper() or (looks and type(value) is int and value == 1):
+        if name.isupper() or value is None or (looks and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, TensorDescriptor):
@@ -158,15 +139,6 @@ def distinct(launches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return list(found.values())
 
 
-@functools.cache
-def _disassembler() -> str:
-    packaged = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = str(packaged) if packaged.exists() else shutil.which("cuobjdump")
-    if tool is None:
-        raise RuntimeError("cuobjdump is neither in the Triton package nor on PATH: machine code cannot be read")
-    return tool
-
-
 def _machine_code(compiled: Any) -> tuple[str, int]:
     """The disassembly, and the registers of a thread."""
     if "amdgcn" in compiled.asm:
@@ -176,9 +148,9 @@ def _machine_code(compiled: Any) -> tuple[str, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-            listing = run([_disassembler(), "-sass", file.name]).stdout
-            registers = re.search(r"REG:(\d+)", run([_disassembler(), "-res-usage", file.name]).stdout)
+            tool = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+            listing = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+            registers = re.search(r"REG:(\d+)", listing)
     if registers is None:
         raise RuntimeError("the disassembly does not say how many registers the kernel takes")
     return listing, int(registers[1])
@@ -226,9 +198,7 @@ def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, A
         problems.append(f"{len(narrow)} strides are multiplied in 32 bits: {narrow[0]}")
     if row["spills_in_products"]:
         problems.append(f"{row['spills_in_products']} spills in the loop of a product")
-    # AMD's matrix cores have fp32 products, NVIDIA's have none of that precision
-    exact = arguments.get("PRECISION") == "ieee" and gpu.backend == "cuda"
-    if "BLOCK_K" in arguments and not exact and not row["tensor_core_instructions"]:
+    if "BLOCK_K" in arguments and not row["tensor_core_instructions"]:
         problems.append("no tensor-core instruction")
     row["problem"] = "; ".join(problems) or None
     return row
@@ -236,7 +206,7 @@ def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, A
 
 def variant(arguments: dict[str, Any], call: str) -> str:
     flags = [name.lower() for name, value in arguments.items() if name.isupper() and value is True]
-    return ", ".join([call, *flags, *([arguments["PRECISION"]] if "PRECISION" in arguments else [])])
+    return ", ".join([call, *flags])
 
 
 def _part(task: tuple[str, bool, int, int]) -> list[tuple[int, dict[str, Any]]]:
@@ -249,7 +219,7 @@ def _part(task: tuple[str, bool, int, int]) -> list[tuple[int, dict[str, Any]]]:
 
 
 def compile_table(target: str, every: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
-    """One row per distinct kernel that a call would launch on `target`, an entry of `names()`.
+    """One row per distinct kernel that a call would launch on `target`, an entry of TARGETS.
 
     Keys: kernel, variant, registers, spills (local-memory instructions), spills_in_products (those in a loop of a
     product), shared_bytes, tensor_core_instructions, instructions, epilogue_per_element (instructions that a thread
@@ -260,7 +230,7 @@ def compile_table(target: str, every: bool = False, jobs: int = 1) -> list[dict[
     at the same time.
     """
     if target not in TARGETS:
-        raise ValueError(f"target: expected one of {names()}, got {target!r}")
+        raise ValueError(f"target: expected one of {list(TARGETS)}, got {target!r}")
     if jobs == 1:
         rows = _part((target, every, 0, 1))
     else:
