@@ -26,6 +26,7 @@ from .tiles import GRANULE
 
 # Products and sums fuse, as the kernels are written and counted for; Triton 3.10 means to switch it off by default.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # the compiler's, among a kernel's own arguments
 # Triton before 3.6 spills under the limit that makes room for two programs.
 LIMITS_REGISTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 SUM_PLANES = 4  # per sample: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
@@ -85,6 +86,10 @@ class Kind:
             "num_warps": tiles.ROW_WARPS,
         }
         self.own = own  # arguments of one kernel, by its name, and the compiler's options for it
+        self.options = {
+            kernel: {**COMPILE_OPTIONS, **{name: values[name] for name in OPTIONS if name in values}}
+            for kernel, values in own.items()
+        }
         self.arguments: dict[str, Any] = {  # of all kernels
             **dict(zip(("x_stride_n", "x_stride_d", "w_stride_c", "w_stride_d"), sum(strides, ()), strict=True)),
             **{name: value if abs(value) >= SMALLEST else 0.0 for name, value in hp._asdict().items()},
@@ -176,15 +181,14 @@ class Call:
 
     def launch(self, kernel: Any, *grid: int, **arguments: Any) -> None:
         """Launches with what `kernel` takes, by name; what its mode does not look at is None."""
-        own = self.kind.own[kernel.fn.__name__]
-        given = {**self.arguments, **own, **arguments}
+        name = kernel.fn.__name__
+        given, options = {**self.arguments, **self.kind.own[name], **arguments}, self.kind.options[name]
         taken = dict(zip(kernel.arg_names, map(given.get, kernel.arg_names)))  # noqa: B905, the same twice
-        options = {name: own[name] for name in ("num_warps", "num_stages", "maxnreg") if name in own}
         pretended = pretence()
         if pretended is not None and pretended.run is not None:
-            pretended.run(kernel, grid, {**COMPILE_OPTIONS, **options, **taken})
+            pretended.run(kernel, grid, {**options, **taken})
         else:
-            kernel[grid](**COMPILE_OPTIONS, **options, **taken)
+            kernel[grid](**taken, **options)
 
     def unit_rows(self, stripes: int) -> int:
         """Room for those of all samples and of a chunk of classes, whose size it returns, in whole blocks."""

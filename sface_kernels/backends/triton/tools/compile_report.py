@@ -2,13 +2,14 @@
 
     python -m sface_kernels.backends.triton.tools.compile_report --targets sm_90 --every --jobs 2
 
-Runs the launch code on tensors without memory and compiles every launch that it would make (`launch.pretend` records
+Runs the launch code on tensors without memory and compiles every launch that it would make (`device.pretend` records
 them instead), with the specialisations that Triton would choose. Not to be used with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -156,66 +157,49 @@ def _machine_code(compiled: Any) -> tuple[str, int]:
     return listing, int(registers[1])
 
 
-def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, Any]:
+def _compile(kernel: Any, arguments: dict[str, Any], call: str, target: str) -> dict[str, Any]:
     gpu, _, shared_limit = TARGETS[target]
-    name = kernel.fn.__name__
+    flags = [name.lower() for name, value in arguments.items() if name.isupper() and value is True]
+    row: dict[str, Any] = {"kernel": kernel.fn.__name__, "variant": ", ".join([call, *flags])}
     source, options = specialised(kernel, arguments)
     try:
         compiled = triton.compile(source, target=gpu, options=options)
     except Exception as error:  # a compiler crash is a finding, not a failure of this program
-        text = str(error).strip().splitlines()
-        return {
-            "kernel": name,
-            "problem": f"does not compile: {type(error).__name__}: {text[-1] if text else ''}"[:200],
-        }
+        last = (str(error).strip().splitlines() or [""])[-1]
+        return {**row, "problem": f"does not compile: {type(error).__name__}: {last}"[:200]}
     listing, registers = _machine_code(compiled)
     code = machine_code.parse(listing)
-    row: dict[str, Any] = {
-        "kernel": name,
-        "registers": registers,
-        "spills": machine_code.count(code, machine_code.LOCAL_MEMORY),
-        "spills_in_products": machine_code.count_in_product_loops(code, machine_code.LOCAL_MEMORY),
-        "shared_bytes": compiled.metadata.shared,
-        "tensor_core_instructions": machine_code.count(code, machine_code.TENSOR_CORES),
-        "instructions": len(code),
-        "epilogue_per_element": None,
-    }
     epilogue = machine_code.epilogue(code)
     if epilogue is not None:
-        threads = compiled.metadata.num_warps * gpu.warp_size
-        row["epilogue_per_element"] = round(epilogue * threads / (arguments["BLOCK_N"] * arguments["BLOCK_C"]), 1)
-    problems = []
-    if row["shared_bytes"] > shared_limit:
-        problems.append(f"{row['shared_bytes']} B of shared memory, the target has {shared_limit}")
-    columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    if columns > TENSOR_MEMORY:
-        problems.append(f"{columns} columns of tensor memory, the target has {TENSOR_MEMORY}")
-    if fp64 := machine_code.count(code, machine_code.FP64):
-        problems.append(f"{fp64} fp64 instructions")
-    if residues := machine_code.rounding_residues(compiled.asm.get("ptx", "")):
-        problems.append(f"{len(residues)} differences of a product and itself are fused: {residues[0]}")
-    if narrow := machine_code.narrow_strides(compiled.asm.get("ttir", "")):
-        problems.append(f"{len(narrow)} strides are multiplied in 32 bits: {narrow[0]}")
-    if row["spills_in_products"]:
-        problems.append(f"{row['spills_in_products']} spills in the loop of a product")
-    if "BLOCK_K" in arguments and not row["tensor_core_instructions"]:
-        problems.append("no tensor-core instruction")
-    row["problem"] = "; ".join(problems) or None
-    return row
+        held = arguments["BLOCK_N"] * arguments["BLOCK_C"] / (compiled.metadata.num_warps * gpu.warp_size)
+        epilogue = round(epilogue / held, 1)
+    shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    spilling, products = (machine_code.count(code, p) for p in (machine_code.LOCAL_MEMORY, machine_code.TENSOR_CORES))
+    in_products = machine_code.count_in_product_loops(code, machine_code.LOCAL_MEMORY)
+    fp64 = machine_code.count(code, machine_code.FP64)
+    residues = machine_code.rounding_residues(compiled.asm.get("ptx", ""))
+    narrow = machine_code.narrow_strides(compiled.asm.get("ttir", ""))
+    problems = (
+        (shared > shared_limit, f"{shared} B of shared memory, the target has {shared_limit}"),
+        (columns > TENSOR_MEMORY, f"{columns} columns of tensor memory, the target has {TENSOR_MEMORY}"),
+        (fp64, f"{fp64} fp64 instructions"),
+        (residues, f"{len(residues)} differences of a product and itself are fused: {residues[:1]}"),
+        (narrow, f"{len(narrow)} strides are multiplied in 32 bits: {narrow[:1]}"),
+        (in_products, f"{in_products} spills in the loop of a product"),
+        ("BLOCK_K" in arguments and not products, "no tensor-core instruction"),
+    )
+    found = registers, spilling, in_products, shared, products, len(code), epilogue
+    row |= dict(zip(MEASURED, found, strict=True))
+    return {**row, "problem": "; ".join(text for is_one, text in problems if is_one) or None}
 
 
-def variant(arguments: dict[str, Any], call: str) -> str:
-    flags = [name.lower() for name, value in arguments.items() if name.isupper() and value is True]
-    return ", ".join([call, *flags])
+@functools.cache
+def _found(target: str, every: bool) -> list[tuple[Any, ...]]:
+    return distinct(_launches(target, every))
 
 
-def _part(task: tuple[str, bool, int, int]) -> list[tuple[int, dict[str, Any]]]:
-    target, every, first, step = task
-    found = list(enumerate(distinct(_launches(target, every))))[first::step]
-    return [
-        (at, {**_compile(kernel, given, target), "variant": variant(given, call)})
-        for at, (kernel, given, call) in found
-    ]
+def _row(target: str, every: bool, number: int) -> dict[str, Any]:
+    return _compile(*_found(target, every)[number], target)
 
 
 def compile_table(target: str, every: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
@@ -231,20 +215,14 @@ def compile_table(target: str, every: bool = False, jobs: int = 1) -> list[dict[
     """
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {list(TARGETS)}, got {target!r}")
+    row, numbers = functools.partial(_row, target, every), range(len(_found(target, every)))
     if jobs == 1:
-        rows = _part((target, every, 0, 1))
-    else:
-        # small parts, as the kernels of a size differ in what they take to compile
-        parts = 4 * jobs
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            tasks = [(target, every, first, parts) for first in range(parts)]
-            rows = [row for part in pool.imap_unordered(_part, tasks) for row in part]
-    return [row for _, row in sorted(rows, key=lambda row: row[0])]
+        return list(map(row, numbers))
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return pool.map(row, numbers, chunksize=1)
 
 
-COLUMNS = {
-    "kernel": "kernel",
-    "variant": "variant",
+MEASURED = {
     "registers": "registers",
     "spills": "spills",
     "spills_in_products": "in product loops",
@@ -253,6 +231,7 @@ COLUMNS = {
     "instructions": "instructions",
     "epilogue_per_element": "epilogue, per element",
 }
+COLUMNS = {"kernel": "kernel", "variant": "variant", **MEASURED}
 BEGIN, END = "<!-- compile table: written by a command, see above -->", "<!-- end of the compile table -->"
 
 
