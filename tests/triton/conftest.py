@@ -25,12 +25,12 @@ def _kinds_are_forgotten():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every buffer that a launch gets starts as NaN (or a wild integer): what is not written shows."""
-    before = buffers.fresh
+    before = buffers.empty
 
-    def fresh(t: torch.Tensor) -> torch.Tensor:
-        return before(t.fill_(torch.nan if t.dtype.is_floating_point else torch.iinfo(t.dtype).max >> 1))
+    def filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return before(shape, dtype, device).fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max >> 1)
 
-    monkeypatch.setattr(buffers, "fresh", fresh)
+    monkeypatch.setattr(buffers, "empty", filled)
 
 
 @pytest.fixture

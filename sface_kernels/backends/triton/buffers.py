@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import ops
 from ...types import Forward
-from .device import fresh
+from .device import empty
 from .tiles import GRANULE
 
 # Sizes follow from the shapes and the GPU's number of multiprocessors, an argument, so that fakes know them.
@@ -87,10 +87,6 @@ def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple
     granted = LIST_BYTES + 8 * classes + 4 * rows * features
     capacity = granted // SLOT_BYTES // (max(GRANULE, padded(rows)) * stripes)
     return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE))
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return fresh(torch.empty(shape, dtype=dtype, device=device))
 
 
 def allocate(
