@@ -57,9 +57,9 @@ class TestTiles:
 
     @pytest.mark.parametrize("family", tiles.FAMILIES)
     @pytest.mark.parametrize("kernel", tiles.TABLES)
-    @pytest.mark.parametrize("precision", ["half", "split"])
-    def test_every_block_divides_what_buffers_are_padded_to(self, kernel, family, precision):
-        t = tiles.tile(kernel, family, precision)
+    @pytest.mark.parametrize("operands", ["half", "split"])
+    def test_every_block_divides_what_buffers_are_padded_to(self, kernel, family, operands):
+        t = tiles.tile(kernel, family, operands)
         assert all(tiles.GRANULE % block == 0 and block >= 16 for block in t[:3]), t
 
 

@@ -70,8 +70,9 @@ def _screen(call: Call) -> None:
     call.unit_rows(stripes)
     for name, block in (("unit_x", own["BLOCK_N"]), ("unit_w", own["BLOCK_C"])):
         rows = call.arguments[f"{name}_ptr"]
-        descriptor = call.arguments["TMA"]
-        call.arguments[name] = TensorDescriptor.from_tensor(rows, [block, own["BLOCK_K"]]) if descriptor else rows
+        if call.arguments["TMA"]:
+            rows = TensorDescriptor.from_tensor(rows, [block, own["BLOCK_K"]])
+        call.arguments[name] = rows
     for classes in call.chunks():
         call.launch(screen, own["row_blocks"] * stripes, tiles=cdiv(classes, own["BLOCK_C"]))
 

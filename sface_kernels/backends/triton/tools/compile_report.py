@@ -199,7 +199,8 @@ def _found(target: str, every: bool) -> list[tuple[Any, ...]]:
 
 
 def _row(target: str, every: bool, number: int) -> dict[str, Any]:
-    return _compile(*_found(target, every)[number], target)
+    kernel, arguments, call = _found(target, every)[number]
+    return _compile(kernel, arguments, call, target)
 
 
 def compile_table(target: str, every: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
