@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...types import IGNORED, NO_TARGET, HyperParameters
-from .buffers import OUTPUTS, SAVED, allocate, cdiv
+from .buffers import OUTPUTS, SAVED, allocate, cdiv, lists
 from .device import gpu_of
 from .kernels.dense import class_gradient, coefficients, row_gradient
 from .kernels.finish import finish_samples
@@ -35,13 +35,14 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """The operator's outputs. A row whose label is `ignore_index` is ignored, one whose label is `no_target` has its
     class elsewhere."""
-    kind = kind_of(x, w, hp, dense, multiprocessors)
-    outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *kind.lists)
-    if kind.n == 0:
+    if x.shape[0] == 0:
+        outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *lists(0, *w.shape, multiprocessors))
         for output in outputs:
             output.zero_()
         outputs[-2].fill_(1)  # samples that count, at least 1
         return outputs
+    kind = kind_of(x, w, hp, dense, multiprocessors)
+    outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *kind.lists)
     call = Call(
         kind,
         x.device,
@@ -116,10 +117,10 @@ def grad_weight(
     if dense:
         _coefficients_again(call)
     else:
-        lists = dict(zip(SAVED, saved, strict=True))
-        own, slots = kind.own["scatter_classes"], lists["links_ptr"].shape[1]
+        given = dict(zip(SAVED, saved, strict=True))
+        own, slots = kind.own["scatter_classes"], given["links_ptr"].shape[1]
         blocks = cdiv(kind.c, own["BLOCK_C"]), cdiv(kind.d, own["BLOCK_D"])
-        call.launch(scatter_classes, *blocks, **lists, slots=slots, grad_row_step=grad_row.stride(0))
+        call.launch(scatter_classes, *blocks, **given, slots=slots, grad_row_step=grad_row.stride(0))
     return grad.to(w.dtype)
 
 
