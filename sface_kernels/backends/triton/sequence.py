@@ -36,7 +36,7 @@ def forward(
     """The operator's outputs. A row whose label is `ignore_index` is ignored, one whose label is `no_target` has its
     class elsewhere."""
     if x.shape[0] == 0:
-        outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *lists(0, *w.shape, multiprocessors))
+        outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *lists(0, w.shape[0], w.shape[1], multiprocessors))
         for output in outputs:
             output.zero_()
         outputs[-2].fill_(1)  # samples that count, at least 1
