@@ -120,15 +120,13 @@ class _RowLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None
-        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return *_RowLoss._gradients(ctx, upstream, *ctx.saved_tensors), None, None
+        _, _, embeddings, _, weight, *_ = saved = ctx.saved_tensors  # create_graph=True
         with torch.no_grad():
             grads = _RowLoss._gradients(ctx, upstream, *saved)
-        if torch.is_grad_enabled():  # create_graph=True
-            _, _, embeddings, _, weight, *_ = saved
-            grads = tuple(  # type: ignore[assignment]
-                g if g is None else RaiseOnSecondBackward.apply(g, embeddings, weight, upstream) for g in grads
-            )
-        return *grads, None, None
+        made = (g if g is None else RaiseOnSecondBackward.apply(g, embeddings, weight, upstream) for g in grads)
+        return *made, None, None
 
     @staticmethod
     def _gradients(
@@ -156,12 +154,9 @@ class _RowLoss(torch.autograd.Function):
                 grad_x = torch.mul(row_grad_x, factor, out=torch.empty_like(row_grad_x, dtype=embeddings.dtype))
         if need_w and ctx.needs_input_grad[1]:
             assert weight is not None
-            # detached: what waits must not keep the graph
-            gradient = WeightGradient(
-                backend, hp, embeddings.detach(), weight.detach(), target, grad_row, saved, strict
-            )
-            if found is not None:
-                found[:] = [gradient]
+            gradient = WeightGradient(backend, hp, embeddings, weight, target, grad_row, saved, strict)
+            if found is not None:  # what waits must not keep the graph
+                found[:] = [gradient._replace(x=embeddings.detach(), w=weight.detach())]
             else:
                 grad_w = gradient.sparse() if sparse else gradient.dense()  # [C, D], (8)
         return grad_x, grad_w
@@ -174,8 +169,23 @@ class _RowLoss(torch.autograd.Function):
         )
 
 
-# PyTorch looks it up in every call to fill in defaults, a tenth of the host's time of a small step
-_RowLoss.forward.__signature__ = inspect.signature(_RowLoss.forward)  # type: ignore[attr-defined]
+class _AllGiven(inspect.Signature):
+    """Of a function that is called with all of its arguments, in order. PyTorch looks a signature up in every call to
+    fill in defaults, a tenth of the host's time of a small step."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+_RowLoss.forward.__signature__ = _AllGiven.from_callable(_RowLoss.forward)  # type: ignore[attr-defined]
 
 
 def row_losses(

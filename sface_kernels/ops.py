@@ -6,6 +6,7 @@ C++ and PyTorch only register implementations of what is declared here. The Trit
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,14 @@ def define(schema: str) -> None:
 
 def implement(name: str, function: Callable[..., Any]) -> None:
     """Register a Python implementation for every device; the gradient is that of `autograd`, never of what it calls."""
-    if not _has_kernel(name, "CompositeExplicitAutograd"):
-        _library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
+    if _has_kernel(name, "CompositeExplicitAutograd"):
+        return
+
+    def run(*arguments: Any) -> Any:
+        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+            return function(*arguments)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

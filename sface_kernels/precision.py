@@ -71,15 +71,3 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
             return function(first, *others)
 
     return wrapped
-
-
-def rounds_to_tf32() -> bool:
-    """Whether PyTorch is allowed to multiply fp32 matrices in TF32, by either of its switches."""
-    # 2.9 and later; "none" where neither it nor a switch above it was set
-    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
-    if chosen != "none":
-        return chosen == "tf32"
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # the newer switch was set for something else than matrix products
-        return False

@@ -29,7 +29,6 @@ def _cast_by_autocast(embeddings: Tensor, weight: Tensor) -> bool:
 
 def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> None:
     """Shapes, dtypes and devices of the tensors."""
-    _check_plain(embeddings=embeddings, weight=weight, labels=labels)
     check_pair(embeddings, weight)
     check_classes(labels, embeddings, "labels", one_a_row=True)
     if sample_weight is not None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .dispatch import BACKENDS, distrusted
-from .precision import rounds_to_tf32
 from .types import NO_TARGET, NORM_EPS, Forward, HyperParameters, RowStats
 
 ROWS = 32  # samples whose losses and ∂x are computed again
@@ -69,10 +68,10 @@ def _kind(backend: str, x: Tensor, w: Tensor, hp: HyperParameters) -> Kind:
 def _tolerance(x: Tensor, hp: HyperParameters, way: str) -> float:
     """How far a sum of (5) to (8) may be off, relative to the sizes of its terms.
 
-    A cosine's error through the slope of (3) or (4) at its steepest, twice. Only dense products round to half precision
-    or TF32.
+    A cosine's error through the slope of (3) or (4) at its steepest, twice. Only dense products of half embeddings
+    round them to half precision.
     """
-    rough = way == "dense" and (x.dtype != torch.float32 or rounds_to_tf32())
+    rough = way == "dense" and x.dtype != torch.float32
     return 2 * max(hp.k_intra, hp.k_inter, 1.0) * (2.0**-10 if rough else 2.0**-16)
 
 

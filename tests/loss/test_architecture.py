@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "backends.triton.kernels": {"types", "backends.triton.kernels"},
     "backends.triton.tools": BACKEND | {"backends.triton"},
     "dispatch": {"types", "backends", "validation"},
-    "verify": {"types", "dispatch", "precision"},
+    "verify": {"types", "dispatch"},
     "pending": {"types", "dispatch", "precision", "verify"},
     "growing": {"pending"},
     "autograd": {"types", "ops", "dispatch", "verify", "pending", "precision"},

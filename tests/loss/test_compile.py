@@ -285,9 +285,9 @@ def test_opcheck_triton(shape, weight_dtype, dense):
         pytest.skip(f"{case}: {case.reason_to_skip()}")
     x, w, target, upstream = operands(*shape, weight_dtype, weight_dtype)
     for need_x, need_w in ((True, True), (False, False)):
-        opcheck("triton_forward", (x, w, target, -2, -1, *HYPER, need_x, need_w, dense, 132))
-    saved = torch.ops.sface.triton_forward(x, w, target, -2, -1, *HYPER, True, True, dense, 132)[5:-2]
-    opcheck("triton_grad_weight", (x, w, target, upstream, *HYPER, dense, *saved))
+        opcheck("triton_forward", (x, w, target, -2, -1, HYPER, need_x, need_w, dense, 132))
+    saved = torch.ops.sface.triton_forward(x, w, target, -2, -1, HYPER, True, True, dense, 132)[5:-2]
+    opcheck("triton_grad_weight", (x, w, target, upstream, HYPER, dense, saved))
 
 
 def test_every_operator_is_checked():

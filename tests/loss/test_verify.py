@@ -10,7 +10,7 @@ import torch
 
 from sface_kernels import dispatch, explain, sface_loss, verify
 from sface_kernels.backends import triton
-from sface_kernels.backends.triton import device
+from sface_kernels.backends.triton import buffers, device
 from tests.support.problems import GEOMETRIES
 
 PROBLEM = GEOMETRIES["trained"](64, 300, 32)
@@ -161,7 +161,7 @@ def test_what_is_no_number_in_both_is_no_difference(fake):
 
 
 def test_what_is_checked_is_what_a_gpu_computed():
-    x, saved = PROBLEM.x, tuple(torch.empty(1, 1) for _ in triton.Saved._fields)
+    x, saved = PROBLEM.x, tuple(torch.empty(1, 1) for _ in buffers.Saved._fields)
     assert triton.way(x, saved) is None
     with device.pretend((9, 0)):
         assert triton.way(x, saved) == "lists"

@@ -11,8 +11,7 @@ import sys
 
 import torch
 
-from sface_kernels.backends.triton import launch_backward, launch_forward
-from sface_kernels.backends.triton.buffers import Saved, allocate
+from sface_kernels.backends.triton import sequence
 from sface_kernels.backends.triton.device import MULTIPROCESSORS, pretend
 from sface_kernels.types import HyperParameters
 from tests.support.held import Held
@@ -23,11 +22,10 @@ def measure(n: int, c: int, d: int, dense: bool, dtype: torch.dtype) -> dict[str
     target, grad_row = torch.empty(n, dtype=torch.int64, device="meta"), torch.empty(n, device="meta")
     hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else 2.0**-16)
     with pretend((9, 0), run=lambda *_: None), Held() as held:
-        result = allocate(x, w, True, True, dense, MULTIPROCESSORS)
-        launch_forward.forward(x, w, target, hp, dense, MULTIPROCESSORS, result)
+        outputs = sequence.forward(x, w, target, hp, True, True, dense, MULTIPROCESSORS)
         forward, in_forward = held.peak, held.at_peak
         held.peak = 0
-        grad = launch_backward.grad_weight(x, w, target, grad_row, hp, dense, Saved(*result.saved))
+        grad = sequence.grad_weight(x, w, target, grad_row, hp, dense, list(outputs[5:-2]))
         backward = held.peak - grad.numel() * grad.element_size()
     return {"forward": forward, "backward": backward, "in_forward": in_forward, "in_backward": held.at_peak}
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from sface_kernels.backends.triton import buffers, plan, tiles
 
 
+def forget_kinds() -> None:
+    """What calls have worked out from constants that a test has changed, or has left changed."""
+    if launch := sys.modules.get("sface_kernels.backends.triton.launch"):
+        launch._kind.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _kinds_are_forgotten():
+    yield
+    forget_kinds()
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every buffer that a launch gets starts as NaN (or a wild integer): what is not written shows."""
-    before = buffers.fresh
+    before = buffers.empty
 
-    def fresh(t: torch.Tensor) -> torch.Tensor:
-        return before(t.fill_(torch.nan if t.dtype.is_floating_point else torch.iinfo(t.dtype).max >> 1))
+    def filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return before(shape, dtype, device).fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max >> 1)
 
-    monkeypatch.setattr(buffers, "fresh", fresh)
+    monkeypatch.setattr(buffers, "empty", filled)
 
 
 @pytest.fixture
@@ -25,6 +39,7 @@ def lists(monkeypatch):
 
     def set_to(stripes: int, capacity: int) -> None:
         monkeypatch.setattr(buffers, "lists", lambda *_: (stripes, capacity))
+        forget_kinds()
 
     return set_to
 
@@ -35,6 +50,7 @@ def int8(monkeypatch):
     if not tiles.INT8_SCREEN:
         pytest.skip("this emulator does not multiply int8")
     monkeypatch.setattr(plan, "INT8_SHARE", 1.0)
+    forget_kinds()
 
 
 @pytest.fixture(params=["fp16", "int8"])
@@ -44,3 +60,4 @@ def screen(request, monkeypatch):
         request.getfixturevalue("int8")
     else:
         monkeypatch.setattr(tiles, "INT8_SCREEN", ())
+        forget_kinds()

@@ -57,9 +57,9 @@ class TestTiles:
 
     @pytest.mark.parametrize("family", tiles.FAMILIES)
     @pytest.mark.parametrize("kernel", tiles.TABLES)
-    @pytest.mark.parametrize("precision", ["half", "split"])
-    def test_every_block_divides_what_buffers_are_padded_to(self, kernel, family, precision):
-        t = tiles.tile(kernel, family, precision)
+    @pytest.mark.parametrize("operands", ["half", "split"])
+    def test_every_block_divides_what_buffers_are_padded_to(self, kernel, family, operands):
+        t = tiles.tile(kernel, family, operands)
         assert all(tiles.GRANULE % block == 0 and block >= 16 for block in t[:3]), t
 
 
@@ -113,50 +113,6 @@ class TestAvailability:
         properties = dataclasses.make_dataclass("Properties", ["multi_processor_count"])
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties(108))
         assert device.gpu_of(torch.device("cuda")) == ("sm_80", 108)
-
-
-class TestPrecision:
-    """PyTorch has two switches for TF32, and asking the older one raises where the newer was set."""
-
-    @pytest.fixture(autouse=True)
-    def _restored(self):
-        backends = torch.backends
-        holders = backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv
-        before = [holder.fp32_precision for holder in holders]
-        yield
-        for holder, value in zip(holders, before, strict=True):
-            holder.fp32_precision = value
-
-    @pytest.mark.parametrize(
-        "switch, value, expected",
-        [
-            (None, None, "split"),
-            ("cuda.matmul", "tf32", "tf32"),
-            ("cuda.matmul", "ieee", "split"),
-            ("", "tf32", "tf32"),
-            ("cudnn", "tf32", "tf32"),  # which is the switch of all of CUDA
-            ("cudnn.conv", "tf32", "split"),
-        ],
-    )
-    @needs_triton
-    def test_newer_switch(self, switch, value, expected):
-        from sface_kernels.backends.triton.launch import precision
-
-        if switch is not None:
-            holder = torch.backends
-            for name in filter(None, switch.split(".")):
-                holder = getattr(holder, name)
-            holder.fp32_precision = value
-        assert precision(f32, "sm_90") == expected
-        assert precision(f32, "gfx942") == "ieee" and precision(bf16, "sm_90") == "half"
-
-    @pytest.mark.parametrize("value, expected", [("highest", "split"), ("high", "tf32"), ("medium", "tf32")])
-    @needs_triton
-    def test_older_switch(self, value, expected):
-        from sface_kernels.backends.triton.launch import precision
-
-        torch.set_float32_matmul_precision(value)
-        assert precision(f32, "sm_90") == expected
 
 
 @pytest.mark.parametrize("multiprocessors", [108, 132, 148, 188])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sface_kernels.backends.triton.tools import machine_code as m
 
 
-def sass(*lines: str) -> list[m.Instruction]:
+def sass(*lines: str) -> tuple[m.Instruction, ...]:
     return m.parse("\n".join(f"        /*{16 * at:04x}*/   {line} ;   /* 0x0 */" for at, line in enumerate(lines)))
 
 

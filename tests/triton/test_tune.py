@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from sface_kernels.backends.triton import tiles
-from sface_kernels.backends.triton.tools import tune
 from tests.support.cases import ROOT
+
+pytest.importorskip("triton")
+from sface_kernels.backends.triton.tools import tune
 
 START = tiles.Tile(128, 64, 64, 8, 3)
 

@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import os
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from ... import ops
 from ...types import IGNORED, NO_TARGET, Forward, HyperParameters, Request
 from . import plan
-from .buffers import Saved, allocate, flat, went_dense
+from .buffers import went_dense
 from .device import gpu_of, pretence
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,61 +78,47 @@ def forward(
     multiprocessors = gpu_of(x.device).multiprocessors
     # of raw labels none says that its class is elsewhere: what ignore_index means comes first
     codes = (IGNORED, NO_TARGET) if ignore_index is None else (ignore_index, ignore_index)
-    outputs = torch.ops.sface.triton_forward(x, w, labels, *codes, *hp, need_x, need_w, dense, multiprocessors)
+    outputs = _forward_op(x, w, labels, *codes, hp, need_x, need_w, dense, multiprocessors)
     row_loss, row_stats, hardest_class, counts, row_grad_x, *saved, counted, target = outputs
-    result = Forward(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target)
-    plan.learn(result.counts, x, w, hp, dense)
-    return result
+    plan.learn(counts, x, w, hp, dense)
+    return Forward(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target)
 
 
 def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:
     # nothing but dense products serves where there is no filter: its lists need not be looked at
-    dense = plan.threshold_of(hp, x.shape[1]) is None or went_dense(Saved(*saved))
-    return torch.ops.sface.triton_grad_weight(x, w, target, grad_row.float(), *hp, dense, *saved)
+    dense = plan.threshold_of(hp, x.shape[1]) is None or went_dense(saved)
+    return _grad_weight_op(x, w, target, grad_row.float(), hp, dense, saved)
 
 
 def way(x: Tensor, saved: tuple[Tensor, ...]) -> str | None:
     """Which way a call took, for its verification; None in the interpreter, where nothing is compiled."""
     if not x.is_cuda and pretence() is None:
         return None
-    return "dense" if went_dense(Saved(*saved)) else "lists"
+    return "dense" if went_dense(saved) else "lists"
 
 
 @functools.cache
-def _launches() -> tuple[ModuleType, ModuleType, ModuleType]:
+def _launches() -> tuple[ModuleType, ModuleType]:
     """The modules that import Triton."""
-    from . import launch, launch_backward, launch_forward
+    from . import launch, sequence
 
-    return launch, launch_forward, launch_backward
+    return launch, sequence
 
 
-def _forward(  # type: ignore[no-untyped-def]
-    x, w, labels, ignore_index, no_target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense,
-    multiprocessors,
-) -> tuple[Any, ...]:  # fmt: skip
-    launch, launches, _ = _launches()
-    hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)
+def _forward(x, w, labels, ignore_index, no_target, hyper, *which) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    launch, sequence = _launches()
     with launch.on_device(x):
-        result = allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors)
-        if x.shape[0] == 0:
-            for output in flat(result):
-                output.zero_()
-            result.counted.fill_(1)  # type: ignore[union-attr]
-        else:
-            launches.forward(x, w, labels, hp, dense, multiprocessors, result, ignore_index, no_target)
-    return flat(result)
+        return sequence.forward(x, w, labels, HyperParameters(*hyper), *which, ignore_index, no_target)
 
 
-def _grad_weight(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved) -> Tensor:  # type: ignore[no-untyped-def]
-    launch, _, launches = _launches()
-    hp = HyperParameters(s, k_intra, k_inter, a, b, filter_eps)
+def _grad_weight(x, w, target, grad_row, hyper, dense, saved) -> Tensor:  # type: ignore[no-untyped-def]
+    launch, sequence = _launches()
     with launch.on_device(x):
-        if x.shape[0] == 0:
-            return torch.zeros(w.shape, dtype=w.dtype, device=w.device)
-        return launches.grad_weight(x, w, target, grad_row, hp, dense, Saved(*saved))
+        return sequence.grad_weight(x, w, target, grad_row, HyperParameters(*hyper), dense, saved)
 
 
 ops.implement("triton_forward", _forward)
 ops.implement("triton_grad_weight", _grad_weight)
+_forward_op, _grad_weight_op = torch.ops.sface.triton_forward.default, torch.ops.sface.triton_grad_weight.default

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...types import Forward, HyperParameters
-from .device import fresh
+from ...types import Forward
+from .device import empty
 from .tiles import GRANULE
 
 # Sizes follow from the shapes and the GPU's number of multiprocessors, an argument, so that fakes know them.
@@ -41,16 +41,17 @@ class Saved(NamedTuple):
     list_cos: Tensor  # [padded N, slots]
 
 
-_HYPER = ", ".join(f"float {name}" for name in HyperParameters._fields)
-_SAVED = ", ".join(f"Tensor {name}" for name in Saved._fields)
+_OUTPUTS = (*Forward._fields[:5], *Saved._fields, "counted", "target")  # of the forward, in order
+OUTPUTS, SAVED = (tuple(f"{name}_ptr" for name in names) for names in (_OUTPUTS, Saved._fields))  # to kernels
+
 ops.define(
-    f"triton_forward(Tensor x, Tensor w, Tensor labels, int ignore_index, int no_target, {_HYPER}, bool need_grad_x,"
-    " bool need_grad_w, bool dense,"
-    f" int multiprocessors) -> (Tensor row_loss, Tensor row_stats, Tensor hardest_class, Tensor counts,"
-    f" Tensor row_grad_x, {_SAVED}, Tensor counted, Tensor target)"
+    "triton_forward(Tensor x, Tensor w, Tensor labels, int ignore_index, int no_target, float[] hyper,"
+    " bool need_grad_x, bool need_grad_w, bool dense, int multiprocessors)"
+    f" -> ({', '.join(f'Tensor {name}' for name in _OUTPUTS)})"
 )
 ops.define(
-    f"triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, bool dense, {_SAVED}) -> Tensor"
+    "triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, float[] hyper, bool dense, Tensor[] saved)"
+    " -> Tensor"
 )
 
 
@@ -88,67 +89,52 @@ def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple
     return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE))
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return fresh(torch.empty(shape, dtype=dtype, device=device))
-
-
-def allocate(x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: bool, multiprocessors: int) -> Forward:
-    """Everything that the forward returns, without contents; `saved` is a `Saved`."""
-    (n, d), c = x.shape, w.shape[0]
-    stripes, capacity = lists(n, c, d, multiprocessors)
+def allocate(
+    x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: bool, stripes: int, capacity: int
+) -> tuple[Tensor, ...]:
+    """Everything that the forward returns, without contents, in the operator's order."""
+    (n, d), c, device = x.shape, w.shape[0], x.device
     rows, slots = padded(n), stripes * capacity + 1
-    one_element = (dense or not need_grad_w) and n > 0
+    f32, i32, i64 = torch.float32, torch.int32, torch.int64
 
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return empty(shape, dtype, x.device)
-
-    def listed(*shape: int, dtype: torch.dtype = torch.float32, none: bool = one_element) -> Tensor:
-        if none:
-            return torch.empty_strided(shape, [0] * len(shape), dtype=dtype, device=x.device)
-        return new(*shape, dtype=dtype)
+    def listed(shape: tuple[int, ...], dtype: torch.dtype, unused: bool = dense or not need_grad_w) -> Tensor:
+        if unused and n > 0:
+            return torch.empty_strided(shape, [0] * len(shape), dtype=dtype, device=device)
+        return empty(shape, dtype, device)
 
     saved = Saved(
-        norm=new(rows),
-        inv_norm=new(c),
-        flags=new(2, dtype=torch.int32),
-        overflowed=new(n, dtype=torch.int32),
-        head=listed(c, dtype=torch.int32),
-        links=listed(rows, slots, dtype=torch.int32, none=dense and n > 0),
-        list_weight=listed(rows, slots),
-        list_cos=listed(rows, slots),
+        norm=empty((rows,), f32, device),
+        inv_norm=empty((c,), f32, device),
+        flags=empty((2,), i32, device),
+        overflowed=empty((n,), i32, device),
+        head=listed((c,), i32),
+        links=listed((rows, slots), i32, unused=dense),
+        list_weight=listed((rows, slots), f32),
+        list_cos=listed((rows, slots), f32),
     )
-    return Forward(
-        row_loss=new(n),
-        row_stats=new(6, n),
-        hardest_class=new(n, dtype=torch.int64),
-        counts=new(2, dtype=torch.int64),
-        row_grad_x=new(n if need_grad_x else 0, d),
-        saved=saved,
-        counted=new(dtype=torch.int64),
-        target=new(n, dtype=torch.int64),
+    return (
+        empty((n,), f32, device),
+        empty((6, n), f32, device),
+        empty((n,), i64, device),
+        empty((2,), i64, device),
+        empty((n if need_grad_x else 0, d), f32, device),
+        *saved,
+        empty((), i64, device),
+        empty((n,), i64, device),
     )
 
 
-def flat(result: Forward) -> tuple[Tensor, ...]:
-    """As the operator returns it."""
-    *outputs, saved, counted, target = result
-    assert counted is not None and target is not None
-    return (*outputs, *saved, counted, target)
-
-
-def went_dense(saved: Saved) -> bool:
+def went_dense(saved: tuple[Tensor, ...]) -> bool:
     """Whether a forward went by dense products. False where its lists have been copied, which is right too but slow."""
-    return saved.links.stride() == (0, 0)
+    return Saved(*saved).links.stride() == (0, 0)
 
 
 @ops.fake("triton_forward")
-def _(  # type: ignore[no-untyped-def]
-    x, w, labels, ignore_index, no_target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, dense,
-    multiprocessors,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return flat(allocate(x, w, need_grad_x, need_grad_w, dense, multiprocessors))
+def _(x, w, labels, ignore_index, no_target, hyper, need_grad_x, need_grad_w, dense, multiprocessors):  # type: ignore[no-untyped-def]
+    (n, d), c = x.shape, w.shape[0]
+    return allocate(x, w, need_grad_x, need_grad_w, dense, *lists(n, c, d, multiprocessors))
 
 
 @ops.fake("triton_grad_weight")
-def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, dense, *saved) -> Tensor:  # type: ignore[no-untyped-def]
+def _(x, w, target, grad_row, hyper, dense, saved):  # type: ignore[no-untyped-def]
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)

@@ -85,6 +85,7 @@ def _asked(device: torch.device) -> Gpu:
 _known = functools.cache(_asked)  # of few devices; asking takes the host as long as an allocation
 
 
-def fresh(buffer: Tensor) -> Tensor:
-    """A new buffer as a launch gets it."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new buffer for a launch."""
+    buffer = torch.empty(shape, dtype=dtype, device=device)
     return buffer if _pretence is None or _pretence.allocated is None else _pretence.allocated(buffer)

@@ -1,6 +1,6 @@
-"""What every launch needs: the sizes of a call, its precision, and where launches go.
+"""What every launch needs: the sizes of a call, and its arguments by the names that the kernels know them by.
 
-`launch_forward` and `launch_backward` are fixed sequences of launches; nothing here or there waits for the GPU.
+`sequence` is the fixed sequences of launches; nothing here or there waits for the GPU.
 """
 
 from __future__ import annotations
@@ -15,40 +15,28 @@ import torch
 import triton
 from torch import Tensor
 
-from ...precision import rounds_to_tf32
-from ...types import IGNORED, NO_TARGET, HyperParameters
-from . import tiles
-from .buffers import cdiv, empty, padded
-from .device import gpu_of, pretence, pretend
+from ...types import HyperParameters
+from . import buffers, tiles
+from .buffers import cdiv, padded
+from .device import gpu_of, pretence
+from .kernels.prepare import prepare
+from .kernels.screen import LANES
 from .plan import screens_int8, threshold_of
 from .tiles import GRANULE
 
-__all__ = ["Call", "launch", "on_device", "precision", "pretend"]
-
 # Products and sums fuse, as the kernels are written and counted for; Triton 3.10 means to switch it off by default.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
-
-
-def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    pretended = pretence()
-    if pretended is not None and pretended.run is not None:
-        pretended.run(kernel, grid, {**COMPILE_OPTIONS, **arguments})
-    else:
-        kernel[grid](**COMPILE_OPTIONS, **arguments)
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # the compiler's, among a kernel's own arguments
+# Triton before 3.6 spills under the limit that makes room for two programs.
+LIMITS_REGISTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+SUM_PLANES = 4  # per sample: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
+KINDS = 64  # of calls whose constants are kept
+SMALLEST = 2.0**-126  # a float below it is 0 to a GPU, and one of 64 bits to Triton's interpreter
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; the tensors may be on another."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
-def precision(dtype: torch.dtype, gpu: str) -> str:
-    """How dense products of these embeddings are computed: fp32 as PyTorch's matrix products are."""
-    if dtype != torch.float32:
-        return "half"
-    if gpu == "gfx942":
-        return "ieee"
-    return "tf32" if rounds_to_tf32() and gpu != "interpreter" else "split"
 
 
 def next_power_of_2(n: int) -> int:
@@ -60,10 +48,6 @@ def block_parts(count: int) -> int:
     return next(size for size in (64, 256, next_power_of_2(count)) if size >= count)
 
 
-KINDS = 64  # of calls whose constants are kept
-SMALLEST = 2.0**-126  # a float below it is 0 to a GPU, and one of 64 bits to Triton's interpreter
-
-
 class Kind:
     """What calls of the same sizes, layout and hyper-parameters have in common: no tensors, so it may outlive them.
 
@@ -72,89 +56,161 @@ class Kind:
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
-        strides: tuple[tuple[int, ...], tuple[int, ...]],
-        device: torch.device,
+        shapes: tuple[tuple[int, int], tuple[int, int]],
+        strides: tuple[tuple[int, int], tuple[int, int]],
         family: str,
-        precision: str,
+        split: bool,
         hp: HyperParameters,
         dense: bool,
-        int8: bool,
+        multiprocessors: int,
         _overrides: str | None,
     ):
-        self.n, self.c, self.d = shape
-        self.device, self.dense = device, dense
-        self.hp = HyperParameters(*(value if abs(value) >= SMALLEST else 0.0 for value in hp))
-        self.family, self.precision, self.int8 = family, precision, int8
-        # the screen multiplies fp16 or int8 whatever the dtype; of dense products fp32 is left, or split into two parts
-        self.unit_dtype = torch.int8 if int8 else torch.float16
-        if dense and precision in ("ieee", "tf32"):
-            self.unit_dtype = torch.float32
-        self.parts = 2 if dense and precision == "split" else 1
+        (self.n, self.d), (self.c, _) = shapes
+        self.family, self.dense = family, dense
+        self.int8 = int8 = not dense and screens_int8(hp, self.d, family)
+        # the screen multiplies fp16 or int8 whatever the dtype; in dense products fp32 is split into two parts of fp16
+        self.unit_dtype, self.parts = torch.int8 if int8 else torch.float16, 2 if split else 1
+        self.operands = "int8" if int8 else "split" if split else "half"
         self.padded_n = padded(self.n)
         step = self.tile("coefficients" if dense else "screen").block_k
         self.padded_d = cdiv(self.d, step) * step  # of unit rows: whole steps of the products over them
-        self.block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
-        self.row_block = max(1, tiles.ROW_ELEMENTS // self.block_d)  # rows that a program of `prepare` takes
-        self.x: dict[str, Any] = {"x_stride_n": strides[0][0], "x_stride_d": strides[0][1]}
-        self.w: dict[str, Any] = {"w_stride_c": strides[1][0], "w_stride_d": strides[1][1]}
-        self.target: dict[str, Any] = {"n": self.n}
-        self.pairs = {"c": self.c, **self.hp._asdict()}  # equations (3) and (4), and the filter
-        del self.pairs["s"]
-        self.threshold = threshold_of(hp, self.d, int8) or 0.0
+        block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
+        self.row_block = max(1, tiles.ROW_ELEMENTS // block_d)  # rows that a program of `prepare` takes
+        self.lists = self.stripes, self.capacity = buffers.lists(self.n, self.c, self.d, multiprocessors)
+        own = self._dense(multiprocessors) if dense else self._by_lists(block_d)
+        entries = tiles.rows_at_once(min(tiles.FINISH_ENTRIES, self.row_block), family)
+        own["prepare"] = {"BLOCK": self.row_block, "num_warps": tiles.ROW_WARPS}
+        own["finish_samples"] = {
+            "BLOCK_E": entries,
+            "BLOCK_PARTS": block_parts(self.stripes),
+            "num_warps": tiles.ROW_WARPS,
+        }
+        self.own = own  # arguments of one kernel, by its name, and the compiler's options for it
+        self.options = {
+            kernel: {**COMPILE_OPTIONS, **{name: values[name] for name in OPTIONS if name in values}}
+            for kernel, values in own.items()
+        }
+        self.arguments: dict[str, Any] = {  # of all kernels
+            **dict(zip(("x_stride_n", "x_stride_d", "w_stride_c", "w_stride_d"), sum(strides, ()), strict=True)),
+            **{name: value if abs(value) >= SMALLEST else 0.0 for name, value in hp._asdict().items()},
+            "n": self.n,
+            "c": self.c,
+            "d": self.d,
+            "padded_n": self.padded_n,
+            "stripes": self.stripes,
+            "capacity": self.capacity,
+            "slots": self.lists[0] * self.capacity + 1,
+            "threshold": threshold_of(hp, self.d, int8) or 0.0,
+            "BLOCK_D": block_d,
+            "PADDED_D": self.padded_d,
+            "DENSE": dense,
+            "INT8": int8,
+            "SPLIT": split,
+            "TMA": family in tiles.BY_DESCRIPTOR,
+            "UPCAST": family == "interpreter",
+        }
 
     def tile(self, kernel: str) -> tiles.Tile:
-        return tiles.tile(kernel, self.family, "int8" if self.int8 else self.precision, triton.__version__)
+        return tiles.tile(kernel, self.family, self.operands, triton.__version__)
 
-    def product(self, kernel: str) -> dict[str, Any]:
-        """Compile-time arguments of a kernel that multiplies."""
+    def _product(self, kernel: str, **others: int) -> dict[str, int]:
+        """Arguments of a kernel that multiplies."""
         t = self.tile(kernel)
         blocks = {"BLOCK_N": t.block_n, "BLOCK_C": t.block_c, "BLOCK_K": t.block_k}
-        return {**blocks, "UPCAST": self.family == "interpreter", "num_warps": t.warps, "num_stages": t.stages}
+        options = {"num_warps": t.warps, "num_stages": t.stages}
+        return {**blocks, "row_blocks": cdiv(self.n, t.block_n), **options, **others}
 
-    def row_blocks(self, kernel: str) -> int:
-        return cdiv(self.n, self.tile(kernel).block_n)
+    def _by_lists(self, block_d: int) -> dict[str, dict[str, int]]:
+        screen = self._product("screen", ROWS=self.row_block)
+        screen["RUN"] = min(tiles.RUN[self.family], screen["BLOCK_C"] // LANES.value)
+        if self.padded_d > tiles.DEEP_FEATURES:
+            screen["num_stages"] = min(screen["num_stages"], tiles.DEEP_STAGES)
+        limit = tiles.most_registers(self.family, screen["num_warps"])
+        if limit and LIMITS_REGISTERS:
+            screen["maxnreg"] = limit
+        scatter = {
+            "BLOCK_C": tiles.rows_at_once(tiles.SCATTER_CLASSES, self.family),
+            "BLOCK_D": min(block_d, tiles.SCATTER_FEATURES),
+            "num_warps": tiles.SCATTER_WARPS,
+        }
+        return {"screen": screen, "scatter_classes": scatter}
 
-    def chunks(self, chunk: int) -> Iterator[tuple[int, int]]:
-        """(first class, classes padded to GRANULE) of each chunk."""
-        for first in range(0, self.c, chunk):
-            yield first, cdiv(min(chunk, self.c - first), GRANULE) * GRANULE
+    def _dense(self, multiprocessors: int) -> dict[str, dict[str, int]]:
+        weighed = self._product("coefficients")
+        rows, classes = self._product("row_gradient"), self._product("class_gradient")
+        rows |= {"COLUMNS": weighed["BLOCK_C"], "BLOCK_K": min(rows["BLOCK_K"], weighed["BLOCK_C"])}
+        classes |= {"ROWS": weighed["BLOCK_N"], "BLOCK_K": min(classes["BLOCK_K"], weighed["BLOCK_N"])}
+        granules = cdiv(self.c, GRANULE)
+        self.stripes = buffers.shares(weighed["row_blocks"], min(granules, self._granules()), multiprocessors)
+        outputs = rows["row_blocks"] * cdiv(self.d, rows["BLOCK_C"])
+        in_memory = buffers.PARTIAL_BYTES // (4 * self.padded_n * self.d)
+        rows["splits"] = buffers.shares(outputs, min(max(2, in_memory), granules), multiprocessors)
+        return {"coefficients": weighed, "row_gradient": rows, "class_gradient": classes}
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return empty(shape, dtype, self.device)
+    def _granules(self) -> int:
+        """How many granules of classes a chunk may have."""
+        row = (self.padded_d + self.padded_n) * self.parts if self.dense else self.padded_d
+        return max(1, buffers.CHUNK_BYTES // (row * self.unit_dtype.itemsize * GRANULE))
 
-    def unit_rows(self, rows: int) -> Tensor:
-        """Room for unit rows `[rows, parts · padded D]`, in whole blocks of `prepare`."""
-        in_blocks = cdiv(rows, self.row_block) * self.row_block
-        return self.empty(in_blocks, self.parts * self.padded_d, dtype=self.unit_dtype)
-
-    def coefficients(self, chunk: int) -> Tensor:
-        """Room for those of all samples and `chunk` classes."""
-        return self.empty(self.padded_n, self.parts * chunk, dtype=self.unit_dtype)
-
-
-@functools.lru_cache(maxsize=KINDS)
-def _kind(*what: Any) -> Kind:
-    return Kind(*what)
-
-
-def kind_of(x: Tensor, w: Tensor, hp: HyperParameters, dense: bool) -> Kind:
-    family = gpu_of(x.device).family
-    (n, d), c, overrides = x.shape, w.shape[0], os.environ.get("SFACE_TILES")
-    int8 = not dense and screens_int8(hp, d, family)
-    return _kind(
-        (n, c, d), (x.stride(), w.stride()), x.device, family, precision(x.dtype, family), hp, dense, int8, overrides
-    )
+    def chunk(self, stripes: int) -> int:
+        """Classes in a chunk: whole rounds of `stripes` granules."""
+        rounds = max(1, self._granules() // stripes)
+        return min(rounds * stripes, cdiv(self.c, GRANULE)) * GRANULE
 
 
-class Call(Kind):
-    """One call: its kind, and the tensors that several kernels take under the same names."""
+_kind = functools.lru_cache(maxsize=KINDS)(Kind)
 
-    def __init__(self, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, dense: bool):
-        self.kind = kind_of(x, w, hp, dense)
-        vars(self).update(vars(self.kind))
-        self.pointers = {"x_ptr": x, "w_ptr": w, "target_ptr": target}
-        self.labels = {"label_ptr": target, "ignore_index": IGNORED, "no_target": NO_TARGET}
-        self.x = {"x_ptr": x, **self.x}
-        self.w = {"w_ptr": w, **self.w}
-        self.target = {"target_ptr": target, **self.target}
+
+def kind_of(x: Tensor, w: Tensor, hp: HyperParameters, dense: bool, multiprocessors: int) -> Kind:
+    family, split = gpu_of(x.device).family, dense and x.dtype == torch.float32
+    shapes, strides = (x.shape, w.shape), (x.stride(), w.stride())
+    return _kind(shapes, strides, family, split, hp, dense, multiprocessors, os.environ.get("SFACE_TILES"))
+
+
+class Call:
+    """One call: its kind, and the arguments of its launches so far."""
+
+    def __init__(self, kind: Kind, device: torch.device, **arguments: Any):
+        self.kind, self.device = kind, device
+        self.arguments = {**kind.arguments, **arguments}
+
+    def make(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A buffer that is an argument of the launches to come."""
+        made = self.arguments[name] = buffers.empty(shape, dtype, self.device)
+        return made
+
+    def launch(self, kernel: Any, *grid: int, **arguments: Any) -> None:
+        """Launches with what `kernel` takes, by name; what its mode does not look at is None."""
+        name = kernel.fn.__name__
+        given, options = {**self.arguments, **self.kind.own[name], **arguments}, self.kind.options[name]
+        taken = dict(zip(kernel.arg_names, map(given.get, kernel.arg_names)))  # noqa: B905, the same twice
+        pretended = pretence()
+        if pretended is not None and pretended.run is not None:
+            pretended.run(kernel, grid, {**options, **taken})
+        else:
+            kernel[grid](**taken, **options)
+
+    def unit_rows(self, stripes: int) -> int:
+        """Room for those of all samples and of a chunk of classes, whose size it returns, in whole blocks."""
+        kind, chunk = self.kind, self.kind.chunk(stripes)
+        self.arguments["padded_chunk"] = chunk
+        for name, rows in (("x", kind.padded_n), ("w", chunk)):
+            blocks = cdiv(rows, kind.row_block)
+            self.make(f"unit_{name}_ptr", blocks * kind.row_block, kind.parts * kind.padded_d, dtype=kind.unit_dtype)
+            if kind.int8:
+                self.make(f"step_{name}_ptr", blocks * kind.row_block)
+                self.make(f"moved_{name}_ptr", blocks)
+        return chunk
+
+    def chunks(self) -> Iterator[int]:
+        """Unit rows and norms of the classes, chunk by chunk, and with the first those of the samples.
+
+        Yields how many classes a chunk has, padded to GRANULE; its other launches follow.
+        """
+        kind, chunk = self.kind, self.arguments["padded_chunk"]
+        for first in range(0, kind.c, chunk):
+            rows = cdiv(min(chunk, kind.c - first), GRANULE) * GRANULE
+            samples = cdiv(kind.padded_n, kind.row_block) if first == 0 else 0
+            self.arguments |= {"first_class": first, "begun": kind.padded_n if first else 0}
+            self.launch(prepare, samples + cdiv(rows, kind.row_block), sample_blocks=samples)
+            yield rows

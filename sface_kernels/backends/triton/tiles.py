@@ -122,16 +122,16 @@ def _overrides(text: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def tile(kernel: str, family: str, precision: str, triton: str = "") -> Tile:
-    """The tile of `kernel` for a GPU of `family`, dense products of `precision` and a version of Triton.
+def tile(kernel: str, family: str, operands: str, triton: str = "") -> Tile:
+    """The tile of `kernel` for a GPU of `family`, the `operands` of its products and a version of Triton.
 
-    fp32 operands take half the features (or samples, or classes) at a time, as they are twice as wide, and those of a
-    screen of precision "int8" twice as many.
+    "half" are fp16. "split" ones, two fp16 each, take half the features (or samples, or classes) at a time, as they are
+    twice as wide, and "int8" twice as many.
     """
     chosen = TABLES[kernel][family]
-    if precision == "int8" and kernel == "screen":
+    if operands == "int8":
         chosen = chosen._replace(block_k=2 * chosen.block_k)
-    elif precision != "half" and kernel != "screen" and family != "interpreter":
+    elif operands == "split" and family != "interpreter":
         chosen = chosen._replace(block_k=chosen.block_k // 2)
     if family == "sm_90" and triton.startswith(TWO_STAGES.get(kernel, ())):
         chosen = chosen._replace(stages=2)

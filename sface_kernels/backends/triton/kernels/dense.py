@@ -37,48 +37,48 @@ def shift_to_peak(g, AXIS: tl.constexpr):
 
 
 @triton.jit
-def without_shift(shift, PRECISION: tl.constexpr):
+def without_shift(shift, SPLIT: tl.constexpr):
     """What takes a shift off a sum of coefficients times unit rows."""
-    return power_of_two(-shift - SPLIT_EXPONENT) if PRECISION == "split" else power_of_two(-shift)
+    return power_of_two(-shift - SPLIT_EXPONENT) if SPLIT else power_of_two(-shift)
 
 
 @triton.jit
 def cosine_tile(
     x_row, w_row, unit_x_ptr, unit_w_ptr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    PADDED_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, not clamped."""
-    PARTS: tl.constexpr = 2 if PRECISION == "split" else 1
+    PARTS: tl.constexpr = 2 if SPLIT else 1
     k = tl.arange(0, BLOCK_K)
     x_tile = unit_x_ptr + x_row[:, None] * (PARTS * PADDED_D) + k[None, :]
     w_tile = unit_w_ptr + w_row[None, :] * (PARTS * PADDED_D) + k[:, None]
     cos = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for first in range(0, PADDED_D, BLOCK_K):
-        x, x_rest = load_operand(x_tile + first, PADDED_D, None, PRECISION)
-        w, w_rest = load_operand(w_tile + first, PADDED_D, None, PRECISION)
+        x, x_rest = load_operand(x_tile + first, PADDED_D, None, SPLIT)
+        w, w_rest = load_operand(w_tile + first, PADDED_D, None, SPLIT)
         if PARTS == 2:
             # a sum of its own for each step: a tensor core cuts off what it adds to a long one
-            cos += product(x, x_rest, w, w_rest, tl.zeros_like(cos), PRECISION, UPCAST)
+            cos += product(x, x_rest, w, w_rest, tl.zeros_like(cos), SPLIT, UPCAST)
         else:
-            cos = product(x, x_rest, w, w_rest, cos, PRECISION, UPCAST)
+            cos = product(x, x_rest, w, w_rest, cos, SPLIT, UPCAST)
     return cos * (1.0 / (SPLIT_SCALE * SPLIT_SCALE)) if PARTS == 2 else cos
 
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "begun"])
 def coefficients(
     # pointers
-    unit_x_ptr,  # [padded N, parts, PADDED_D]: two parts where PRECISION is "split", else one
+    unit_x_ptr,  # [padded N, parts, PADDED_D]: two parts with SPLIT, else one
     unit_w_ptr,  # [padded chunk, parts, PADDED_D]
     target_ptr,  # [N]
     coefficient_ptr,  # [padded N, parts, padded chunk] out: (6) without s; forward: own classes left out; BACKWARD:
-    # times u; in fp16 times 2^shift
+    # times u and 2^shift
     sums_ptr,  # forward, [4, stripes, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
     best_class_ptr,  # forward, [stripes, padded N] int32
-    active_ptr,  # forward, [stripes, padded N] int32
+    count_ptr,  # forward, [stripes, padded N] int32 active pairs
     grad_row_ptr,  # BACKWARD, [N], u
     largest_ptr,  # BACKWARD, [1], max |u|
     along_ptr,  # BACKWARD, [padded chunk] out: Σ_i u_i g_ij c_ij / s
-    shift_ptr,  # int32 out: BACKWARD and fp16, of each block of samples and class, [row blocks, padded chunk];
+    shift_ptr,  # int32 out: BACKWARD, of each block of samples and class, [row blocks, padded chunk];
     # forward and split, of each tile of classes and sample, [tiles, padded N]
     # sizes, floats
     n,
@@ -102,7 +102,7 @@ def coefficients(
     PADDED_D: tl.constexpr,
     BACKWARD: tl.constexpr,
     NEED_GRAD: tl.constexpr,  # False: only the sums
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """A program owns a block of samples, and takes every `stripes`-th tile of classes; BACKWARD the other way round.
@@ -110,7 +110,7 @@ def coefficients(
     In the backward a power of two brings u to 1. As fp16 has little range, others bring the largest coefficient of each
     class in a tile to FP16_PEAK, in the forward that of each sample: the kernel that multiplies takes them off again.
     """
-    PARTS: tl.constexpr = 2 if PRECISION == "split" else 1
+    PARTS: tl.constexpr = 2 if SPLIT else 1
     pid = tl.program_id(0)
     own_block = pid % row_blocks
     first = pid // row_blocks
@@ -129,7 +129,7 @@ def coefficients(
         cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
         best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
         best_class = tl.load(best_class_ptr + at, mask=later, other=-1)
-        active = tl.load(active_ptr + at, mask=later, other=0)
+        active = tl.load(count_ptr + at, mask=later, other=0)
     for turn in range(first, last, stripes):
         if BACKWARD:
             block, tile = turn, pid
@@ -139,7 +139,7 @@ def coefficients(
         row = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C] of the chunk
         j = first_class + row
         target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
-        cos = cosine_tile(i, row, unit_x_ptr, unit_w_ptr, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, PRECISION, UPCAST)
+        cos = cosine_tile(i, row, unit_x_ptr, unit_w_ptr, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, SPLIT, UPCAST)
         if not BACKWARD:
             cos_sum += tl.sum(cos, 1)  # before NaN is dropped
         cos = tl.minimum(tl.maximum(cos, -1.0), 1.0)
@@ -152,10 +152,9 @@ def coefficients(
             g = tl.where((j < c)[None, :] & (weight >= filter_eps), weight, 0.0)
             g = tl.where(own, -weight, g) * u[:, None]
             along += tl.sum(g * cos, 0)
-            if PRECISION == "half" or PRECISION == "split":
-                shift = shift_to_peak(g, 0)  # [BLOCK_C]
-                g *= power_of_two(shift)[None, :]
-                tl.store(shift_ptr + own_rows + block * padded_chunk, shift)
+            shift = shift_to_peak(g, 0)  # [BLOCK_C]
+            g *= power_of_two(shift)[None, :]
+            tl.store(shift_ptr + own_rows + block * padded_chunk, shift)
         else:
             other = (j < c)[None, :] & ~own
             weight = tl.where(other, sigmoid_of_angle(theta, k_inter, b), 0.0)
@@ -167,7 +166,7 @@ def coefficients(
             column = tl.arange(0, BLOCK_C)
             best, best_class = nearer_class(best, best_class, cos, first_class + tile * BLOCK_C, column, BLOCK_C)
             active += tl.sum(kept.to(tl.int32), 1)
-            if NEED_GRAD and PRECISION == "split":
+            if NEED_GRAD and SPLIT:
                 shift = shift_to_peak(g, 1)  # [BLOCK_N]
                 g *= power_of_two(shift)[:, None]
                 tl.store(shift_ptr + tile * padded_n + i, shift)
@@ -182,7 +181,7 @@ def coefficients(
         tl.store(sums_ptr + 2 * plane + at, cos_sum)
         tl.store(sums_ptr + 3 * plane + at, best)
         tl.store(best_class_ptr + at, best_class)
-        tl.store(active_ptr + at, active)
+        tl.store(count_ptr + at, active)
 
 
 @triton.jit(do_not_specialize=["row_blocks", "steps", "splits", "begun"])
@@ -206,11 +205,11 @@ def row_gradient(
     BLOCK_K: tl.constexpr,  # classes, all in the same tile of `coefficients`
     COLUMNS: tl.constexpr,  # classes of such a tile
     PADDED_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Adds the chunk's coefficients times its unit rows to the sum of (7); a split takes every `splits`-th step."""
-    PARTS: tl.constexpr = 2 if PRECISION == "split" else 1
+    PARTS: tl.constexpr = 2 if SPLIT else 1
     pid = tl.program_id(0)
     split = (pid // row_blocks).to(tl.int64)
     i = (pid % row_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -223,14 +222,14 @@ def row_gradient(
         j = step * BLOCK_K + row
         g_tile = coefficient_ptr + i[:, None] * (PARTS * padded_chunk) + j[None, :]
         w_tile = unit_w_ptr + j[:, None] * (PARTS * PADDED_D) + out[None, :]
-        g, g_rest = load_operand(g_tile, padded_chunk, None, PRECISION)
-        w, w_rest = load_operand(w_tile, PADDED_D, (out < PADDED_D)[None, :], PRECISION)
+        g, g_rest = load_operand(g_tile, padded_chunk, None, SPLIT)
+        w, w_rest = load_operand(w_tile, PADDED_D, (out < PADDED_D)[None, :], SPLIT)
         if PARTS == 2:
             shift = tl.load(shift_ptr + step * BLOCK_K // COLUMNS * padded_n + i)
-            added = product(g, g_rest, w, w_rest, tl.zeros_like(grad), PRECISION, UPCAST)
-            grad += added * without_shift(shift, PRECISION)[:, None]
+            added = product(g, g_rest, w, w_rest, tl.zeros_like(grad), SPLIT, UPCAST)
+            grad += added * without_shift(shift, SPLIT)[:, None]
         else:
-            grad = product(g, g_rest, w, w_rest, grad, PRECISION, UPCAST)
+            grad = product(g, g_rest, w, w_rest, grad, SPLIT, UPCAST)
     tl.store(at, grad, mask=inside)
 
 
@@ -240,7 +239,7 @@ def class_gradient(
     coefficient_ptr,  # [padded N, parts, padded chunk], of `coefficients`
     unit_x_ptr,  # [padded N, parts, PADDED_D]
     along_ptr,  # [padded chunk]
-    shift_ptr,  # fp16: of `coefficients`
+    shift_ptr,  # of `coefficients`
     w_ptr,
     inv_norm_ptr,  # [C]
     largest_ptr,  # [1], max |u|
@@ -260,11 +259,11 @@ def class_gradient(
     BLOCK_K: tl.constexpr,  # samples, all in the same of the row blocks
     ROWS: tl.constexpr,  # in a row block
     PADDED_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """(8) for the chunk's classes."""
-    PARTS: tl.constexpr = 2 if PRECISION == "split" else 1
+    PARTS: tl.constexpr = 2 if SPLIT else 1
     row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     out = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -274,14 +273,11 @@ def class_gradient(
         # rows past the last sample were not written
         g_tile = coefficient_ptr + i[None, :] * (PARTS * padded_chunk) + row[:, None]
         x_tile = unit_x_ptr + i[:, None] * (PARTS * PADDED_D) + out[None, :]
-        g, g_rest = load_operand(g_tile, padded_chunk, (i < n)[None, :], PRECISION)
-        x, x_rest = load_operand(x_tile, PADDED_D, (out < PADDED_D)[None, :], PRECISION)
-        if PRECISION == "half" or PRECISION == "split":
-            shift = tl.load(shift_ptr + first // ROWS * padded_chunk + row)  # [BLOCK_C]
-            added = product(g, g_rest, x, x_rest, tl.zeros_like(raw), PRECISION, UPCAST)
-            raw += added * without_shift(shift, PRECISION)[:, None]
-        else:
-            raw = product(g, g_rest, x, x_rest, raw, PRECISION, UPCAST)
+        g, g_rest = load_operand(g_tile, padded_chunk, (i < n)[None, :], SPLIT)
+        x, x_rest = load_operand(x_tile, PADDED_D, (out < PADDED_D)[None, :], SPLIT)
+        shift = tl.load(shift_ptr + first // ROWS * padded_chunk + row)  # [BLOCK_C]
+        added = product(g, g_rest, x, x_rest, tl.zeros_like(raw), SPLIT, UPCAST)
+        raw += added * without_shift(shift, SPLIT)[:, None]
     j = first_class + row
     inv_w = tl.load(inv_norm_ptr + j, mask=j < c, other=0.0)
     along = tl.load(along_ptr + row)

@@ -50,7 +50,7 @@ def harder(cos, cls, other_cos, other_cls):
     return tl.maximum(cos, other_cos), tl.where(wins, other_cls, cls)
 
 
-@triton.jit(do_not_specialize=["n", "parts", "grad_parts", "capacity", "slots"])
+@triton.jit(do_not_specialize=["n", "stripes", "splits", "capacity", "slots"])
 def finish_samples(
     # pointers
     x_ptr,
@@ -58,16 +58,16 @@ def finish_samples(
     target_ptr,
     norm_ptr,  # [padded N]
     inv_norm_ptr,  # [C]
-    sums_ptr,  # of screen or coefficients, [4, parts, padded N]
-    best_class_ptr,  # of the same, [parts, padded N]
-    count_ptr,  # [parts, padded N] int32: candidates, in a dense call active pairs
-    grad_parts_ptr,  # of a dense call, [grad parts, padded N, D]: Σ weight·ŵ
-    list_ptr,  # [padded N, slots] classes; out: the link after this one, −1 at the end
+    sums_ptr,  # of screen or coefficients, [4, stripes, padded N]
+    best_class_ptr,  # of the same, [stripes, padded N]
+    count_ptr,  # [stripes, padded N] int32: candidates, in a dense call active pairs
+    grad_ptr,  # of a dense call, [splits, padded N, D]: Σ weight·ŵ
+    links_ptr,  # [padded N, slots] classes; out: the link after this one, −1 at the end
     list_weight_ptr,  # the same shape: out, 0 where the entry is not active, −p_i/s in the own class's slot
     list_cos_ptr,  # the same shape: out
     head_ptr,  # [C] int32, −1 on entry: the first link of each class
     row_loss_ptr,  # [N] out
-    stats_ptr,  # [6, N] out, as types.RowStats
+    row_stats_ptr,  # [6, N] out, as types.RowStats
     hardest_class_ptr,  # [N] int64 out
     counts_ptr,  # [2] int64, 0 on entry: active pairs, pairs of samples without a list
     row_grad_x_ptr,  # [N, D] out
@@ -82,8 +82,8 @@ def finish_samples(
     x_stride_d,
     w_stride_c,
     w_stride_d,
-    parts,
-    grad_parts,
+    stripes,
+    splits,
     capacity,
     slots,
     s,
@@ -95,7 +95,7 @@ def finish_samples(
     # compile time
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,  # entries at a time
-    BLOCK_PARTS: tl.constexpr,  # at least parts
+    BLOCK_PARTS: tl.constexpr,  # at least `stripes`
     DENSE: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     LINKS: tl.constexpr,
@@ -110,9 +110,9 @@ def finish_samples(
     x_unit = tl.where(is_finite(norm), x / tl.maximum(norm, NORM_EPS), 0.0)  # [BLOCK_D]
 
     part = tl.arange(0, BLOCK_PARTS)
-    is_part = part < parts
+    is_part = part < stripes
     at = part.to(tl.int64) * padded_n + i
-    plane = padded_n.to(tl.int64) * parts
+    plane = padded_n.to(tl.int64) * stripes
     inter = tl.sum(tl.load(sums_ptr + at, mask=is_part, other=0.0), 0)
     dropped = tl.sum(tl.load(sums_ptr + plane + at, mask=is_part, other=0.0), 0)
     cos_sum = tl.sum(tl.load(sums_ptr + 2 * plane + at, mask=is_part, other=0.0), 0)
@@ -128,9 +128,9 @@ def finish_samples(
     if DENSE:
         overflowed = counted
         if NEED_GRAD:
-            for grad_part in range(0, grad_parts):
+            for grad_part in range(0, splits):
                 row = grad_part * padded_n.to(tl.int64) + i
-                grad += tl.load(grad_parts_ptr + row * d + k, mask=in_row, other=0.0)
+                grad += tl.load(grad_ptr + row * d + k, mask=in_row, other=0.0)
     else:
         overflowed = counted & (tl.max(counts, 0) > capacity)
         # the nearest class by the screened cosine, again in fp32
@@ -151,7 +151,7 @@ def finish_samples(
             exists = rank < total
             listed = rank < tl.where(overflowed, 0, total)
             slot = own_list + locate(rank, counts, part, capacity)  # [BLOCK_E]
-            j = tl.load(list_ptr + slot, mask=listed, other=0)
+            j = tl.load(links_ptr + slot, mask=listed, other=0)
             j = tl.where(listed, j, tl.where(exists, rank, 0)).to(tl.int64)
             other = exists & (j != code)
             rows = tl.load(
@@ -179,7 +179,7 @@ def finish_samples(
                 tl.store(list_cos_ptr + slot, cos, mask=listed)
                 before = tl.atomic_xchg(head_ptr + j, slot.to(tl.int32), mask=listed & kept)
                 tl.debug_barrier()  # every warp has read its classes
-                tl.store(list_ptr + slot, before, mask=listed)
+                tl.store(links_ptr + slot, before, mask=listed)
 
         # as a candidate it has been counted, with a cosine that may be summed in another order
         nearest_cos = tl.where(nearest_seen == 0, nearest_cos, NO_COSINE)
@@ -199,7 +199,7 @@ def finish_samples(
             slot = i * slots + (slots - 1)
             tl.store(list_weight_ptr + slot, -p)
             tl.store(list_cos_ptr + slot, cos_target)
-            tl.store(list_ptr + slot, tl.atomic_xchg(head_ptr + own, slot.to(tl.int32)))
+            tl.store(links_ptr + slot, tl.atomic_xchg(head_ptr + own, slot.to(tl.int32)))
 
     nan = float("nan")
     row_nan = poison | (code == INVALID)
@@ -208,12 +208,12 @@ def finish_samples(
     hardest_class = tl.where((hardest < -1.5) | poison | ~counted, -1, hardest_class)
     hardest = tl.where(hardest < -1.5, float("-inf"), hardest)
     tl.store(row_loss_ptr + i, tl.where(counted, intra_loss + inter_loss, 0.0))
-    tl.store(stats_ptr + i, tl.where(counted, intra_loss, 0.0))
-    tl.store(stats_ptr + n + i, tl.where(counted, inter_loss, 0.0))
-    tl.store(stats_ptr + 2 * n + i, tl.where(counted, tl.where(poison, nan, cos_target), 0.0))
-    tl.store(stats_ptr + 3 * n + i, tl.where(counted, tl.where(poison, nan, cos_sum), 0.0))
-    tl.store(stats_ptr + 4 * n + i, tl.where(counted, tl.where(poison, nan, hardest), 0.0))
-    tl.store(stats_ptr + 5 * n + i, tl.where(counted, tl.where(poison, nan, s * dropped), 0.0))
+    tl.store(row_stats_ptr + i, tl.where(counted, intra_loss, 0.0))
+    tl.store(row_stats_ptr + n + i, tl.where(counted, inter_loss, 0.0))
+    tl.store(row_stats_ptr + 2 * n + i, tl.where(counted, tl.where(poison, nan, cos_target), 0.0))
+    tl.store(row_stats_ptr + 3 * n + i, tl.where(counted, tl.where(poison, nan, cos_sum), 0.0))
+    tl.store(row_stats_ptr + 4 * n + i, tl.where(counted, tl.where(poison, nan, hardest), 0.0))
+    tl.store(row_stats_ptr + 5 * n + i, tl.where(counted, tl.where(poison, nan, s * dropped), 0.0))
     tl.store(hardest_class_ptr + i, hardest_class.to(tl.int64))
     tl.store(overflowed_ptr + i, overflowed.to(tl.int32))
     if counted & ~poison:

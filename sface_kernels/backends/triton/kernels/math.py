@@ -1,8 +1,8 @@
 """Equations (2)–(4) as Triton functions, all in fp32, and what the kernels that multiply share.
 
 The same polynomials as `csrc/cpu/simd/generic/device_math.inl`. No libdevice call: the interpreter has none, and these
-cost fewer instructions. PRECISION is that of products: "half" rounds unit rows and coefficients to fp16, "split" makes
-two fp16 numbers of each; the others are `tl.dot`'s, of unrounded fp32. Sums, arccos and sigmoid are fp32 always.
+cost fewer instructions. Products round unit rows and coefficients to fp16, or with SPLIT make two fp16 numbers of each.
+Sums, arccos and sigmoid are fp32 always.
 
 A compiler may fuse any product and sum into one rounding, and a GPU's division is off by an ulp or two: nothing may
 depend on v − v being 0, or on (1/v)·v being 1.
@@ -116,12 +116,12 @@ def store_operand(ptr, second, values, mask, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def load_operand(ptr, second, mask, PRECISION: tl.constexpr):
+def load_operand(ptr, second, mask, SPLIT: tl.constexpr):
     """What `store_operand` stored, zeros outside the mask: twice the same where it was not split."""
     other = None if mask is None else 0.0
     values = tl.load(ptr, mask=mask, other=other)
     rest = values
-    if PRECISION == "split":
+    if SPLIT:
         rest = tl.load(ptr + second, mask=mask, other=other)
     return values, rest
 
@@ -137,16 +137,12 @@ def half_product(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def product(a, a_rest, b, b_rest, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def product(a, a_rest, b, b_rest, acc, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a·b; of what is split without a_rest·b_rest, which is below 2⁻²² of it."""
-    if PRECISION == "split":
+    if SPLIT:
         acc = half_product(a_rest, b, acc, UPCAST)
         acc = half_product(a, b_rest, acc, UPCAST)
-    if PRECISION == "half" or PRECISION == "split":
-        acc = half_product(a, b, acc, UPCAST)
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+    return half_product(a, b, acc, UPCAST)
 
 
 @triton.jit

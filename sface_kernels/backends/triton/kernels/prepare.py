@@ -49,8 +49,8 @@ def rounded_to_int8(rows, to_unit, largest):
 
 @triton.jit
 def store_unit_rows(
-    ptr, row, taken, stride_row, stride_column, unit_ptr, unit_row, step_ptr, moved_ptr, d,
-    BLOCK_D: tl.constexpr, PADDED_D: tl.constexpr, PARTS: tl.constexpr,
+    ptr, row, taken, stride_row, stride_column, unit_ptr, unit_row, step_ptr, moved_ptr, block, d,
+    BLOCK_D: tl.constexpr, PADDED_D: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Unit rows of `row` `[R]` into `unit_row`, zeros where not taken. Returns norms, and 1/max(norm, 1e-12) or NaN.
 
@@ -68,17 +68,17 @@ def store_unit_rows(
     # maximum() may drop a NaN; 1/norm itself is 0 for a norm beyond 2¹²⁷
     inverse = tl.where(is_finite(norm), 1.0 / tl.maximum(length, to_unit * NORM_EPS), float("nan"))
     stored = inverse
-    if PARTS == 2:
+    if SPLIT:
         stored *= SPLIT_SCALE
-    unit_at = unit_ptr + unit_row[:, None] * (PARTS * PADDED_D) + k[None, :]
+    unit_at = unit_ptr + unit_row[:, None] * (2 * PADDED_D if SPLIT else PADDED_D) + k[None, :]
     in_row = (k < PADDED_D)[None, :]
     if unit_ptr.dtype.element_ty == tl.int8:
         unit, step, moved = rounded_to_int8(scaled, inverse, largest * to_unit)
         tl.store(step_ptr + unit_row, step)
-        tl.store(moved_ptr, moved)
+        tl.store(moved_ptr + block, moved)
         tl.store(unit_at, unit, mask=in_row)
     else:
-        store_operand(unit_at, PADDED_D, scaled * stored[:, None], in_row, PARTS == 2)
+        store_operand(unit_at, PADDED_D, scaled * stored[:, None], in_row, SPLIT)
     return norm, inverse * to_unit
 
 
@@ -88,7 +88,7 @@ def prepare(
     x_ptr,
     label_ptr,  # [N] int64 or int32
     target_ptr,  # [N] int64: the label, or its code of types
-    unit_x_ptr,  # [padded N, PARTS, PADDED_D], fp16 or int8, or fp32 where products are of that
+    unit_x_ptr,  # [padded N, parts, PADDED_D], fp16 or int8: two parts with SPLIT, else one
     step_x_ptr,  # with int8 unit rows [padded N], the step of each
     moved_x_ptr,  # with int8 unit rows, how far rounding moves one of every BLOCK rows at most
     norm_ptr,  # [padded N], NaN or infinite where a counted row is not finite
@@ -96,7 +96,7 @@ def prepare(
     counted_ptr,  # [] int64: samples that are not ignored, at least 1
     flags_ptr,  # [2] int32, set to 0
     w_ptr,
-    unit_w_ptr,  # [padded chunk, PARTS, PADDED_D]
+    unit_w_ptr,  # [padded chunk, parts, PADDED_D]
     step_w_ptr,  # [padded chunk], as of x
     moved_w_ptr,
     inv_norm_ptr,  # [C], NaN where the row is not finite
@@ -118,7 +118,7 @@ def prepare(
     BLOCK: tl.constexpr,  # rows
     BLOCK_D: tl.constexpr,
     PADDED_D: tl.constexpr,
-    PARTS: tl.constexpr,  # 2 for dense products of split unit rows
+    SPLIT: tl.constexpr,  # unit rows are two parts
     LINKS: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -133,7 +133,7 @@ def prepare(
         counted = (i < n) & ~ignored
         norm, _ = store_unit_rows(
             x_ptr, i, counted, x_stride_n, x_stride_d,
-            unit_x_ptr, i, step_x_ptr, moved_x_ptr + pid, d, BLOCK_D, PADDED_D, PARTS,
+            unit_x_ptr, i, step_x_ptr, moved_x_ptr, pid, d, BLOCK_D, PADDED_D, SPLIT,
         )  # fmt: skip
         tl.store(norm_ptr + i, norm, mask=i < padded_n)
         if pid == 0:
@@ -154,7 +154,7 @@ def prepare(
         j = first_class + row
         _, inv_norm = store_unit_rows(
             w_ptr, j, j < c, w_stride_c, w_stride_d,
-            unit_w_ptr, row, step_w_ptr, moved_w_ptr + block, d, BLOCK_D, PADDED_D, PARTS,
+            unit_w_ptr, row, step_w_ptr, moved_w_ptr, block, d, BLOCK_D, PADDED_D, SPLIT,
         )  # fmt: skip
         tl.store(inv_norm_ptr + j, inv_norm, mask=j < c)
         if LINKS:

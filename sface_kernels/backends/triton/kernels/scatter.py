@@ -9,20 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import NORM_EPS, arccos, exponent_of, is_finite, power_of_two, sigmoid_of_angle, store_class_gradient
+from .math import arccos, exponent_of, inverse_norm, is_finite, power_of_two, sigmoid_of_angle, store_class_gradient
 
 FIXED: tl.constexpr = tl.constexpr(2.0**39)  # one unit of the largest coefficient: room for 2²³ summands in 63 bits
 
 
 @triton.jit
-def inverse_norm(norm):
-    """1/max(‖x‖, 1e-12), 0 where the row is not finite: everything becomes NaN elsewhere."""
-    return tl.where(is_finite(norm), 1.0 / tl.maximum(norm, NORM_EPS), 0.0)
-
-
-@triton.jit
 def sum_of_links(
-    head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, link_ptr, list_weight_ptr, list_cos_ptr, d, x_stride_n,
+    head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, links_ptr, list_weight_ptr, list_cos_ptr, d, x_stride_n,
     x_stride_d, slots,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -33,7 +27,7 @@ def sum_of_links(
         live = link >= 0
         u = tl.load(grad_row_ptr + tl.where(live, link // slots, 0) * grad_row_step, mask=live, other=0.0)
         largest = tl.maximum(largest, tl.abs(u * tl.load(list_weight_ptr + link, mask=live, other=0.0)))
-        link = tl.load(link_ptr + link, mask=live, other=-1)
+        link = tl.load(links_ptr + link, mask=live, other=-1)
 
     exponent = exponent_of(largest)
     to_unit, from_unit = power_of_two(-exponent), power_of_two(exponent)  # [BLOCK_C]
@@ -54,7 +48,7 @@ def sum_of_links(
         scaled = tl.where(live, g * to_unit, 0.0) * FIXED
         raw += (scaled[:, None] * unit).to(tl.int64)
         along += (scaled * tl.load(list_cos_ptr + link, mask=live, other=0.0)).to(tl.int64)
-        link = tl.load(link_ptr + link, mask=live, other=-1)
+        link = tl.load(links_ptr + link, mask=live, other=-1)
     # both factors may leave fp32's range together, not one after the other
     return raw.to(tl.float32) * (1.0 / FIXED) * from_unit[:, None], along.to(tl.float32) * (1.0 / FIXED) * from_unit
 
@@ -72,7 +66,7 @@ def scatter_classes(
     flags_ptr,  # [2]: some samples overflowed, some are not finite
     overflowed_ptr,  # [N]
     head_ptr,  # [C], of finish_samples, which says what these hold
-    link_ptr,  # [padded N, slots]
+    links_ptr,  # [padded N, slots]
     list_weight_ptr,  # [padded N, slots]
     list_cos_ptr,  # [padded N, slots]
     grad_w_ptr,  # [C, D] out
@@ -107,7 +101,7 @@ def scatter_classes(
     scale = tl.where(poison, float("nan"), s)
     if (tl.max(head, 0) >= 0) | any_overflow:
         raw, along = sum_of_links(
-            head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, link_ptr, list_weight_ptr, list_cos_ptr, d,
+            head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, links_ptr, list_weight_ptr, list_cos_ptr, d,
             x_stride_n, x_stride_d, slots, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         for i in range(0, tl.where(any_overflow, n, 0)):

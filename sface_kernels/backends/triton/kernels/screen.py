@@ -121,7 +121,7 @@ def screen(
     sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ weight, Σ cosine, the largest cosine with its column
     best_class_ptr,  # [stripes, padded N] int32
     count_ptr,  # [stripes, padded N] int32 candidates, also of those for which the list is too small
-    list_ptr,  # [padded N, slots] int32 classes: a part of `capacity` for each stripe, and the own class's slot
+    links_ptr,  # [padded N, slots] int32 classes: a part of `capacity` for each stripe, and the own class's slot
     # sizes, floats
     n,
     c,
@@ -215,7 +215,7 @@ def screen(
 
         if tl.max(sums_with_one_trip(tl.max(nearest, 1)), 0) >= reach - tag_margin(BLOCK_C):
             # neither NaN nor the zeros of ignored rows are candidates
-            list_part = list_ptr + i * slots + stripe * capacity
+            list_part = links_ptr + i * slots + stripe * capacity
             count, found = append_candidates(cos, reach, list_part, count, first, capacity, BLOCK_C, RUN)
             taken = found.to(tl.float32) * inter_weight_below(reach, k_inter, b)
             inter -= taken * reach

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,10 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ....precision import kept
 from ....types import HyperParameters
-from .. import launch_backward, launch_forward
-from ..buffers import Saved, allocate
+from .. import sequence
 from ..device import MULTIPROCESSORS, pretend
 from . import machine_code
 
@@ -61,27 +59,17 @@ TYPES = {
 }
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 LARGE = (1024, 1_000_000, 512)  # samples, classes, features
-# (shape, dtype, weight's dtype, float32 matmul precision). The two widths of a product's operands, which choose the
-# tiles, at the size that counts.
-FEW_CASES = [(LARGE, bf16, f32, "highest"), (LARGE, f32, f32, "highest")]
-# The other dtypes and precisions, and the shapes that choose other tiles and blocks; 100 features leave remainders.
+# (shape, dtype, weight's dtype). The two widths of a product's operands, which choose the tiles, at a size that counts.
+FEW_CASES = [(LARGE, bf16, f32), (LARGE, f32, f32)]
+# The other dtypes, and the shapes that choose other tiles and blocks; 100 features leave remainders.
+SHAPES = (512, 85_742, 128), (32, 10_575, 1024), (100, 1009, 100)
 CASES = [
     *FEW_CASES,
-    (LARGE, f32, f32, "high"),
-    (LARGE, bf16, bf16, "highest"),
-    (LARGE, f16, f16, "highest"),
-    *(
-        (shape, dtype, f32, "highest")
-        for shape in ((512, 85_742, 128), (32, 10_575, 1024), (100, 1009, 100))
-        for dtype in (bf16, f32)
-    ),
+    (LARGE, bf16, bf16),
+    (LARGE, f16, f16),
+    *((s, dtype, f32) for s in SHAPES for dtype in (bf16, f32)),
 ]
 MODES = [(False, True), (True, True), (True, False)]  # (dense, whether ∂x is asked for)
-
-
-def names() -> list[str]:
-    """Targets that can be asked for."""
-    return list(TARGETS)
 
 
 def recorded(
@@ -102,24 +90,18 @@ def recorded(
     capability = TARGETS[target].capability
     hip = None if capability else str(TARGETS[target].gpu.arch)
     with pretend(capability, hip, run=lambda kernel, grid, arguments: taken.append((kernel, arguments))):
-        result = allocate(x, w, need_x, True, dense, MULTIPROCESSORS)
-        launch_forward.forward(x, w, y, hp, dense, MULTIPROCESSORS, result)
-        launch_backward.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, Saved(*result.saved))
+        outputs = sequence.forward(x, w, y, hp, need_x, True, dense, MULTIPROCESSORS)
+        sequence.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, list(outputs[5:-2]))
     return taken
 
 
 def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """(kernel, arguments, which call it came from) of forwards and backwards in every mode."""
-    for shape, dtype, weight_dtype, precision in CASES if every else FEW_CASES:
-        taken = []
-        with kept():
-            torch.set_float32_matmul_precision(precision)
-            for dense, need_x in MODES:
-                eps = 2.0**-24 if dtype == f32 else 2.0**-16  # the defaults: screens in fp16, and in int8
-                hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else eps)
-                taken += recorded(target, shape, dtype, weight_dtype, hp, dense, need_x)
+    for (shape, dtype, weight_dtype), (dense, need_x) in itertools.product(CASES if every else FEW_CASES, MODES):
+        eps = 2.0**-24 if dtype == f32 else 2.0**-16  # the defaults: screens in fp16, and in int8
+        hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else eps)
         short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
-        for kernel, arguments in taken:
+        for kernel, arguments in recorded(target, shape, dtype, weight_dtype, hp, dense, need_x):
             yield kernel, arguments, f"{short} D={shape[2]}"
 
 
@@ -133,7 +115,7 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, 
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
         looks = not parameter.do_not_specialize
-        if name.isupper() or (looks and type(value) is int and value == 1):
+        if name.isupper() or value is None or (looks and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, TensorDescriptor):
@@ -158,15 +140,6 @@ def distinct(launches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return list(found.values())
 
 
-@functools.cache
-def _disassembler() -> str:
-    packaged = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = str(packaged) if packaged.exists() else shutil.which("cuobjdump")
-    if tool is None:
-        raise RuntimeError("cuobjdump is neither in the Triton package nor on PATH: machine code cannot be read")
-    return tool
-
-
 def _machine_code(compiled: Any) -> tuple[str, int]:
     """The disassembly, and the registers of a thread."""
     if "amdgcn" in compiled.asm:
@@ -176,80 +149,62 @@ def _machine_code(compiled: Any) -> tuple[str, int]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-            listing = run([_disassembler(), "-sass", file.name]).stdout
-            registers = re.search(r"REG:(\d+)", run([_disassembler(), "-res-usage", file.name]).stdout)
+            tool = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+            listing = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+            registers = re.search(r"REG:(\d+)", listing)
     if registers is None:
         raise RuntimeError("the disassembly does not say how many registers the kernel takes")
     return listing, int(registers[1])
 
 
-def _compile(kernel: Any, arguments: dict[str, Any], target: str) -> dict[str, Any]:
+def _compile(kernel: Any, arguments: dict[str, Any], call: str, target: str) -> dict[str, Any]:
     gpu, _, shared_limit = TARGETS[target]
-    name = kernel.fn.__name__
+    flags = [name.lower() for name, value in arguments.items() if name.isupper() and value is True]
+    row: dict[str, Any] = {"kernel": kernel.fn.__name__, "variant": ", ".join([call, *flags])}
     source, options = specialised(kernel, arguments)
     try:
         compiled = triton.compile(source, target=gpu, options=options)
     except Exception as error:  # a compiler crash is a finding, not a failure of this program
-        text = str(error).strip().splitlines()
-        return {
-            "kernel": name,
-            "problem": f"does not compile: {type(error).__name__}: {text[-1] if text else ''}"[:200],
-        }
+        last = (str(error).strip().splitlines() or [""])[-1]
+        return {**row, "problem": f"does not compile: {type(error).__name__}: {last}"[:200]}
     listing, registers = _machine_code(compiled)
     code = machine_code.parse(listing)
-    row: dict[str, Any] = {
-        "kernel": name,
-        "registers": registers,
-        "spills": machine_code.count(code, machine_code.LOCAL_MEMORY),
-        "spills_in_products": machine_code.count_in_product_loops(code, machine_code.LOCAL_MEMORY),
-        "shared_bytes": compiled.metadata.shared,
-        "tensor_core_instructions": machine_code.count(code, machine_code.TENSOR_CORES),
-        "instructions": len(code),
-        "epilogue_per_element": None,
-    }
     epilogue = machine_code.epilogue(code)
     if epilogue is not None:
-        threads = compiled.metadata.num_warps * gpu.warp_size
-        row["epilogue_per_element"] = round(epilogue * threads / (arguments["BLOCK_N"] * arguments["BLOCK_C"]), 1)
-    problems = []
-    if row["shared_bytes"] > shared_limit:
-        problems.append(f"{row['shared_bytes']} B of shared memory, the target has {shared_limit}")
-    columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    if columns > TENSOR_MEMORY:
-        problems.append(f"{columns} columns of tensor memory, the target has {TENSOR_MEMORY}")
-    if fp64 := machine_code.count(code, machine_code.FP64):
-        problems.append(f"{fp64} fp64 instructions")
-    if residues := machine_code.rounding_residues(compiled.asm.get("ptx", "")):
-        problems.append(f"{len(residues)} differences of a product and itself are fused: {residues[0]}")
-    if narrow := machine_code.narrow_strides(compiled.asm.get("ttir", "")):
-        problems.append(f"{len(narrow)} strides are multiplied in 32 bits: {narrow[0]}")
-    if row["spills_in_products"]:
-        problems.append(f"{row['spills_in_products']} spills in the loop of a product")
-    # AMD's matrix cores have fp32 products, NVIDIA's have none of that precision
-    exact = arguments.get("PRECISION") == "ieee" and gpu.backend == "cuda"
-    if "BLOCK_K" in arguments and not exact and not row["tensor_core_instructions"]:
-        problems.append("no tensor-core instruction")
-    row["problem"] = "; ".join(problems) or None
-    return row
+        held = arguments["BLOCK_N"] * arguments["BLOCK_C"] / (compiled.metadata.num_warps * gpu.warp_size)
+        epilogue = round(epilogue / held, 1)
+    shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    spilling, products = (machine_code.count(code, p) for p in (machine_code.LOCAL_MEMORY, machine_code.TENSOR_CORES))
+    in_products = machine_code.count_in_product_loops(code, machine_code.LOCAL_MEMORY)
+    fp64 = machine_code.count(code, machine_code.FP64)
+    residues = machine_code.rounding_residues(compiled.asm.get("ptx", ""))
+    narrow = machine_code.narrow_strides(compiled.asm.get("ttir", ""))
+    problems = (
+        (shared > shared_limit, f"{shared} B of shared memory, the target has {shared_limit}"),
+        (columns > TENSOR_MEMORY, f"{columns} columns of tensor memory, the target has {TENSOR_MEMORY}"),
+        (fp64, f"{fp64} fp64 instructions"),
+        (residues, f"{len(residues)} differences of a product and itself are fused: {residues[:1]}"),
+        (narrow, f"{len(narrow)} strides are multiplied in 32 bits: {narrow[:1]}"),
+        (in_products, f"{in_products} spills in the loop of a product"),
+        ("BLOCK_K" in arguments and not products, "no tensor-core instruction"),
+    )
+    found = registers, spilling, in_products, shared, products, len(code), epilogue
+    row |= dict(zip(MEASURED, found, strict=True))
+    return {**row, "problem": "; ".join(text for is_one, text in problems if is_one) or None}
 
 
-def variant(arguments: dict[str, Any], call: str) -> str:
-    flags = [name.lower() for name, value in arguments.items() if name.isupper() and value is True]
-    return ", ".join([call, *flags, *([arguments["PRECISION"]] if "PRECISION" in arguments else [])])
+@functools.cache
+def _found(target: str, every: bool) -> list[tuple[Any, ...]]:
+    return distinct(_launches(target, every))
 
 
-def _part(task: tuple[str, bool, int, int]) -> list[tuple[int, dict[str, Any]]]:
-    target, every, first, step = task
-    found = list(enumerate(distinct(_launches(target, every))))[first::step]
-    return [
-        (at, {**_compile(kernel, given, target), "variant": variant(given, call)})
-        for at, (kernel, given, call) in found
-    ]
+def _row(target: str, every: bool, number: int) -> dict[str, Any]:
+    kernel, arguments, call = _found(target, every)[number]
+    return _compile(kernel, arguments, call, target)
 
 
 def compile_table(target: str, every: bool = False, jobs: int = 1) -> list[dict[str, Any]]:
-    """One row per distinct kernel that a call would launch on `target`, an entry of `names()`.
+    """One row per distinct kernel that a call would launch on `target`, an entry of TARGETS.
 
     Keys: kernel, variant, registers, spills (local-memory instructions), spills_in_products (those in a loop of a
     product), shared_bytes, tensor_core_instructions, instructions, epilogue_per_element (instructions that a thread
@@ -260,21 +215,15 @@ def compile_table(target: str, every: bool = False, jobs: int = 1) -> list[dict[
     at the same time.
     """
     if target not in TARGETS:
-        raise ValueError(f"target: expected one of {names()}, got {target!r}")
+        raise ValueError(f"target: expected one of {list(TARGETS)}, got {target!r}")
+    row, numbers = functools.partial(_row, target, every), range(len(_found(target, every)))
     if jobs == 1:
-        rows = _part((target, every, 0, 1))
-    else:
-        # small parts, as the kernels of a size differ in what they take to compile
-        parts = 4 * jobs
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            tasks = [(target, every, first, parts) for first in range(parts)]
-            rows = [row for part in pool.imap_unordered(_part, tasks) for row in part]
-    return [row for _, row in sorted(rows, key=lambda row: row[0])]
+        return list(map(row, numbers))
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return pool.map(row, numbers, chunksize=1)
 
 
-COLUMNS = {
-    "kernel": "kernel",
-    "variant": "variant",
+MEASURED = {
     "registers": "registers",
     "spills": "spills",
     "spills_in_products": "in product loops",
@@ -283,6 +232,7 @@ COLUMNS = {
     "instructions": "instructions",
     "epilogue_per_element": "epilogue, per element",
 }
+COLUMNS = {"kernel": "kernel", "variant": "variant", **MEASURED}
 BEGIN, END = "<!-- compile table: written by a command, see above -->", "<!-- end of the compile table -->"
 
 

@@ -6,10 +6,13 @@ see there PTX and Triton's own IR. Imports neither torch nor Triton.
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
+
+import networkx as nx  # which PyTorch brings
 
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|IMMA|IGMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b|\bv_mfma_")
 LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)")
@@ -34,11 +37,11 @@ class Instruction(NamedTuple):
     falls: bool  # whether the next instruction may follow it
 
 
-def parse(listing: str) -> list[Instruction]:
+def parse(listing: str) -> tuple[Instruction, ...]:
     return _parse_sass(listing) if _SASS.search(listing) else _parse_amd(listing)
 
 
-def _parse_sass(listing: str) -> list[Instruction]:
+def _parse_sass(listing: str) -> tuple[Instruction, ...]:
     found = [(int(address, 16), text) for address, text in _SASS.findall(listing)]
     # padding behind the last instruction
     while found and found[-1][1] == "NOP":
@@ -60,10 +63,10 @@ def _parse_sass(listing: str) -> list[Instruction]:
             elif barrier[2] in meeting:
                 jumps, falls = (index[meeting[barrier[2]]],), predicated
         code.append(Instruction(text, jumps, falls))
-    return code
+    return tuple(code)
 
 
-def _parse_amd(listing: str) -> list[Instruction]:
+def _parse_amd(listing: str) -> tuple[Instruction, ...]:
     labels: dict[str, int] = {}
     texts: list[str] = []
     for line in listing.splitlines():
@@ -79,61 +82,42 @@ def _parse_amd(listing: str) -> list[Instruction]:
         branch = _AMD_BRANCH.match(text)
         jumps = (labels[branch[2]],) if branch and labels.get(branch[2], len(texts)) < len(texts) else ()
         code.append(Instruction(text, jumps, text != "s_endpgm" and not (branch and not branch[1])))
-    return code
+    return tuple(code)
 
 
-def _successors(code: Sequence[Instruction]) -> list[list[int]]:
-    last = len(code) - 1
-    return [[*i.jumps, *([at + 1] if i.falls and at < last else [])] for at, i in enumerate(code)]
+def _graph(code: tuple[Instruction, ...]) -> nx.DiGraph:
+    """Which instruction may follow which, by their indices, of those that are ever reached."""
+    after = {at: [*one.jumps, *([at + 1] if one.falls and at + 1 < len(code) else [])] for at, one in enumerate(code)}
+    graph = nx.DiGraph(after)
+    return graph.subgraph({0} | nx.descendants(graph, 0)).copy()
 
 
-def _back_edges(after: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Edges to an instruction that the depth-first walk from the entry is still below."""
-    edges, state = [], [0] * len(after)  # 0 not met, 1 on the way, 2 left
-    way = [(0, iter(after[0]))] if after else []
-    while way:
-        at, rest = way[-1]
-        state[at] = 1
-        following = next(rest, None)
-        if following is None:
-            state[at] = 2
-            way.pop()
-        elif state[following] == 0:
-            way.append((following, iter(after[following])))
-        elif state[following] == 1:
-            edges.append((at, following))
-    return edges
-
-
-def loops(code: Sequence[Instruction]) -> list[set[int]]:
+@functools.lru_cache(maxsize=1)
+def loops(code: tuple[Instruction, ...]) -> list[set[int]]:
     """Indices of each natural loop's instructions, the smallest loop first."""
-    after = _successors(code)
-    before: list[list[int]] = [[] for _ in code]
-    for at, following in enumerate(after):
-        for to in following:
-            before[to].append(at)
+    graph = _graph(code)
+    tree = nx.DiGraph((above, at) for at, above in nx.immediate_dominators(graph, 0).items() if at != 0)
+    tree.add_node(0)
+    walks = nx.dfs_preorder_nodes, nx.dfs_postorder_nodes
+    before, after = ({at: place for place, at in enumerate(walk(tree, 0))} for walk in walks)
     bodies: dict[int, set[int]] = {}
-    for tail, header in _back_edges(after):
-        body, todo = {header}, [tail]
-        while todo:
-            at = todo.pop()
-            if at not in body:
-                body.add(at)
-                todo.extend(before[at])
-        if header == 0 or 0 not in body:  # else there is a way into it past its header: no loop
-            bodies.setdefault(header, set()).update(body)
+    for tail, header in graph.edges:
+        if before[header] <= before[tail] and after[tail] <= after[header]:  # no way to the tail but past the header
+            inside = graph.subgraph(graph.nodes - {header})
+            body = {tail} | nx.ancestors(inside, tail) if tail != header else set()
+            bodies.setdefault(header, {header}).update(body)
     return sorted(bodies.values(), key=len)
 
 
-def _matching(code: Sequence[Instruction], within: Iterable[int], pattern: re.Pattern[str]) -> list[int]:
-    return [at for at in within if pattern.search(code[at].text)]
+def _matching(code: tuple[Instruction, ...], within: Iterable[int], pattern: re.Pattern[str]) -> set[int]:
+    return {at for at in within if pattern.search(code[at].text)}
 
 
-def count(code: Sequence[Instruction], pattern: re.Pattern[str]) -> int:
+def count(code: tuple[Instruction, ...], pattern: re.Pattern[str]) -> int:
     return len(_matching(code, range(len(code)), pattern))
 
 
-def product_loops(code: Sequence[Instruction]) -> list[set[int]]:
+def product_loops(code: tuple[Instruction, ...]) -> list[set[int]]:
     """The innermost loops that hold tensor-core instructions.
 
     Where the compiler unrolled the steps of a product this is the loop over tiles, the epilogue included.
@@ -142,39 +126,20 @@ def product_loops(code: Sequence[Instruction]) -> list[set[int]]:
     return [loop for loop in holding if not any(other < loop for other in holding)]
 
 
-def count_in_product_loops(code: Sequence[Instruction], pattern: re.Pattern[str]) -> int:
+def count_in_product_loops(code: tuple[Instruction, ...], pattern: re.Pattern[str]) -> int:
     return len(_matching(code, set().union(*product_loops(code)), pattern))
 
 
-def _distances(graph: Sequence[Sequence[int]], starts: Iterable[int], within: set[int]) -> dict[int, int]:
-    """Instructions from any of `starts` to each one that can be reached without leaving `within`."""
-    distance = {at: 0 for at in starts}
-    front = list(distance)
-    while front:
-        reached = []
-        for at in front:
-            for to in graph[at]:
-                if to in within and to not in distance:
-                    distance[to] = distance[at] + 1
-                    reached.append(to)
-        front = reached
-    return distance
-
-
-def epilogue(code: Sequence[Instruction]) -> int | None:
+def epilogue(code: tuple[Instruction, ...]) -> int | None:
     """Instructions from a tile's product to the next one, by the shortest way through its exponentials.
 
     The shortest way is that of a tile without a candidate. None where no loop holds both products and exponentials.
     """
-    after = _successors(code)
-    before: list[list[int]] = [[] for _ in code]
-    for at, following in enumerate(after):
-        for to in following:
-            before[to].append(at)
     for loop in loops(code):
         products, exponentials = (_matching(code, loop, pattern) for pattern in (TENSOR_CORES, EXPONENTIAL))
         if products and exponentials:
-            since, until = _distances(after, products, loop), _distances(before, products, loop)
+            inside = _graph(code).subgraph(loop)
+            since, until = (nx.multi_source_dijkstra_path_length(g, products) for g in (inside, inside.reverse()))
             # the median: a few are of what only a tile with candidates computes
             return statistics.median_low(since[at] + until[at] - 1 for at in exponentials)
     return None

@@ -12,24 +12,24 @@ import argparse
 import json
 import os
 import re
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 
-from ....types import IGNORED, NO_TARGET, HyperParameters
-from .. import tiles
+from ....types import HyperParameters
+from .. import launch, sequence, tiles
 from ..device import gpu_of
 
 WAYS = {"lists": ("screen",), "dense": ("coefficients", "row_gradient", "class_gradient")}  # of a call: its kernels
 LEAST_GAIN = 0.02  # smaller differences are noise between runs
 MOST_DIFFERENCE = 1e-3  # relative, of each result: other orders of the sums, and coefficients rounded to fp16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SECONDS = 0.3  # of repeats of one alternative
+MILLISECONDS = 300  # of repeats of one alternative
 
 Overrides = dict[str, dict[str, int]]
 Measure = Callable[[Overrides], float | None]
@@ -37,17 +37,12 @@ Measure = Callable[[Overrides], float | None]
 
 def neighbours(tile: tiles.Tile) -> Iterator[tiles.Tile]:
     """Tiles with one field changed that every kernel can take: no block is larger than what buffers are padded to."""
-    largest = tiles.GRANULE
-    for name, least, most in (("block_n", 16, largest), ("block_c", 32, largest), ("block_k", 16, largest)):
-        for value in (getattr(tile, name) // 2, getattr(tile, name) * 2):
-            if least <= value <= most:
-                yield tile._replace(**{name: value})
-    for warps in (tile.warps // 2, tile.warps * 2):
-        if 4 <= warps <= 8:
-            yield tile._replace(warps=warps)
-    for stages in (tile.stages - 1, tile.stages + 1):
-        if 1 <= stages <= 5:
-            yield tile._replace(stages=stages)
+    limits = {"block_n": (16, tiles.GRANULE), "block_c": (32, tiles.GRANULE), "block_k": (16, tiles.GRANULE)}
+    for name, (least, most) in {**limits, "warps": (4, 8), "stages": (1, 5)}.items():
+        value = getattr(tile, name)
+        for other in (value - 1, value + 1) if name == "stages" else (value // 2, value * 2):
+            if least <= other <= most:
+                yield tile._replace(**{name: other})
 
 
 def search(
@@ -96,42 +91,21 @@ class Step:
 
     def run(self) -> list[Tensor]:
         """Row losses, ∂x and ∂w."""
-        multiprocessors = gpu_of(self.x.device).multiprocessors
         operands = (self.x, self.w, self.target)
-        row_loss, _, _, _, row_grad_x, *saved, _, _ = torch.ops.sface.triton_forward(
-            *operands, IGNORED, NO_TARGET, *self.hp, True, True, self.dense, multiprocessors
+        multiprocessors = gpu_of(self.x.device).multiprocessors
+        row_loss, _, _, _, row_grad_x, *saved, _, _ = sequence.forward(
+            *operands, self.hp, True, True, self.dense, multiprocessors
         )
-        grad_w = torch.ops.sface.triton_grad_weight(*operands, self.upstream, *self.hp, self.dense, *saved)
-        return [row_loss, row_grad_x, grad_w]
+        return [row_loss, row_grad_x, sequence.grad_weight(*operands, self.upstream, self.hp, self.dense, saved)]
 
     def measure(self, overrides: Overrides) -> float | None:
-        before = os.environ.get("SFACE_TILES")
-        os.environ["SFACE_TILES"] = json.dumps(overrides)
-        try:
-            results = self.run()
-            if not all(_agree(ours, theirs) for ours, theirs in zip(results, self.expected, strict=True)):
-                return None
-            return self._milliseconds()
-        except Exception as error:  # out of registers or shared memory, a compiler crash
-            print(f"  {type(error).__name__}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
-            return None
-        finally:
-            if before is None:
-                del os.environ["SFACE_TILES"]
-            else:
-                os.environ["SFACE_TILES"] = before
-
-    def _milliseconds(self) -> float:
-        taken: list[float] = []
-        began = time.monotonic()
-        while len(taken) < 5 or time.monotonic() - began < SECONDS:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            self.run()
-            end.record()
-            end.synchronize()
-            taken.append(start.elapsed_time(end))
-        return statistics.median(taken)
+        with mock.patch.dict(os.environ, SFACE_TILES=json.dumps(overrides)):
+            try:
+                if all(map(_agree, self.run(), self.expected)):
+                    return triton.testing.do_bench(self.run, rep=MILLISECONDS, return_mode="median")
+            except Exception as error:  # out of registers or shared memory, a compiler crash
+                _log(f"  {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+        return None
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
@@ -156,14 +130,12 @@ def main() -> int:
         print(f"tune: tiles are timed on a GPU, and PyTorch {torch.__version__} finds none", file=sys.stderr)
         return 2
     chosen: Overrides = json.loads(os.environ.get("SFACE_TILES", "{}"))
-    from .. import launch
-
     for way in ways:
         step = Step((n, c, d), DTYPES[options.dtype], DTYPES[options.weight_dtype], way == "dense")
-        call = launch.Call(step.x, step.w, step.target, step.hp, step.dense)
+        kind = launch.kind_of(step.x, step.w, step.hp, step.dense, gpu_of(step.x.device).multiprocessors)
         for kernel in WAYS[way]:
-            chosen = search(kernel, call.tile(kernel), chosen, step.measure, _log)
-        del step, call
+            chosen = search(kernel, kind.tile(kernel), chosen, step.measure, _log)
+        del step
     print(f"SFACE_TILES='{json.dumps(chosen)}'")
     return 0
 

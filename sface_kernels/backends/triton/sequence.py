@@ -1,0 +1,147 @@
+"""Forward and backward as fixed sequences of launches, by lists or by dense products.
+
+Which of the two is the caller's to say; nothing waits for a count.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...types import IGNORED, NO_TARGET, HyperParameters
+from .buffers import OUTPUTS, SAVED, allocate, cdiv, lists
+from .device import gpu_of
+from .kernels.dense import class_gradient, coefficients, row_gradient
+from .kernels.finish import finish_samples
+from .kernels.scatter import scatter_classes
+from .kernels.screen import screen
+from .launch import SUM_PLANES, Call, kind_of
+
+
+def forward(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    hp: HyperParameters,
+    need_grad_x: bool,
+    need_grad_w: bool,
+    dense: bool,
+    multiprocessors: int,
+    ignore_index: int = IGNORED,
+    no_target: int = NO_TARGET,
+) -> tuple[Tensor, ...]:
+    """The operator's outputs. A row whose label is `ignore_index` is ignored, one whose label is `no_target` has its
+    class elsewhere."""
+    if x.shape[0] == 0:
+        outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *lists(0, w.shape[0], w.shape[1], multiprocessors))
+        for output in outputs:
+            output.zero_()
+        outputs[-2].fill_(1)  # samples that count, at least 1
+        return outputs
+    kind = kind_of(x, w, hp, dense, multiprocessors)
+    outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *kind.lists)
+    call = Call(
+        kind,
+        x.device,
+        x_ptr=x,
+        w_ptr=w,
+        label_ptr=labels,
+        ignore_index=ignore_index,
+        no_target=no_target,
+        NEED_GRAD=need_grad_x,
+        LINKS=need_grad_w and not dense,
+        BACKWARD=False,
+        **dict(zip(OUTPUTS, outputs, strict=True)),
+    )
+    # unit rows and sums over classes, in chunks, then every sample's results
+    call.make("sums_ptr", SUM_PLANES, kind.stripes, kind.padded_n)
+    call.make("best_class_ptr", kind.stripes, kind.padded_n, dtype=torch.int32)
+    call.make("count_ptr", kind.stripes, kind.padded_n, dtype=torch.int32)
+    (_coefficients if dense else _screen)(call)
+    call.launch(finish_samples, kind.n)
+    return outputs
+
+
+def _screen(call: Call) -> None:
+    """Every class past every sample: the sums and the lists."""
+    own, stripes = call.kind.own["screen"], call.kind.stripes
+    call.unit_rows(stripes)
+    for name, block in (("unit_x", own["BLOCK_N"]), ("unit_w", own["BLOCK_C"])):
+        rows = call.arguments[f"{name}_ptr"]
+        if call.arguments["TMA"]:
+            rows = TensorDescriptor.from_tensor(rows, [block, own["BLOCK_K"]])
+        call.arguments[name] = rows
+    for classes in call.chunks():
+        call.launch(screen, own["row_blocks"] * stripes, tiles=cdiv(classes, own["BLOCK_C"]))
+
+
+def _coefficients(call: Call) -> None:
+    """The sums over all classes and of ∂x, in parts."""
+    kind, need_grad = call.kind, call.arguments["NEED_GRAD"]
+    own, rows_of = kind.own["coefficients"], kind.own["row_gradient"]
+    chunk = call.unit_rows(kind.stripes)
+    if need_grad:
+        call.make("coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
+        call.make("grad_ptr", rows_of["splits"], kind.padded_n, kind.d)
+        if kind.parts == 2:
+            call.make("shift_ptr", chunk // own["BLOCK_C"], kind.padded_n, dtype=torch.int32)
+    call.arguments["splits"] = rows_of["splits"]
+    d_blocks = cdiv(kind.d, rows_of["BLOCK_C"])
+    for rows in call.chunks():
+        call.launch(coefficients, own["row_blocks"] * kind.stripes, tiles=cdiv(rows, own["BLOCK_C"]))
+        if need_grad:
+            grid = rows_of["row_blocks"] * rows_of["splits"], d_blocks
+            call.launch(row_gradient, *grid, steps=cdiv(rows, rows_of["BLOCK_K"]))
+
+
+def grad_weight(
+    x: Tensor, w: Tensor, target: Tensor, grad_row: Tensor, hp: HyperParameters, dense: bool, saved: list[Tensor]
+) -> Tensor:
+    """∂w `[C, D]` in the dtype of w, equation (8), by the way that the forward took."""
+    if x.shape[0] == 0:
+        return torch.zeros(w.shape, dtype=w.dtype, device=w.device)
+    gpu = gpu_of(x.device)
+    kind = kind_of(x, w, hp, dense, gpu.multiprocessors)
+    if not dense and grad_row.stride(0) == 0:  # of a mean or a sum: one element, which is the largest too
+        largest = grad_row
+    else:
+        grad_row = grad_row.contiguous()
+        largest = torch.linalg.vector_norm(grad_row, math.inf)  # NaN where an element is
+    call = Call(kind, x.device, x_ptr=x, w_ptr=w, target_ptr=target, grad_row_ptr=grad_row, largest_ptr=largest)
+    # the interpreter cuts off what a cast to bf16 should round
+    stored = torch.float32 if gpu.family == "interpreter" else w.dtype
+    grad = call.make("grad_w_ptr", kind.c, kind.d, dtype=stored)
+    if dense:
+        _coefficients_again(call)
+    else:
+        given = dict(zip(SAVED, saved, strict=True))
+        own, slots = kind.own["scatter_classes"], given["links_ptr"].shape[1]
+        blocks = cdiv(kind.c, own["BLOCK_C"]), cdiv(kind.d, own["BLOCK_D"])
+        call.launch(scatter_classes, *blocks, **given, slots=slots, grad_row_step=grad_row.stride(0))
+    return grad.to(w.dtype)
+
+
+def _coefficients_again(call: Call) -> None:
+    """∂w by dense products; what else `prepare` writes is not looked at."""
+    kind, target = call.kind, call.arguments["target_ptr"]
+    own, classes = kind.own["coefficients"], kind.own["class_gradient"]
+    chunk = call.unit_rows(1)
+    call.make("norm_ptr", kind.padded_n)
+    call.make("inv_norm_ptr", kind.c)
+    call.make("counts_ptr", 2, dtype=torch.int64)
+    call.make("counted_ptr", dtype=torch.int64)
+    call.make("flags_ptr", 2, dtype=torch.int32)
+    call.make("head_ptr", 2, dtype=torch.int32)
+    call.make("target_ptr", kind.n, dtype=torch.int64)
+    call.make("coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
+    call.make("along_ptr", chunk)
+    call.make("shift_ptr", own["row_blocks"], chunk, dtype=torch.int32)
+    call.arguments |= {"label_ptr": target, "ignore_index": IGNORED, "no_target": NO_TARGET, "LINKS": False}
+    call.arguments |= {"BACKWARD": True, "NEED_GRAD": True, "tiles": 0, "stripes": 1}
+    d_blocks = cdiv(kind.d, classes["BLOCK_N"])
+    for rows in call.chunks():
+        call.launch(coefficients, cdiv(rows, own["BLOCK_C"]))
+        call.launch(class_gradient, cdiv(rows, classes["BLOCK_C"]), d_blocks)
