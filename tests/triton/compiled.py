@@ -87,9 +87,10 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if emulator is not None:
-        kernels = sum(map(len, emulator.variants.values()))
-        terminalreporter.write_line(
-            f"{GPU}: {sum(emulator.launches.values())} launches of {kernels} compiled kernels, {emulator.seconds:.0f} s in the emulator"
-        )
+        launches, kernels = sum(emulator.launches.values()), sum(map(len, emulator.variants.values()))
+        if launches:  # none where xdist's workers made them
+            terminalreporter.write_line(
+                f"{GPU}: {launches} launches of {kernels} compiled kernels, {emulator.seconds:.0f} s in the emulator"
+            )
         if not importlib.import_module("sface_kernels.backends.triton.tiles").INT8_SCREEN:
             terminalreporter.write_line("screens in fp16 only: this emulator does not multiply int8")
