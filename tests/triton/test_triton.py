@@ -150,7 +150,7 @@ def test_a_hub_class(poisoned, filter_eps):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
 def test_labels_as_they_are(poisoned, dtype):
     """The kernel makes of labels what `ops.prepare_labels` makes of them, and counts them; a column of a matrix too."""
-    problem = GEOMETRIES["random"](33, 40, 24).to(DEVICE, f32, f32)
+    problem = GEOMETRIES["random"](11, 40, 24).to(DEVICE, f32, f32)
     wild = {0: 40, 3: 255 if dtype == torch.uint8 else -1, 4: 127, 5: 0, 8: 200 if dtype == torch.uint8 else -2}
     labels = problem.labels.to(dtype)
     for row, label in wild.items():
