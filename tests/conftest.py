@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,27 @@ import torch
 
 from sface_kernels.precision import kept
 from tests.support.cases import CASES, CASES32, Case, f32
+
+
+def _patch_once() -> None:
+    """Triton's interpreter puts itself in place of tl's functions again at each call of a device function, by looking
+    through all that tl has: two fifths of its time. Where it stands there already, it need not."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    tl: Any = importlib.import_module("triton.language")
+    patch = interpreter._patch_lang
+
+    def patch_once(function: Any) -> Any:
+        here = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if not here or any(tl.core.is_builtin(module.load) for module in here):
+            return patch(function)
+        return interpreter._LangPatchScope()  # nothing to put back
+
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    _patch_once()
 
 
 def _available(request: pytest.FixtureRequest) -> Case:
