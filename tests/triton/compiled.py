@@ -34,8 +34,10 @@ INT8_PRODUCT = (
 emulator: Any = None
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Before any test module is imported: the kernels' decorators must not see the interpreter."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Before any conftest or test module is imported: the kernels' decorators must not see the interpreter, and
+    tests/support/cases.py asks then whether Triton runs on this CPU."""
     global emulator
     if MISSING:
         return
@@ -51,7 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
     capability = int(GPU[3:-1]), int(GPU[-1])
     pretence = device.pretend(capability, allocated=_undefined)
     pretence.__enter__()
-    config.add_cleanup(lambda: pretence.__exit__(None, None, None))
+    early_config.add_cleanup(lambda: pretence.__exit__(None, None, None))
+
+
+def pytest_sessionstart() -> None:
+    from tests.support.cases import INTERPRETED
+
+    assert MISSING or INTERPRETED, "tests/support/cases.py was imported too early: none of its cases is Triton's"
 
 
 def _multiplies_int8() -> bool:
