@@ -8,7 +8,7 @@ import torch
 
 from sface_kernels import sface_loss
 from sface_kernels.types import NO_TARGET
-from tests.support.checks import assert_same, run
+from tests.support.checks import assert_same_for_threads
 from tests.support.problems import random_problem
 
 N, D = 40, 512  # more than a panel of 32 samples and at least 256 features, which the int8 screen asks for
@@ -53,16 +53,7 @@ def test_a_short_last_block_alone_and_after_another(native, one_thread, last):
 def test_any_number_of_threads(native, n, c, d, filter_eps):
     problem = random_problem(n, c, d)
     problem.w[4:12, 0] *= 50
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 5, 2, 3, 5):
-            torch.set_num_threads(threads)
-            results.append(run(native, problem, filter_eps=filter_eps))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert_same(result, results[0])
-        assert result.stats == results[0].stats
+    assert_same_for_threads(native, problem, (1, 2, 3, 5, 2, 3, 5), filter_eps=filter_eps)
 
 
 @pytest.mark.parametrize("filter_eps", [0.0, 2.0**-24])

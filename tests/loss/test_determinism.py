@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sface_kernels import sface_loss
-from tests.support.checks import assert_same, check, run
+from tests.support.checks import assert_same, assert_same_for_threads, check, run
 from tests.support.problems import GEOMETRIES, Problem, collapsed_problem, trained_problem
 
 nan, inf = math.nan, math.inf
@@ -35,16 +35,7 @@ class TestDeterminism:
     def test_native_does_not_depend_on_threads(self, geometry, filter_eps, n, c, d, native):
         """Partial sums belong to ranges of classes, not to threads."""
         problem = GEOMETRIES[geometry](n, c, d)
-        before, results = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 3, 5, 5):
-                torch.set_num_threads(threads)
-                results.append(run(native, problem, filter_eps=filter_eps))
-        finally:
-            torch.set_num_threads(before)
-        for result in results[1:]:
-            assert_same(result, results[0])
-            assert result.stats == results[0].stats
+        assert_same_for_threads(native, problem, (1, 2, 3, 5, 5), filter_eps=filter_eps)
 
 
 def test_different_lengths_of_batch_in_turn(case32):

@@ -11,7 +11,8 @@ which needs no luck of the reference. The reference backend itself is held to th
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +168,20 @@ def active_pairs(case: Case, problem: Problem, **options) -> Tensor:
 def assert_same(ours: Result, theirs: Result) -> None:
     for name in ("row_loss", "grad_x", "grad_w"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def assert_same_for_threads(case: Case | str, problem: Problem, counts: Sequence[int], **options: Any) -> None:
+    """A run with each of these numbers of threads gives the same bits and counts."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            results.append(run(case, problem, **options))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert_same(result, results[0])
+        assert result.stats == results[0].stats
 
 
 def check(case, problem: Problem, **options) -> Result:
