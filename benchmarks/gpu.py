@@ -1,6 +1,7 @@
 """`make gpu`: everything that needs a GPU, in ten minutes; it installs nothing and needs no network.
 
     PYTHON=python3 OUT=runs/gpu make gpu
+    PYTHON=python3 OUT=runs/gpu PARTS="dtypes large" make gpu     # these alone, in a time of their own
 
 Uses the PyTorch and Triton of the interpreter that runs it. Every part is a process of its own with a time limit, so that a
 hang or a fault on the GPU ends that part alone; time that it leaves over goes to the next. In the folder are `log.txt`,
@@ -28,6 +29,7 @@ from sface_kernels.bench.table import bench_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 540.0
+MOST_WORKERS = 12  # of pytest: each has a context of its own on the GPU, and compiles
 LEAST = 5.0  # with less time left a part is not started
 STOPPED = "the session was stopped"
 FAILED = ("failed", "wrong", "unavailable")  # of a provider; what has no room on this GPU is no failure
@@ -54,7 +56,8 @@ class Part(NamedTuple):
 
 def session_parts(out: Path) -> list[Part]:
     """In the order of what would be missed most."""
-    python, spread = sys.executable, ["-n", "5"] if has("xdist") else []
+    workers = max(2, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 2))
+    python, spread = sys.executable, ["-n", str(workers)] if has("xdist") else []
 
     def bench(name: str, seconds: float, options: str, required: bool = True) -> Part:
         words = f"{options} --device cuda --dtype bfloat16 --budget-seconds 1".split()
@@ -151,12 +154,19 @@ def run(parts: Sequence[Part], out: Path, seconds: float = SECONDS) -> int:
 
 def main() -> int:
     out = Path(os.environ.get("OUT", "runs/gpu")).resolve()
+    parts = session_parts(out)
+    if chosen := os.environ.get("PARTS", "").split():
+        if unknown := set(chosen) - {part.name for part in parts}:
+            expected = ", ".join(part.name for part in parts)
+            print(f"make gpu: PARTS: expected some of {expected}, got {', '.join(sorted(unknown))}", file=sys.stderr)
+            return 2
+        parts = [part for part in parts if part.name in chosen]
     # in another process, as this one must not hold memory of the GPU
     found = subprocess.run([sys.executable, "-c", FIND_GPU], cwd=ROOT, capture_output=True, text=True)
     if found.returncode:
         print(f"make gpu: {found.stderr.strip()}. Set PYTHON to an interpreter that finds one.", file=sys.stderr)
         return 2
-    return run(session_parts(out), out)
+    return run(parts, out, min(SECONDS, sum(part.seconds for part in parts)))
 
 
 if __name__ == "__main__":

@@ -69,15 +69,16 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def device(text: str) -> torch.device:
-    """A device that is there; the GPU where there is one and none is named."""
+    """A device that is there, a GPU with its number; the GPU where there is one and none is named."""
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", text)
     if found is None:
         raise typer.BadParameter(f"expected cpu, cuda or cuda:<number>, got {text!r}")
     if text != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
         raise typer.BadParameter(f"{text}: PyTorch finds {torch.cuda.device_count()} CUDA devices here")
-    return torch.device(text)
+    # torch.cuda.set_device takes no GPU without a number
+    return torch.device("cuda", int(found[1] or 0)) if text != "cpu" else torch.device(text)
 
 
 def output_file(text: str) -> Path:
@@ -95,5 +96,5 @@ def output_file(text: str) -> Path:
     return path
 
 
-DEVICE = option(device, "cpu, cuda or cuda:1 and so on; the GPU if there is one.", "DEVICE")
+DEVICE = option(device, "cpu, cuda or cuda:1 and so on; the GPU if there is one.", "NAME")
 OUT = option(output_file, "Write the results to this JSON file.", "FILE.json")

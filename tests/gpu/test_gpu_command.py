@@ -97,6 +97,13 @@ def test_a_benchmark_is_right_where_every_provider_is(tmp_path, capsys, provider
     assert "| careful-bf16 |" in text and ("triton: triton: it runs on a GPU" in text) == bool(status)
 
 
+def test_parts_that_do_not_exist_are_named(tmp_path):
+    environment = {**os.environ, "PARTS": "large dinner", "OUT": str(tmp_path)}
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "expected some of facts, dtypes" in done.stderr and "got dinner" in done.stderr
+
+
 def test_the_parts_fit_into_the_session(tmp_path):
     """In the order of what would be missed most, within ten minutes, and few files come back."""
     parts = gpu.session_parts(tmp_path)

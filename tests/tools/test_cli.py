@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -10,9 +11,11 @@ import sys
 
 import pytest
 import torch
+import typer
 
 from sface_kernels import __version__, cli
 from sface_kernels.cli import bench
+from sface_kernels.cli.app import app
 from sface_kernels.dispatch import BACKENDS
 from sface_kernels.testing import budget, selfcheck
 from tests.support import command
@@ -123,6 +126,18 @@ def test_huge_pages_restart_the_process_once(monkeypatch):
     monkeypatch.delenv(bench.THP_VARIABLE, raising=False)
     monkeypatch.setattr(os, "execve", execve)
     assert cli.main([*TINY, "--thp"]) == 130
+
+
+def test_no_option_shows_its_own_name_as_its_value():
+    """typer 0.27 takes a metavar that is the parameter's name for the name of the option: --DEVICE."""
+    shown = [
+        (name, said.metavar)
+        for command in app.registered_commands
+        for name, annotation in inspect.get_annotations(command.callback, eval_str=True).items()
+        for said in getattr(annotation, "__metadata__", ())
+        if isinstance(said, typer.models.OptionInfo)
+    ]
+    assert ("device", "NAME") in shown and all(metavar != name.upper() for name, metavar in shown)
 
 
 def test_without_the_extra_one_line_says_what_to_install():
