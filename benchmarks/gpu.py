@@ -1,7 +1,7 @@
 """`make gpu`: everything that needs a GPU, in ten minutes; it installs nothing and needs no network.
 
     PYTHON=python3 OUT=runs/gpu make gpu
-    PYTHON=python3 OUT=runs/gpu PARTS="dtypes large" make gpu     # these alone, in a time of their own
+    PYTHON=python3 OUT=runs/gpu PARTS="dtypes large" LIMIT=120 make gpu     # these alone, in at most 120 s
 
 Uses the PyTorch and Triton of the interpreter that runs it. Every part is a process of its own with a time limit, so that a
 hang or a fault on the GPU ends that part alone; time that it leaves over goes to the next. In the folder are `log.txt`,
@@ -37,8 +37,10 @@ FIND_GPU = """import sys, torch
 from sface_kernels.testing.selfcheck import unavailable
 if not torch.cuda.is_available(): sys.exit(f"PyTorch {torch.__version__} finds no GPU")
 sys.exit(unavailable("triton", torch.device("cuda"), torch.bfloat16))"""
-EVERYBODY = "triton,triton@2^-16,triton@0,reference-bf16,careful-bf16,mm-bf16,mm3-bf16,read-w,write-w"
-COMPILED = "triton,careful-compiled-bf16,reference-compiled-bf16"
+EVERYBODY = "triton,triton@0,reference,reference-bf16,careful-bf16,mm-bf16,mm3-bf16,read-w,write-w"
+CHOSEN = "triton,triton@0,reference-bf16,careful-bf16,mm-bf16,mm3-bf16"
+COMPILED = "triton,careful-compiled-bf16,reference-compiled-bf16,mm-bf16"
+STEPS = "reference+sgd,triton+sgd,triton+head-sgd,triton+adamw,triton+head-adamw,mm-bf16"
 LARGE = "--n 1024 --c 1000000"
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # without it PyTorch before 2.10 has no deterministic products
 # freed memory goes back to the driver at once, so that an access past a buffer hits nothing that exists
@@ -77,23 +79,24 @@ def session_parts(out: Path) -> list[Part]:
     return [
         Part("facts", 10, [python, "-m", "sface_kernels", "info", "--json"], ("typer", "rich")),
         pytest("dtypes", 70, "tests/gpu", "float64"),
-        bench("small", 60, f"--n 128,512 --c 10575,85742 --mode both,graph --kernels --providers {EVERYBODY}"),
-        bench("large", 45, f"{LARGE} --kernels --providers {EVERYBODY}"),
-        Part("tiles", 40, [python, "-m", tune, "--shape", "1024,1000000,512", "--ways", "lists"], required=False),
         pytest("checks", 70, "tests/gpu", "test_triton_gpu and not float64 and not every_kernel"),
+        bench("large", 45, f"{LARGE} --mode both,graph --kernels --providers {EVERYBODY}"),
+        bench("small", 60, f"--n 128,512 --c 10575,85742 --mode both,graph --kernels --providers {EVERYBODY}"),
+        bench("steps", 30, f"{LARGE} --mode step --no-memory --providers {STEPS}"),
+        bench("trained", 20, f"{LARGE} --geometry trained --mode both,graph --kernels --providers {CHOSEN}"),
+        bench("dense", 20, f"{LARGE} --geometry dense --mode both,graph --kernels --providers {CHOSEN}"),
+        bench("classes", 25, "--n 1024 --c 4000000,8000000,16000000 --mode both,graph --providers triton,mm-bf16"),
         sanitizer("memcheck", 40, required=True),
         pytest(
             "suite",
-            100,
+            80,
             "tests",
             "(triton and cuda or test_triton.py or test_int8_screen.py) and not test_triton_gpu",
             "hypothesis",
         ),
-        bench("dense", 20, f"{LARGE} --geometry dense --providers {EVERYBODY}"),
-        bench("classes", 25, "--n 1024 --c 4000000,8000000,16000000 --providers triton"),
-        bench("ceilings", 10, "--n 8192 --c 8192 --d 8192 --providers mm-bf16,read-w,write-w"),
         # alone, as compiling may take any time
-        bench("compiled", 30, f"--n 512 --c 85742 --mode both,graph --providers {COMPILED}", required=False),
+        bench("compiled", 30, f"{LARGE} --mode both,graph --providers {COMPILED}", required=False),
+        Part("tiles", 20, [python, "-m", tune, "--shape", "1024,1000000,512", "--ways", "lists"], required=False),
         sanitizer("racecheck", 15, required=False),
     ]
 
@@ -166,7 +169,7 @@ def main() -> int:
     if found.returncode:
         print(f"make gpu: {found.stderr.strip()}. Set PYTHON to an interpreter that finds one.", file=sys.stderr)
         return 2
-    return run(parts, out, min(SECONDS, sum(part.seconds for part in parts)))
+    return run(parts, out, float(os.environ.get("LIMIT", SECONDS)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import types
 
 import pytest
 import torch
@@ -168,6 +169,39 @@ class TestLaunches:
         kept = [value for held in gc.get_objects() if type(held) is launch.Kind for value in vars(held).values()]
         kept += [value for held in kept if isinstance(held, dict) for value in held.values()]
         assert kept and not any(isinstance(value, torch.Tensor) for value in kept)
+
+    def test_what_was_compiled_is_launched_without_asking_triton_again(self):
+        """Until a tensor has another alignment, which is compiled otherwise. Triton would work it out at each launch."""
+        from sface_kernels.backends.triton import launch
+
+        made = []
+
+        class Launched:  # as kernel[grid] and as what it compiles
+            def __init__(self, compiles: bool):
+                self.compiles = compiles
+                self.fn, self.arg_names = (
+                    types.SimpleNamespace(__name__="finish_samples"),
+                    ["n", "x_ptr", "BLOCK_D", "w_ptr"],
+                )
+
+            def __getitem__(self, grid):
+                def run(*values, **named):
+                    made.append((self.compiles, grid, values, named))
+                    return Launched(compiles=False) if self.compiles else None
+
+                return run
+
+        x, w = torch.zeros(5, 16), torch.zeros(9, 16)
+        odd = torch.zeros(81)[1:].view(5, 16)
+        with device.pretend((9, 0)):
+            kind = launch.kind_of(x, w, FAST, False, 132)
+            for tensor in (x, x, odd, odd, x):
+                launch.Call(kind, x.device, x_ptr=tensor).launch(Launched(compiles=True), 7)
+        assert [compiles for compiles, *_ in made] == [True, False, True, False, False]
+        (_, grid, values, named), (_, again, in_order, unnamed) = made[:2]
+        assert grid == (7,) and not values and named.pop("enable_fp_fusion") and named.pop("num_warps") == 4
+        assert named == {"n": 5, "x_ptr": x, "BLOCK_D": 64, "w_ptr": None}
+        assert again == (7, 1, 1) and in_order == tuple(named.values()) and not unnamed
 
     @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
     def test_every_launch_says_that_sums_and_products_fuse(self, dense):

@@ -95,6 +95,7 @@ def test_chunks(poisoned, monkeypatch, filter_eps):
     problem = GEOMETRIES["trained"](20, 400, 24)
     whole = run(CASE, problem, filter_eps=filter_eps)
     monkeypatch.setattr(buffers, "CHUNK_BYTES", 1 << 17)
+    monkeypatch.setattr(buffers, "DENSE_CHUNK_BYTES", 1 << 17)
     monkeypatch.setattr(buffers, "shares", lambda blocks, most, multiprocessors: min(most, 2))
     forget_kinds()
     result = run(CASE, problem, filter_eps=filter_eps)

@@ -20,8 +20,10 @@ from .tiles import GRANULE
 LIST_BYTES = 27 << 20  # of lists, plus what the memory bound grants for C and N·D
 SLOT_BYTES = 12  # class, which becomes a link, weight and cosine
 MOST_PARTS = 256  # that finish_samples looks through at once without more registers
-PARTIAL_BYTES = 16 << 20  # of partial sums of ∂x
-CHUNK_BYTES = 32 << 20  # of unit rows and coefficients of a chunk of classes: it stays in the L2 cache
+PARTIAL_BYTES = 8 << 20  # of partial sums of ∂x
+CHUNK_BYTES = 32 << 20  # of unit rows of a chunk of classes: it stays in the L2 cache
+# of unit rows and coefficients in a dense call, which has no lists: fewer launches, and most of it stays there too
+DENSE_CHUNK_BYTES = 48 << 20
 
 
 class Saved(NamedTuple):
@@ -80,7 +82,7 @@ def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple
     # a chunk holds a tile of every stripe
     in_chunk = max(1, CHUNK_BYTES // (2 * GRANULE * (features + GRANULE - 1)))
     blocks, most = padded(rows) // GRANULE, min(tiles, in_chunk)
-    # a multiprocessor runs two programs of the screen at the same time (`tiles.TWO_SCREENS`) or one after the other
+    # a multiprocessor runs two programs of the screen at the same time (`tiles.PROGRAMS`) or one after the other
     enough = 2 * multiprocessors <= blocks * min(most, MOST_PARTS)
     programs = 2 * multiprocessors if enough else multiprocessors
     stripes = shares(blocks, most, programs)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...types import HyperParameters
 from . import buffers, tiles
@@ -27,7 +28,7 @@ from .tiles import GRANULE
 # Products and sums fuse, as the kernels are written and counted for; Triton 3.10 means to switch it off by default.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")  # the compiler's, among a kernel's own arguments
-# Triton before 3.6 spills under the limit that makes room for two programs.
+# Triton before 3.6 spills under the limit that makes room for several programs.
 LIMITS_REGISTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 SUM_PLANES = 4  # per sample: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
 KINDS = 64  # of calls whose constants are kept
@@ -46,6 +47,10 @@ def next_power_of_2(n: int) -> int:
 def block_parts(count: int) -> int:
     """A block for so many parts, of few sizes: each is another kernel to compile."""
     return next(size for size in (64, 256, next_power_of_2(count)) if size >= count)
+
+
+# of a call: its device, the dtypes of its tensors and whether they are aligned, everything else that it was given
+Variant = tuple[object, ...]
 
 
 class Kind:
@@ -77,6 +82,8 @@ class Kind:
         block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
         self.row_block = max(1, tiles.ROW_ELEMENTS // block_d)  # rows that a program of `prepare` takes
         self.lists = self.stripes, self.capacity = buffers.lists(self.n, self.c, self.d, multiprocessors)
+        # what Triton compiled for each kernel and variant of a call: asking Triton again takes the host longer
+        self.compiled: dict[tuple[str, Variant], Any] = {}
         own = self._dense(multiprocessors) if dense else self._by_lists(block_d)
         entries = tiles.rows_at_once(min(tiles.FINISH_ENTRIES, self.row_block), family)
         own["prepare"] = {"BLOCK": self.row_block, "num_warps": tiles.ROW_WARPS}
@@ -118,6 +125,8 @@ class Kind:
         t = self.tile(kernel)
         blocks = {"BLOCK_N": t.block_n, "BLOCK_C": t.block_c, "BLOCK_K": t.block_k}
         options = {"num_warps": t.warps, "num_stages": t.stages}
+        if LIMITS_REGISTERS and (limit := tiles.most_registers(kernel, self.family, self.operands, t.warps)):
+            options["maxnreg"] = limit
         return {**blocks, "row_blocks": cdiv(self.n, t.block_n), **options, **others}
 
     def _by_lists(self, block_d: int) -> dict[str, dict[str, int]]:
@@ -125,12 +134,10 @@ class Kind:
         screen["RUN"] = min(tiles.RUN[self.family], screen["BLOCK_C"] // LANES.value)
         if self.padded_d > tiles.DEEP_FEATURES:
             screen["num_stages"] = min(screen["num_stages"], tiles.DEEP_STAGES)
-        limit = tiles.most_registers(self.family, screen["num_warps"])
-        if limit and LIMITS_REGISTERS:
-            screen["maxnreg"] = limit
+        features = min(block_d, tiles.SCATTER_FEATURES)
         scatter = {
-            "BLOCK_C": tiles.rows_at_once(tiles.SCATTER_CLASSES, self.family),
-            "BLOCK_D": min(block_d, tiles.SCATTER_FEATURES),
+            "BLOCK_C": tiles.rows_at_once(tiles.SCATTER_ELEMENTS // features, self.family),
+            "BLOCK_D": features,
             "num_warps": tiles.SCATTER_WARPS,
         }
         return {"screen": screen, "scatter_classes": scatter}
@@ -141,7 +148,8 @@ class Kind:
         rows |= {"COLUMNS": weighed["BLOCK_C"], "BLOCK_K": min(rows["BLOCK_K"], weighed["BLOCK_C"])}
         classes |= {"ROWS": weighed["BLOCK_N"], "BLOCK_K": min(classes["BLOCK_K"], weighed["BLOCK_N"])}
         granules = cdiv(self.c, GRANULE)
-        self.stripes = buffers.shares(weighed["row_blocks"], min(granules, self._granules()), multiprocessors)
+        programs = multiprocessors * tiles.programs("coefficients", self.family, self.operands)
+        self.stripes = buffers.shares(weighed["row_blocks"], min(granules, self._granules()), programs)
         outputs = rows["row_blocks"] * cdiv(self.d, rows["BLOCK_C"])
         in_memory = buffers.PARTIAL_BYTES // (4 * self.padded_n * self.d)
         rows["splits"] = buffers.shares(outputs, min(max(2, in_memory), granules), multiprocessors)
@@ -149,8 +157,10 @@ class Kind:
 
     def _granules(self) -> int:
         """How many granules of classes a chunk may have."""
-        row = (self.padded_d + self.padded_n) * self.parts if self.dense else self.padded_d
-        return max(1, buffers.CHUNK_BYTES // (row * self.unit_dtype.itemsize * GRANULE))
+        row, most = self.padded_d, buffers.CHUNK_BYTES
+        if self.dense:
+            row, most = (self.padded_d + self.padded_n) * self.parts, buffers.DENSE_CHUNK_BYTES
+        return max(1, most // (row * self.unit_dtype.itemsize * GRANULE))
 
     def chunk(self, stripes: int) -> int:
         """Classes in a chunk: whole rounds of `stripes` granules."""
@@ -171,8 +181,13 @@ class Call:
     """One call: its kind, and the arguments of its launches so far."""
 
     def __init__(self, kind: Kind, device: torch.device, **arguments: Any):
+        """`arguments` hold all tensors that are not made here."""
         self.kind, self.device = kind, device
         self.arguments = {**kind.arguments, **arguments}
+        self.variant = (
+            device,
+            *((v.dtype, v.data_ptr() % 16) if isinstance(v, Tensor) else v for v in arguments.values()),
+        )
 
     def make(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A buffer that is an argument of the launches to come."""
@@ -187,16 +202,29 @@ class Call:
         pretended = pretence()
         if pretended is not None and pretended.run is not None:
             pretended.run(kernel, grid, {**options, **taken})
+            return
+        # what else differs between launches of a variant, such as the first class of a chunk, Triton compiles alike
+        compiled = self.kind.compiled.get((name, self.variant))
+        if compiled is None:  # always in the interpreter
+            self.kind.compiled[name, self.variant] = kernel[grid](**taken, **options)
         else:
-            kernel[grid](**taken, **options)
+            compiled[(*grid, 1, 1)[:3]](*taken.values())
 
-    def unit_rows(self, stripes: int) -> int:
-        """Room for those of all samples and of a chunk of classes, whose size it returns, in whole blocks."""
+    def unit_rows(self, stripes: int, own: dict[str, int]) -> int:
+        """Room for those of all samples and of a chunk of classes, whose size it returns, in whole blocks.
+
+        `own` is of the kernel that multiplies the two, and takes them by descriptors where the GPU has such loads.
+        """
         kind, chunk = self.kind, self.kind.chunk(stripes)
         self.arguments["padded_chunk"] = chunk
-        for name, rows in (("x", kind.padded_n), ("w", chunk)):
+        for name, rows, block in (("x", kind.padded_n, own["BLOCK_N"]), ("w", chunk, own["BLOCK_C"])):
             blocks = cdiv(rows, kind.row_block)
-            self.make(f"unit_{name}_ptr", blocks * kind.row_block, kind.parts * kind.padded_d, dtype=kind.unit_dtype)
+            size = blocks * kind.row_block, kind.parts * kind.padded_d
+            unit = self.make(f"unit_{name}_ptr", *size, dtype=kind.unit_dtype)
+            by_descriptor = self.arguments["TMA"]
+            self.arguments[f"unit_{name}"] = (
+                TensorDescriptor.from_tensor(unit, [block, own["BLOCK_K"]]) if by_descriptor else unit
+            )
             if kind.int8:
                 self.make(f"step_{name}_ptr", blocks * kind.row_block)
                 self.make(f"moved_{name}_ptr", blocks)

@@ -9,9 +9,9 @@ import math
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...types import IGNORED, NO_TARGET, HyperParameters
+from . import tiles
 from .buffers import OUTPUTS, SAVED, allocate, cdiv, lists
 from .device import gpu_of
 from .kernels.dense import class_gradient, coefficients, row_gradient
@@ -68,12 +68,7 @@ def forward(
 def _screen(call: Call) -> None:
     """Every class past every sample: the sums and the lists."""
     own, stripes = call.kind.own["screen"], call.kind.stripes
-    call.unit_rows(stripes)
-    for name, block in (("unit_x", own["BLOCK_N"]), ("unit_w", own["BLOCK_C"])):
-        rows = call.arguments[f"{name}_ptr"]
-        if call.arguments["TMA"]:
-            rows = TensorDescriptor.from_tensor(rows, [block, own["BLOCK_K"]])
-        call.arguments[name] = rows
+    call.unit_rows(stripes, own)
     for classes in call.chunks():
         call.launch(screen, own["row_blocks"] * stripes, tiles=cdiv(classes, own["BLOCK_C"]))
 
@@ -82,7 +77,7 @@ def _coefficients(call: Call) -> None:
     """The sums over all classes and of ∂x, in parts."""
     kind, need_grad = call.kind, call.arguments["NEED_GRAD"]
     own, rows_of = kind.own["coefficients"], kind.own["row_gradient"]
-    chunk = call.unit_rows(kind.stripes)
+    chunk = call.unit_rows(kind.stripes, own)
     if need_grad:
         call.make("coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
         call.make("grad_ptr", rows_of["splits"], kind.padded_n, kind.d)
@@ -110,17 +105,19 @@ def grad_weight(
     else:
         grad_row = grad_row.contiguous()
         largest = torch.linalg.vector_norm(grad_row, math.inf)  # NaN where an element is
-    call = Call(kind, x.device, x_ptr=x, w_ptr=w, target_ptr=target, grad_row_ptr=grad_row, largest_ptr=largest)
+    given = {"x_ptr": x, "w_ptr": w, "target_ptr": target, "grad_row_ptr": grad_row, "largest_ptr": largest}
+    call = Call(kind, x.device, **given, **dict(zip(SAVED, saved, strict=True)))
     # the interpreter cuts off what a cast to bf16 should round
     stored = torch.float32 if gpu.family == "interpreter" else w.dtype
     grad = call.make("grad_w_ptr", kind.c, kind.d, dtype=stored)
     if dense:
         _coefficients_again(call)
     else:
-        given = dict(zip(SAVED, saved, strict=True))
-        own, slots = kind.own["scatter_classes"], given["links_ptr"].shape[1]
-        blocks = cdiv(kind.c, own["BLOCK_C"]), cdiv(kind.d, own["BLOCK_D"])
-        call.launch(scatter_classes, *blocks, **given, slots=slots, grad_row_step=grad_row.stride(0))
+        own, slots = kind.own["scatter_classes"], call.arguments["links_ptr"].shape[1]
+        blocks, d_blocks = cdiv(kind.c, own["BLOCK_C"]), cdiv(kind.d, own["BLOCK_D"])
+        rounds = max(1, min(tiles.SCATTER_ROUNDS, blocks * d_blocks // (8 * gpu.multiprocessors)))
+        grid = cdiv(blocks, rounds), d_blocks
+        call.launch(scatter_classes, *grid, slots=slots, rounds=rounds, grad_row_step=grad_row.stride(0))
     return grad.to(w.dtype)
 
 
@@ -128,7 +125,7 @@ def _coefficients_again(call: Call) -> None:
     """∂w by dense products; what else `prepare` writes is not looked at."""
     kind, target = call.kind, call.arguments["target_ptr"]
     own, classes = kind.own["coefficients"], kind.own["class_gradient"]
-    chunk = call.unit_rows(1)
+    chunk = call.unit_rows(1, own)
     call.make("norm_ptr", kind.padded_n)
     call.make("inv_norm_ptr", kind.c)
     call.make("counts_ptr", 2, dtype=torch.int64)

@@ -30,12 +30,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Elements of a row-wise kernel's block [rows, D] per program: 64 fp32 registers a thread at 4 warps.
-ROW_ELEMENTS = 8192
+# Elements of a row-wise kernel's block [rows, D] per program: 32 fp32 registers a thread at 4 warps. On an H200 that is
+# faster than twice as many, by a twentieth in prepare and a fifth in finish_samples.
+ROW_ELEMENTS = 4096
 ROW_WARPS = 4
 FINISH_ENTRIES = 16  # list entries that finish_samples takes at once
-# scatter_classes: its sums [classes, features] are int64. A hub's latency is that of one class, so few classes.
-SCATTER_CLASSES, SCATTER_FEATURES, SCATTER_WARPS = 16, 256, 8
+# scatter_classes: its sums [classes, features] are int64. A program lasts as long as its class with the most links, so
+# few classes: on an H200 4 instead of 16 take half the time where every tenth class has one.
+SCATTER_ELEMENTS, SCATTER_FEATURES, SCATTER_WARPS = 2048, 512, 4
+SCATTER_ROUNDS = 8  # blocks of classes of a program, at most: the next one's links are loaded under the stores of one
 # The interpreter costs by the operation, not by its size, so its tiles are large; tests set small ones.
 INTERPRETER_BLOCK = 64
 
@@ -59,9 +62,8 @@ RUN = {"sm_80": 2, "sm_89": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 
 # Families that multiply int8 twice as fast as fp16, and whose screen does where the filter is coarse
 # (`plan.screens_int8`). Not sm_100: the B300 among them is slow at it. Empty, every screen is in fp16.
 INT8_SCREEN: tuple[str, ...] = ("sm_80", "sm_89", "sm_90", "interpreter")
-# Families on which two programs of the screen fit a multiprocessor without a spill: one's sums run under the other's
-# product.
-TWO_SCREENS = ("sm_90",)
+# Programs on a multiprocessor, for which registers are limited: the sums of one run under the products of others.
+PROGRAMS = {"sm_90": {"screen": 2, "coefficients": 3, "class_gradient": 3}}
 # Stages of the screen with more features: with three of them sm_90 spills in the loop of the product at 1024.
 DEEP_FEATURES, DEEP_STAGES = 512, 2
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the
@@ -75,12 +77,15 @@ PRODUCT = {
     "gfx942": Tile(128, 128, 32, 8, 2),
     "interpreter": Tile(64, 64, 64, 4, 1),
 }
+# On an H200 ∂x gains a tenth from a fourth stage, and ∂w a third from three small programs instead of a large one.
+ROW_GRADIENT = {**PRODUCT, "sm_90": Tile(128, 128, 64, 8, 4)}
+CLASS_GRADIENT = {**PRODUCT, "sm_90": Tile(128, 64, 64, 4, 3)}
 # Their coefficients: arccos and the sigmoid of a tile hold more than its accumulator, so a smaller one. With three
 # stages sm_89 and sm_120 spill in the loop of the product.
 COEFFICIENTS = {
     "sm_80": Tile(128, 64, 64, 8, 3),
     "sm_89": Tile(128, 64, 32, 8, 2),
-    "sm_90": Tile(128, 64, 64, 8, 3),
+    "sm_90": Tile(64, 64, 64, 4, 3),
     "sm_100": Tile(128, 64, 64, 8, 3),
     "sm_120": Tile(128, 64, 32, 8, 2),
     "gfx942": Tile(128, 64, 32, 8, 2),
@@ -91,8 +96,8 @@ TWO_STAGES = {"screen": ("3.4.", "3.9."), "coefficients": ("3.9.",)}
 TABLES = {
     "screen": SCREEN,
     "coefficients": COEFFICIENTS,
-    "row_gradient": PRODUCT,
-    "class_gradient": PRODUCT,
+    "row_gradient": ROW_GRADIENT,
+    "class_gradient": CLASS_GRADIENT,
 }
 
 
@@ -142,9 +147,17 @@ def rows_at_once(wanted: int, family: str) -> int:
     return INTERPRETER_BLOCK if family == "interpreter" else wanted
 
 
-def most_registers(family: str, warps: int) -> int | None:
-    """Registers of a thread that leave room for a second program of the screen; None for as many as there are."""
-    return min(255, 65536 // (2 * 32 * warps)) if family in TWO_SCREENS else None
+def programs(kernel: str, family: str, operands: str) -> int:
+    """How many programs of `kernel` a multiprocessor is to run at the same time."""
+    if (kernel, operands) == ("class_gradient", "split"):
+        return 1  # it would spill in the loop of the product
+    return PROGRAMS.get(family, {}).get(kernel, 1)
+
+
+def most_registers(kernel: str, family: str, operands: str, warps: int) -> int | None:
+    """Registers of a thread, in eights, that leave room for so many programs; None for as many as there are."""
+    count = programs(kernel, family, operands)
+    return min(255, 65536 // (count * 32 * warps) // 8 * 8) if count > 1 else None
 
 
 def family(capability: tuple[int, int] | None, hip: str | None) -> str:

@@ -44,18 +44,29 @@ def without_shift(shift, SPLIT: tl.constexpr):
 
 @triton.jit
 def cosine_tile(
-    x_row, w_row, unit_x_ptr, unit_w_ptr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr,
+    unit_x, unit_w, first_x, first_w, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, not clamped."""
     PARTS: tl.constexpr = 2 if SPLIT else 1
-    k = tl.arange(0, BLOCK_K)
-    x_tile = unit_x_ptr + x_row[:, None] * (PARTS * PADDED_D) + k[None, :]
-    w_tile = unit_w_ptr + w_row[None, :] * (PARTS * PADDED_D) + k[:, None]
+    if not TMA:
+        k = tl.arange(0, BLOCK_K)
+        x_row = (first_x + tl.arange(0, BLOCK_N)).to(tl.int64)
+        w_row = (first_w + tl.arange(0, BLOCK_C)).to(tl.int64)
+        x_tile = unit_x + x_row[:, None] * (PARTS * PADDED_D) + k[None, :]
+        w_tile = unit_w + w_row[None, :] * (PARTS * PADDED_D) + k[:, None]
     cos = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for first in range(0, PADDED_D, BLOCK_K):
-        x, x_rest = load_operand(x_tile + first, PADDED_D, None, SPLIT)
-        w, w_rest = load_operand(w_tile + first, PADDED_D, None, SPLIT)
+        if TMA:
+            x = unit_x.load([first_x, first])
+            w = unit_w.load([first_w, first]).T
+            x_rest, w_rest = x, w
+            if SPLIT:
+                x_rest = unit_x.load([first_x, first + PADDED_D])
+                w_rest = unit_w.load([first_w, first + PADDED_D]).T
+        else:
+            x, x_rest = load_operand(x_tile + first, PADDED_D, None, SPLIT)
+            w, w_rest = load_operand(w_tile + first, PADDED_D, None, SPLIT)
         if PARTS == 2:
             # a sum of its own for each step: a tensor core cuts off what it adds to a long one
             cos += product(x, x_rest, w, w_rest, tl.zeros_like(cos), SPLIT, UPCAST)
@@ -67,8 +78,8 @@ def cosine_tile(
 @triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "begun"])
 def coefficients(
     # pointers
-    unit_x_ptr,  # [padded N, parts, PADDED_D]: two parts with SPLIT, else one
-    unit_w_ptr,  # [padded chunk, parts, PADDED_D]
+    unit_x,  # [padded N, parts, PADDED_D]: two parts with SPLIT, else one
+    unit_w,  # [padded chunk, parts, PADDED_D]
     target_ptr,  # [N]
     coefficient_ptr,  # [padded N, parts, padded chunk] out: (6) without s; forward: own classes left out; BACKWARD:
     # times u and 2^shift
@@ -103,6 +114,7 @@ def coefficients(
     BACKWARD: tl.constexpr,
     NEED_GRAD: tl.constexpr,  # False: only the sums
     SPLIT: tl.constexpr,
+    TMA: tl.constexpr,  # unit rows are given by descriptors, else by pointers
     UPCAST: tl.constexpr,
 ):
     """A program owns a block of samples, and takes every `stripes`-th tile of classes; BACKWARD the other way round.
@@ -139,7 +151,9 @@ def coefficients(
         row = (tile * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C] of the chunk
         j = first_class + row
         target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
-        cos = cosine_tile(i, row, unit_x_ptr, unit_w_ptr, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, SPLIT, UPCAST)
+        cos = cosine_tile(
+            unit_x, unit_w, block * BLOCK_N, tile * BLOCK_C, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, SPLIT, TMA, UPCAST
+        )
         if not BACKWARD:
             cos_sum += tl.sum(cos, 1)  # before NaN is dropped
         cos = tl.minimum(tl.maximum(cos, -1.0), 1.0)

@@ -53,7 +53,7 @@ def sum_of_links(
     return raw.to(tl.float32) * (1.0 / FIXED) * from_unit[:, None], along.to(tl.float32) * (1.0 / FIXED) * from_unit
 
 
-@triton.jit(do_not_specialize=["n", "grad_row_step", "slots"])
+@triton.jit(do_not_specialize=["n", "grad_row_step", "slots", "rounds"])
 def scatter_classes(
     # pointers
     x_ptr,
@@ -80,6 +80,7 @@ def scatter_classes(
     w_stride_d,
     grad_row_step,
     slots,
+    rounds,
     s,
     k_intra,
     k_inter,
@@ -90,46 +91,54 @@ def scatter_classes(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    j = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    """A program takes `rounds` blocks of classes, one after the other."""
+    first = tl.program_id(0).to(tl.int64) * rounds * BLOCK_C
+    j = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     feature = tl.arange(0, BLOCK_D).to(tl.int64)
     out = tl.program_id(1).to(tl.int64) * BLOCK_D + feature  # [BLOCK_D]
-    exists = j < c
-    inv_w = tl.load(inv_norm_ptr + j, mask=exists, other=0.0)
-    head = tl.load(head_ptr + j, mask=exists, other=-1)
     any_overflow = tl.load(flags_ptr) > 0
     poison = (tl.load(flags_ptr + 1) > 0) | ~is_finite(tl.load(largest_ptr))
     scale = tl.where(poison, float("nan"), s)
-    if (tl.max(head, 0) >= 0) | any_overflow:
-        raw, along = sum_of_links(
-            head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, links_ptr, list_weight_ptr, list_cos_ptr, d,
-            x_stride_n, x_stride_d, slots, BLOCK_C, BLOCK_D,
-        )  # fmt: skip
-        for i in range(0, tl.where(any_overflow, n, 0)):
-            if tl.load(overflowed_ptr + i) > 0:
-                x_row = x_ptr + (tl.zeros_like(feature) + i) * x_stride_n  # [BLOCK_D]
-                inv_x = inverse_norm(tl.load(norm_ptr + i))
-                cos = tl.zeros([BLOCK_C], tl.float32)
-                for first in range(0, d, BLOCK_D):
-                    k = first + feature
-                    x = tl.load(x_row + k * x_stride_d, mask=k < d, other=0.0).to(tl.float32)
-                    w = tl.load(
-                        w_ptr + j[:, None] * w_stride_c + k[None, :] * w_stride_d,
-                        mask=exists[:, None] & (k < d)[None, :],
-                        other=0.0,
-                    ).to(tl.float32)
-                    cos += tl.sum(w * (x * inv_x)[None, :], 1)
-                cos = tl.minimum(tl.maximum(cos * inv_w, -1.0), 1.0)
-                theta = arccos(cos)
-                weight = sigmoid_of_angle(theta, k_inter, b)
-                g = tl.where(weight >= filter_eps, weight, 0.0)
-                g = tl.where(j == tl.load(target_ptr + i), -sigmoid_of_angle(theta, -k_intra, a), g)
-                g *= tl.load(grad_row_ptr + i * grad_row_step)
-                x = tl.load(x_row + out * x_stride_d, mask=out < d, other=0.0).to(tl.float32)
-                along += g * cos
-                raw += g[:, None] * (x * inv_x)[None, :]
-        store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, scale, c, d, w_stride_c, w_stride_d)
-    else:
-        # 0, or NaN where the row or a sample is not finite
-        zeros = tl.zeros([BLOCK_C, BLOCK_D], tl.float32) + (inv_w * 0.0 * scale)[:, None]
-        mask = exists[:, None] & (out < d)[None, :]
-        tl.store(grad_w_ptr + j[:, None] * d + out[None, :], zeros.to(grad_w_ptr.dtype.element_ty), mask=mask)
+    inv_w = tl.load(inv_norm_ptr + j, mask=j < c, other=0.0)
+    head = tl.load(head_ptr + j, mask=j < c, other=-1)
+    for _ in range(rounds):
+        exists = j < c
+        # the next block's are under way while this one is written
+        later = j + BLOCK_C
+        later_inv_w = tl.load(inv_norm_ptr + later, mask=later < c, other=0.0)
+        later_head = tl.load(head_ptr + later, mask=later < c, other=-1)
+        if (tl.max(head, 0) >= 0) | any_overflow:
+            raw, along = sum_of_links(
+                head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, links_ptr, list_weight_ptr, list_cos_ptr, d,
+                x_stride_n, x_stride_d, slots, BLOCK_C, BLOCK_D,
+            )  # fmt: skip
+            for i in range(0, tl.where(any_overflow, n, 0)):
+                if tl.load(overflowed_ptr + i) > 0:
+                    x_row = x_ptr + (tl.zeros_like(feature) + i) * x_stride_n  # [BLOCK_D]
+                    inv_x = inverse_norm(tl.load(norm_ptr + i))
+                    cos = tl.zeros([BLOCK_C], tl.float32)
+                    for begin in range(0, d, BLOCK_D):
+                        k = begin + feature
+                        x = tl.load(x_row + k * x_stride_d, mask=k < d, other=0.0).to(tl.float32)
+                        w = tl.load(
+                            w_ptr + j[:, None] * w_stride_c + k[None, :] * w_stride_d,
+                            mask=exists[:, None] & (k < d)[None, :],
+                            other=0.0,
+                        ).to(tl.float32)
+                        cos += tl.sum(w * (x * inv_x)[None, :], 1)
+                    cos = tl.minimum(tl.maximum(cos * inv_w, -1.0), 1.0)
+                    theta = arccos(cos)
+                    weight = sigmoid_of_angle(theta, k_inter, b)
+                    g = tl.where(weight >= filter_eps, weight, 0.0)
+                    g = tl.where(j == tl.load(target_ptr + i), -sigmoid_of_angle(theta, -k_intra, a), g)
+                    g *= tl.load(grad_row_ptr + i * grad_row_step)
+                    x = tl.load(x_row + out * x_stride_d, mask=out < d, other=0.0).to(tl.float32)
+                    along += g * cos
+                    raw += g[:, None] * (x * inv_x)[None, :]
+            store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, scale, c, d, w_stride_c, w_stride_d)
+        else:
+            # 0, or NaN where the row or a sample is not finite
+            zeros = tl.zeros([BLOCK_C, BLOCK_D], tl.float32) + (inv_w * 0.0 * scale)[:, None]
+            mask = exists[:, None] & (out < d)[None, :]
+            tl.store(grad_w_ptr + j[:, None] * d + out[None, :], zeros.to(grad_w_ptr.dtype.element_ty), mask=mask)
+        j, inv_w, head = later, later_inv_w, later_head
