@@ -91,7 +91,7 @@ def session_parts(out: Path) -> list[Part]:
             "suite",
             80,
             "tests",
-            "(triton and cuda or test_triton.py or test_int8_screen.py) and not test_triton_gpu",
+            "(triton and cuda or test_triton.py or test_int8_screen.py or test_head_step.py) and not test_triton_gpu",
             "hypothesis",
         ),
         # alone, as compiling may take any time

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import verify
+from .backends import triton
 from .dispatch import BACKENDS
 from .types import NO_TARGET, HyperParameters
 
 RANGE_BYTES = 4 << 20  # of the rows of ∂w that are made at a time
+RANGE_BYTES_CUDA = 32 << 20  # there each range takes the host a dozen launches
 
 
 class WeightGradient(NamedTuple):
@@ -54,7 +56,7 @@ class WeightGradient(NamedTuple):
     def sparse(self) -> Tensor:
         """A coalesced COO tensor `[C, D]` of the rows that are not all 0. Waits for the device."""
         indices, values = [], []
-        for first, end in class_ranges(len(self.w), self.w.shape[1], self.class_block):
+        for first, end in class_ranges(self.w, self.class_block):
             grad = self.rows(first, end)
             which = (grad != 0).any(1).nonzero().squeeze(1)
             indices.append(first + which)
@@ -63,14 +65,25 @@ class WeightGradient(NamedTuple):
             torch.cat(indices).unsqueeze(0), torch.cat(values), self.w.shape, is_coalesced=True, check_invariants=False
         )
 
+    @property
+    def can_move(self) -> bool:
+        """Whether there is `move`."""
+        return self.backend == "triton" and len(self.x) > 0 and triton.can_move(self.x, self.hp, self.saved)
+
+    def move(self, rule: str, **numbers: Any) -> None:
+        """Moves w and an optimizer's state in one pass over them: `triton`, by lists."""
+        triton.move(self.x, self.w, self.target, self.hp, self.grad_row, self.saved, rule, **numbers)
+
     def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
         grad = verify.grad_weight(self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict)
         return grad.to(w.dtype)
 
 
-def class_ranges(classes: int, features: int, block: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of ranges of about RANGE_BYTES of float32 rows, in whole blocks."""
-    step = block * max(1, RANGE_BYTES // (4 * features * block))
+def class_ranges(w: Tensor, block: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of ranges of about so many bytes of float32 rows of a weight, in whole blocks."""
+    classes, features = w.shape
+    size = RANGE_BYTES_CUDA if w.is_cuda else RANGE_BYTES
+    step = block * max(1, size // (4 * features * block))
     bounds = [*range(0, classes, step), classes]
     return itertools.pairwise(bounds)
 

@@ -195,7 +195,7 @@ class HeadOptimizer(torch.optim.Optimizer, abc.ABC):
             return
         dtype = torch.promote_types(rows.dtype, torch.float32)
         block = max((one.class_block for one in waiting), default=1)
-        for first, end in class_ranges(len(rows), rows.shape[1], block):
+        for first, end in class_ranges(rows, block):
             parts = [one.rows(first, end).to(dtype) for one in waiting]
             if dense is not None:
                 parts.append(dense[first:end].to(dtype))
@@ -232,11 +232,17 @@ class HeadOptimizer(torch.optim.Optimizer, abc.ABC):
     def _goes_native(self, gradients: list[WeightGradient], *moved: Tensor) -> bool:
         """Whether the C++ operators take these gradients and move these tensors, the weight and its state. The
         gradients must be of these very rows, as they are made of them: `weight.data = …` may have exchanged them."""
+        return len(gradients) > 0 and self._can_move("native", gradients, moved)
+
+    def _goes_triton(self, gradients: list[WeightGradient], *moved: Tensor) -> bool:
+        """Whether the Triton kernels that would make ∂w move these tensors instead: by one gradient, not by several."""
+        return len(gradients) == 1 and gradients[0].can_move and self._can_move("triton", gradients, moved)
+
+    def _can_move(self, backend: str, gradients: list[WeightGradient], moved: tuple[Tensor, ...]) -> bool:
         return (
-            len(gradients) > 0
-            and self._dense is None
+            self._dense is None
             and moved[0].numel() > 0
-            and all(one.backend == "native" and one.w.data_ptr() == moved[0].data_ptr() for one in gradients)
+            and all(one.backend == backend and one.w.data_ptr() == moved[0].data_ptr() for one in gradients)
             and all(t.dtype == torch.float32 and t.is_contiguous() for t in moved)
         )
 

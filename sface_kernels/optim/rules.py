@@ -63,6 +63,16 @@ class HeadSGD(HeadOptimizer, torch.optim.SGD):  # type: ignore[override]
             torch.ops.sface.native_sgd_step(rows, buffer, *native_arguments(gradients), **rule)
             torch.autograd.graph.increment_version(moved)
             return
+        if self._goes_triton(gradients, *moved):
+            name = "sgd" if buffer is None else "nesterov" if rule["nesterov"] else "momentum"
+            numbers = {
+                "keep": rule["momentum"],
+                "take": 1 - rule["dampening"],
+                "sign": -1.0 if rule["maximize"] else 1.0,
+            }
+            gradients[0].move(name, lr=rule["lr"], weight_decay=rule["weight_decay"], first=buffer, **numbers)
+            torch.autograd.graph.increment_version(moved)
+            return
         for (first, end), gradient in self._ranges():
             part = None if buffer is None else buffer[first:end]
             sgd([rows[first:end]], [gradient], [part], foreach=False, **rule)
@@ -116,6 +126,22 @@ class HeadAdamW(HeadOptimizer, torch.optim.AdamW):  # type: ignore[override]
         if self._goes_native(gradients, rows, mean, square):
             arguments = native_arguments(gradients)
             torch.ops.sface.native_adamw_step(rows, mean, square, *arguments, step=float(state["step"]) + 1, **rule)
+            torch.autograd.graph.increment_version([rows, mean, square])
+        elif self._goes_triton(gradients, rows, mean, square):
+            beta1, beta2, count = rule["beta1"], rule["beta2"], float(state["step"]) + 1
+            gradients[0].move(
+                "adamw",
+                lr=rule["lr"] / (1 - beta1**count),
+                weight_decay=rule["lr"] * rule["weight_decay"],
+                first=mean,
+                second=square,
+                take=1 - beta1,
+                keep_second=beta2,
+                take_second=1 - beta2,
+                eps=rule["eps"],
+                correction=(1 - beta2**count) ** -0.5,
+                sign=-1.0 if rule["maximize"] else 1.0,
+            )
             torch.autograd.graph.increment_version([rows, mean, square])
         else:
             for (first, end), gradient in self._ranges():

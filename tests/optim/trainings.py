@@ -35,7 +35,7 @@ SHAPE = (30, 205, 17)
 def make_head(problem: Problem, **options: Any) -> SFaceLoss:
     head = SFaceLoss(problem.w.shape[1], len(problem.w), **options)
     head.load_state_dict({"weight": problem.w})
-    return head
+    return head.to(problem.w.device)
 
 
 def waiting(problem: Problem, rule: str = "SGD", **options: Any):
@@ -49,8 +49,8 @@ def waiting(problem: Problem, rule: str = "SGD", **options: Any):
 def batch(problem: Problem, step: int) -> tuple[Tensor, Tensor]:
     """Embeddings and labels near those of the problem, other ones each step."""
     g = torch.Generator().manual_seed(500 + step)
-    noise = torch.randn(problem.x.shape, generator=g).to(problem.x.dtype)
-    rows = torch.randperm(len(problem.x), generator=g)
+    noise = torch.randn(problem.x.shape, generator=g).to(problem.x)
+    rows = torch.randperm(len(problem.x), generator=g).to(problem.x.device)
     x = problem.x + 0.3 * noise * problem.x.norm(dim=1, keepdim=True) / problem.x.shape[1] ** 0.5
     return x[rows], problem.labels[rows]
 

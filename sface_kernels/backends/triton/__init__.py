@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from torch import Tensor
 from ... import ops
 from ...types import IGNORED, NO_TARGET, Forward, HyperParameters, Request
 from . import plan
-from .buffers import went_dense
+from .buffers import Saved, went_dense
 from .device import gpu_of, pretence
+from .tiles import GRANULE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LABELS = (torch.int64, torch.int32)  # that a kernel is compiled for; others are converted
@@ -90,6 +92,39 @@ def grad_weight(
     # nothing but dense products serves where there is no filter: its lists need not be looked at
     dense = plan.threshold_of(hp, x.shape[1]) is None or went_dense(saved)
     return _grad_weight_op(x, w, target, grad_row.float(), hp, dense, saved)
+
+
+def can_move(x: Tensor, hp: HyperParameters, saved: tuple[Tensor, ...]) -> bool:
+    """Whether `move` takes this call: one by lists. After dense products as many registers again would be needed."""
+    return plan.threshold_of(hp, x.shape[1]) is not None and not went_dense(saved)
+
+
+def move(
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    hp: HyperParameters,
+    grad_row: Tensor,
+    saved: tuple[Tensor, ...],
+    rule: str,
+    **numbers: Any,
+) -> None:
+    """Moves w, and an optimizer's state, by ∂w without making it; `rule` and the numbers as in `sequence.Move`."""
+    launch, sequence = _launches()
+    with launch.on_device(x):
+        step = sequence.Move(rule, **numbers)
+        sequence.grad_weight(x, w, target, grad_row.float(), hp, False, list(saved), step)
+
+
+def class_block(rows: int) -> int:
+    return GRANULE
+
+
+def narrow(saved: tuple[Tensor, ...], rows: int, first: int, end: int) -> tuple[Tensor, ...]:
+    """The lists are the samples'; what each class has is where its links begin."""
+    kept = Saved(*saved)
+    head = kept.head if went_dense(saved) else kept.head[first:end]
+    return kept._replace(inv_norm=kept.inv_norm[first:end], head=head)
 
 
 def way(x: Tensor, saved: tuple[Tensor, ...]) -> str | None:

@@ -79,7 +79,7 @@ class Kind:
         self.padded_n = padded(self.n)
         step = self.tile("coefficients" if dense else "screen").block_k
         self.padded_d = cdiv(self.d, step) * step  # of unit rows: whole steps of the products over them
-        block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
+        self.block_d = block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
         self.row_block = max(1, tiles.ROW_ELEMENTS // block_d)  # rows that a program of `prepare` takes
         self.lists = self.stripes, self.capacity = buffers.lists(self.n, self.c, self.d, multiprocessors)
         # what Triton compiled for each kernel and variant of a call: asking Triton again takes the host longer

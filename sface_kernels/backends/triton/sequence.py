@@ -6,6 +6,7 @@ Which of the two is the caller's to say; nothing waits for a count.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,10 +93,38 @@ def _coefficients(call: Call) -> None:
             call.launch(row_gradient, *grid, steps=cdiv(rows, rows_of["BLOCK_K"]))
 
 
+class Move(NamedTuple):
+    """An optimizer's step: its state `[C, D]`, all float32 and contiguous as the weight is, and its numbers.
+
+    w and what the names say are moved as in torch.optim.sgd and torch.optim.adamw: "sgd" without and "momentum" with a
+    buffer, `first`, "nesterov", and "adamw".
+    """
+
+    rule: str
+    lr: float
+    weight_decay: float  # with "adamw" times lr
+    first: Tensor | None = None
+    second: Tensor | None = None
+    keep: float = 0.0  # momentum
+    take: float = 1.0  # 1 − dampening, or 1 − β₁
+    keep_second: float = 0.0  # β₂
+    take_second: float = 1.0  # 1 − β₂, which fp32 would get wrong
+    eps: float = 0.0
+    correction: float = 1.0  # 1/√(1 − β₂ᵗ)
+    sign: float = 1.0  # −1 to maximize
+
+
 def grad_weight(
-    x: Tensor, w: Tensor, target: Tensor, grad_row: Tensor, hp: HyperParameters, dense: bool, saved: list[Tensor]
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    grad_row: Tensor,
+    hp: HyperParameters,
+    dense: bool,
+    saved: list[Tensor],
+    move: Move | None = None,
 ) -> Tensor:
-    """∂w `[C, D]` in the dtype of w, equation (8), by the way that the forward took."""
+    """∂w `[C, D]` in the dtype of w, equation (8), by the way that the forward took; or w moved (by lists alone)."""
     if x.shape[0] == 0:
         return torch.zeros(w.shape, dtype=w.dtype, device=w.device)
     gpu = gpu_of(x.device)
@@ -106,18 +135,27 @@ def grad_weight(
         grad_row = grad_row.contiguous()
         largest = torch.linalg.vector_norm(grad_row, math.inf)  # NaN where an element is
     given = {"x_ptr": x, "w_ptr": w, "target_ptr": target, "grad_row_ptr": grad_row, "largest_ptr": largest}
-    call = Call(kind, x.device, **given, **dict(zip(SAVED, saved, strict=True)))
-    # the interpreter cuts off what a cast to bf16 should round
-    stored = torch.float32 if gpu.family == "interpreter" else w.dtype
-    grad = call.make("grad_w_ptr", kind.c, kind.d, dtype=stored)
+    given |= dict(zip(SAVED, saved, strict=True))
+    if move is None:
+        call = Call(kind, x.device, **given, RULE="")
+        # the interpreter cuts off what a cast to bf16 should round
+        stored = torch.float32 if gpu.family == "interpreter" else w.dtype
+        grad = call.make("grad_w_ptr", kind.c, kind.d, dtype=stored)
+    else:
+        call = Call(kind, x.device, **given, RULE=move.rule, first_ptr=move.first, second_ptr=move.second)
+        call.arguments |= move._asdict() | {"s": hp.s * move.sign}
+        grad = w
     if dense:
         _coefficients_again(call)
     else:
-        own, slots = kind.own["scatter_classes"], call.arguments["links_ptr"].shape[1]
-        blocks, d_blocks = cdiv(kind.c, own["BLOCK_C"]), cdiv(kind.d, own["BLOCK_D"])
+        block_c, block_d = (kind.own["scatter_classes"][name] for name in ("BLOCK_C", "BLOCK_D"))
+        if move is not None:  # whole rows: of a sample without a list a program reads the row that another would move
+            block_c, block_d = max(1, block_c * block_d // kind.block_d), kind.block_d
+        blocks, d_blocks = cdiv(kind.c, block_c), cdiv(kind.d, block_d)
         rounds = max(1, min(tiles.SCATTER_ROUNDS, blocks * d_blocks // (8 * gpu.multiprocessors)))
-        grid = cdiv(blocks, rounds), d_blocks
-        call.launch(scatter_classes, *grid, slots=slots, rounds=rounds, grad_row_step=grad_row.stride(0))
+        grid, slots = (cdiv(blocks, rounds), d_blocks), call.arguments["links_ptr"].shape[1]
+        call.arguments |= {"slots": slots, "rounds": rounds, "grad_row_step": grad_row.stride(0)}
+        call.launch(scatter_classes, *grid, BLOCK_C=block_c, BLOCK_D=block_d)
     return grad.to(w.dtype)
 
 

@@ -152,14 +152,26 @@ def inverse_norm(norm):
 
 
 @triton.jit
+def class_gradient_of(raw, along, w, inv_w, scale):
+    """(8) from its two sums, times `scale`: the tangent part of `raw`, divided by the norm."""
+    return (raw - along[:, None] * (w * inv_w[:, None])) * (inv_w * scale)[:, None]
+
+
+@triton.jit
+def tangent_only(along, inv_w):
+    """What is to be projected away: nothing where the norm is below NORM_EPS, as normalize divides by a constant there.
+    1/NORM_EPS may be off by some ulps."""
+    return tl.where(inv_w * NORM_EPS > 0.999999, 0.0, along)
+
+
+@triton.jit
 def store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, scale, c, d, w_stride_c, w_stride_d):
-    """(8) from its two sums, times `scale`: the tangent part of `raw`, divided by the norm, in the weight's dtype."""
+    """Stores (8) in the weight's dtype."""
     mask = (j < c)[:, None] & (out < d)[None, :]
-    # below NORM_EPS normalize divides by a constant, so nothing is projected away; 1/NORM_EPS may be off by some ulps
-    along = tl.where(inv_w * NORM_EPS > 0.999999, 0.0, along)
+    along = tangent_only(along, inv_w)
     # most classes have no pair, and nothing to project: their rows of w are not read
     w = tl.load(
         w_ptr + j[:, None] * w_stride_c + out[None, :] * w_stride_d, mask=mask & (along != 0)[:, None], other=0.0
     ).to(tl.float32)
-    grad = (raw - along[:, None] * (w * inv_w[:, None])) * (inv_w * scale)[:, None]
+    grad = class_gradient_of(raw, along, w, inv_w, scale)
     tl.store(grad_w_ptr + j[:, None] * d + out[None, :], grad.to(grad_w_ptr.dtype.element_ty), mask=mask)

@@ -9,7 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import arccos, exponent_of, inverse_norm, is_finite, power_of_two, sigmoid_of_angle, store_class_gradient
+from .math import (
+    arccos,
+    class_gradient_of,
+    exponent_of,
+    inverse_norm,
+    is_finite,
+    power_of_two,
+    sigmoid_of_angle,
+    store_class_gradient,
+    tangent_only,
+)
 
 FIXED: tl.constexpr = tl.constexpr(2.0**39)  # one unit of the largest coefficient: room for 2²³ summands in 63 bits
 
@@ -53,6 +63,37 @@ def sum_of_links(
     return raw.to(tl.float32) * (1.0 / FIXED) * from_unit[:, None], along.to(tl.float32) * (1.0 / FIXED) * from_unit
 
 
+@triton.jit
+def move(
+    grad, at, mask, w_ptr, first_ptr, second_ptr, lr, weight_decay, keep, take, keep_second, take_second, eps,
+    correction, RULE: tl.constexpr,
+):  # fmt: skip
+    """Moves a block of the weight and of an optimizer's state by its ∂w, `grad`; `sequence.Move` says what by.
+
+    `at` is where the block stands in a contiguous `[C, D]`.
+    """
+    w = tl.load(w_ptr + at, mask=mask, other=0.0)
+    if RULE == "adamw":
+        first = tl.load(first_ptr + at, mask=mask, other=0.0)
+        second = tl.load(second_ptr + at, mask=mask, other=0.0)
+        w -= weight_decay * w
+        first += take * (grad - first)
+        second = keep_second * second + take_second * grad * grad
+        tl.store(first_ptr + at, first, mask=mask)
+        tl.store(second_ptr + at, second, mask=mask)
+        step = first / (tl.sqrt(second) * correction + eps)
+    else:
+        step = grad + weight_decay * w
+        if RULE != "sgd":
+            first = keep * tl.load(first_ptr + at, mask=mask, other=0.0) + take * step
+            tl.store(first_ptr + at, first, mask=mask)
+            if RULE == "nesterov":
+                step += keep * first
+            else:
+                step = first
+    tl.store(w_ptr + at, w - lr * step, mask=mask)
+
+
 @triton.jit(do_not_specialize=["n", "grad_row_step", "slots", "rounds"])
 def scatter_classes(
     # pointers
@@ -69,7 +110,9 @@ def scatter_classes(
     links_ptr,  # [padded N, slots]
     list_weight_ptr,  # [padded N, slots]
     list_cos_ptr,  # [padded N, slots]
-    grad_w_ptr,  # [C, D] out
+    grad_w_ptr,  # [C, D] out, without a RULE
+    first_ptr,  # [C, D] state of an optimizer, as w it is moved: the momentum, or the mean of gradients
+    second_ptr,  # [C, D] the mean of their squares
     # sizes, strides, floats
     n,
     c,
@@ -87,9 +130,18 @@ def scatter_classes(
     a,
     b,
     filter_eps,
+    lr,  # these by the RULE, as in sequence.Move
+    weight_decay,
+    keep,
+    take,
+    keep_second,
+    take_second,
+    eps,
+    correction,
     # compile time
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RULE: tl.constexpr,  # "", or by which the gradient moves the weight, which is contiguous, instead of being stored
 ):
     """A program takes `rounds` blocks of classes, one after the other."""
     first = tl.program_id(0).to(tl.int64) * rounds * BLOCK_C
@@ -103,6 +155,7 @@ def scatter_classes(
     head = tl.load(head_ptr + j, mask=j < c, other=-1)
     for _ in range(rounds):
         exists = j < c
+        at, mask = j[:, None] * d + out[None, :], exists[:, None] & (out < d)[None, :]
         # the next block's are under way while this one is written
         later = j + BLOCK_C
         later_inv_w = tl.load(inv_norm_ptr + later, mask=later < c, other=0.0)
@@ -135,10 +188,19 @@ def scatter_classes(
                     x = tl.load(x_row + out * x_stride_d, mask=out < d, other=0.0).to(tl.float32)
                     along += g * cos
                     raw += g[:, None] * (x * inv_x)[None, :]
-            store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, scale, c, d, w_stride_c, w_stride_d)
+            if RULE == "":
+                store_class_gradient(grad_w_ptr, raw, along, j, out, w_ptr, inv_w, scale, c, d, w_stride_c, w_stride_d)
+            else:
+                w = tl.load(w_ptr + at, mask=mask, other=0.0)
+                grad = class_gradient_of(raw, tangent_only(along, inv_w), w, inv_w, scale)
         else:
             # 0, or NaN where the row or a sample is not finite
-            zeros = tl.zeros([BLOCK_C, BLOCK_D], tl.float32) + (inv_w * 0.0 * scale)[:, None]
-            mask = exists[:, None] & (out < d)[None, :]
-            tl.store(grad_w_ptr + j[:, None] * d + out[None, :], zeros.to(grad_w_ptr.dtype.element_ty), mask=mask)
+            grad = tl.zeros([BLOCK_C, BLOCK_D], tl.float32) + (inv_w * 0.0 * scale)[:, None]
+            if RULE == "":
+                tl.store(grad_w_ptr + at, grad.to(grad_w_ptr.dtype.element_ty), mask=mask)
+        if RULE != "":
+            move(
+                grad, at, mask, w_ptr, first_ptr, second_ptr, lr, weight_decay, keep, take, keep_second, take_second, eps,
+                correction, RULE,
+            )  # fmt: skip
         j, inv_w, head = later, later_inv_w, later_head

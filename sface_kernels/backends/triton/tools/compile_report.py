@@ -80,8 +80,10 @@ def recorded(
     hp: HyperParameters,
     dense: bool,
     need_x: bool = True,
+    rule: str = "",
 ) -> list[tuple[Any, dict[str, Any]]]:
-    """(kernel, arguments) of each launch of a forward and backward on a GPU of a name in TARGETS."""
+    """(kernel, arguments) of each launch of a forward and backward, or of a step by a rule of `sequence.Move`, on a GPU
+    of a name in TARGETS."""
     n, c, d = shape
     x = torch.empty(n, d, dtype=dtype, device="meta")
     w = torch.empty(c, d, dtype=weight_dtype, device="meta")
@@ -91,7 +93,10 @@ def recorded(
     hip = None if capability else str(TARGETS[target].gpu.arch)
     with pretend(capability, hip, run=lambda kernel, grid, arguments: taken.append((kernel, arguments))):
         outputs = sequence.forward(x, w, y, hp, need_x, True, dense, MULTIPROCESSORS)
-        sequence.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, list(outputs[5:-2]))
+        if rule:
+            taken.clear()
+        move = sequence.Move(rule, 0.1, 1e-4, w, w if rule == "adamw" else None) if rule else None
+        sequence.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, list(outputs[5:-2]), move)
     return taken
 
 
@@ -101,8 +106,9 @@ def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], s
         eps = 2.0**-24 if dtype == f32 else 2.0**-16  # the defaults: screens in fp16, and in int8
         hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else eps)
         short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
-        for kernel, arguments in recorded(target, shape, dtype, weight_dtype, hp, dense, need_x):
-            yield kernel, arguments, f"{short} D={shape[2]}"
+        for rule in ("",) if dense or weight_dtype != f32 else ("", "momentum", "adamw"):
+            for kernel, arguments in recorded(target, shape, dtype, weight_dtype, hp, dense, need_x, rule):
+                yield kernel, arguments, f"{short} D={shape[2]}" + f", {rule}" * bool(rule)
 
 
 def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
