@@ -1,31 +1,45 @@
-"""Predicted times of the Triton kernels, from docs/compile-tables.md and what the GPUs' makers say: nothing is measured.
+"""Predicted times of the Triton kernels, from docs/compile-tables.md, what the GPUs' makers say, and one H200.
 
     python -m benchmarks.gpu_model
+    python -m benchmarks.gpu_model benchmarks/results/cuda-large.json benchmarks/results/cuda-small.json   # beside them
 
-For each GPU and shape a line of milliseconds a kernel, by lists and by dense products, to lay the first measurement
-beside. A kernel takes as long as the longest of its DRAM bytes, its L2 bytes, its tensor-core operations and the
-instructions it issues; where registers leave room for one program a multiprocessor, what a program does one after the
-other adds up. Left out: latencies, uneven ends, clocks that fall under load, and the host.
+For each GPU and shape a line of milliseconds a kernel, by lists and by dense products. A kernel that multiplies takes
+its tensor-core operations and the instructions it issues one after the other, times what it waits, or as long as its
+L2 or DRAM bytes if that is longer. What an H200 showed is in the constants; A100 and H100 are computed with the same.
+Left out: clocks that fall under load, and the host.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from sface_kernels.backends.triton import tiles
+from sface_kernels.bench import report
+from sface_kernels.bench.table import plain_table
 
 TABLES = Path(__file__).resolve().parent.parent / "docs" / "compile-tables.md"
 VARIANT = "bf16×fp32 D=512"
 # (samples, classes): launches by lists and by dense products, as docs/kernels.md counts them
-SHAPES = {(128, 10_575): (4, 7), (512, 85_742): (6, 40), (1024, 1_000_000): (34, 571)}
+SHAPES = {(128, 10_575): (4, 7), (512, 85_742): (6, 28), (1024, 1_000_000): (34, 385)}
 D = 512
 E_X, E_W, UNIT = 2, 4, 2  # bytes of an entry of x, of w, of a unit row
 ACTIVE_SHARE = 1e-5  # of the pairs, listed: about random initialisation at 2⁻¹⁶
 LAUNCH_MS = 0.003  # from the end of a kernel to the start of the next in one stream, assumed
+# Seen on an H200. Products and epilogues of two or three programs a multiprocessor overlap less than they wait: for
+# loads at the start of each tile, for each other's warps.
+WAITS = 1.6
+ALONE = 2.1  # where a program of the gradients' products has few others beside it
+DRAM_SHARE = 0.88  # of the maker's figure: 4.2 TB/s of 4.8
+SHORTEST_MS = 0.009  # a kernel with little to do
+# finish_samples is a chain of loads: so long a sample, and so long for every 8 candidates; three programs run at once
+SAMPLE_MS, CANDIDATES_MS, CANDIDATE_SHARE = 0.011, 0.0022, 3.5e-5
 
 
 class Gpu(NamedTuple):
-    """Vendor's figures for dense fp16 products, boost clock and memory; L2 as 30 bytes a cycle and multiprocessor."""
+    """Vendor's figures for dense fp16 products, boost clock and memory; L2 as 50 bytes a cycle and multiprocessor."""
 
     target: str
     multiprocessors: int
@@ -35,7 +49,7 @@ class Gpu(NamedTuple):
 
     @property
     def l2_tb(self) -> float:
-        return 0.03 * self.multiprocessors * self.ghz
+        return 0.05 * self.multiprocessors * self.ghz
 
     def issue_ms(self, instructions: float) -> float:
         """Of so many instructions of a warp, four a cycle on each multiprocessor."""
@@ -51,13 +65,13 @@ Row = dict[str, float]
 
 
 def compiled(target: str, text: str) -> dict[str, Row]:
-    """Of each kernel's first variant with `VARIANT`: registers, instructions, epilogue. The forward's coefficients."""
+    """Of each kernel's first variant with `VARIANT`: instructions, epilogue. The forward's coefficients."""
     section = text.partition(f"### {target},")[2].partition("###")[0]
     rows: dict[str, Row] = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if len(cells) == 10 and re.match(re.escape(VARIANT), cells[1]) and "dense" not in cells[1]:
-            found = {"registers": float(cells[2]), "instructions": float(cells[7]), "epilogue": float(cells[8] or 0)}
+            found = {"instructions": float(cells[7]), "epilogue": float(cells[8] or 0)}
             found["int8"] = float("int8" in cells[1])
             rows.setdefault(cells[0], found)
     return rows
@@ -73,42 +87,65 @@ def tiled(gpu: Gpu, row: Row, n: int, c: int, block_c: int, dram: float) -> floa
     tensor = 2 * pairs * D / (narrow * gpu.tflops * 1e9)
     l2 = pairs / (128 * block_c) * (128 + block_c) * D * UNIT / narrow / (gpu.l2_tb * 1e9)
     epilogue = gpu.issue_ms(pairs * row["epilogue"] / 32)
-    product = max(tensor, l2)
-    several = 65_536 // (256 * row["registers"]) >= 2
-    return max(product, epilogue, dram) if several else max(product + epilogue, dram)
+    return max(WAITS * (tensor + epilogue), l2, dram)
 
 
 def predict(gpu: Gpu, rows: dict[str, Row], n: int, c: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each kernel over a forward and backward, by way of a call."""
 
     def dram(size: float) -> float:
-        return size / (gpu.dram_tb * 1e9)
+        return size / (DRAM_SHARE * gpu.dram_tb * 1e9)
 
     def l2(size: float) -> float:
         return size / (gpu.l2_tb * 1e9)
 
     block_c = 64 if gpu.target == "sm_80" else 128  # of the screen; that of coefficients is 64
     pass_over_w, links = dram(c * D * E_W), ACTIVE_SHARE * n * c + n
-    issued = gpu.issue_ms(4 * rows["prepare"]["instructions"] * (n + c) * D / 8192)
+    issued = gpu.issue_ms(4 * rows["prepare"]["instructions"] * (n + c) * D / tiles.ROW_ELEMENTS)
     prepare = max(pass_over_w, l2(c * D * UNIT), issued)
-    product = tiled(gpu, {"registers": 255, "epilogue": 0, "int8": 0}, n, c, 128, 0)
+    product = ALONE / WAITS * tiled(gpu, {"epilogue": 0, "int8": 0}, n, c, 128, 0)
+    waves = -(-n // (3 * gpu.multiprocessors))
+    by_lists, by_products = (count * LAUNCH_MS for count in SHAPES[n, c])
     lists = {
         "prepare": prepare,
         "screen": tiled(gpu, rows["screen"], n, c, block_c, 0),
-        "finish_samples": dram((links + 2 * n) * D * E_W),
+        "finish_samples": waves * (SAMPLE_MS + CANDIDATES_MS * (CANDIDATE_SHARE * c // 8)),
         "scatter_classes": pass_over_w + dram(links * D * (E_X + E_W)),
     }
     dense = {
-        "prepare, twice": 2 * prepare,
-        "coefficients, twice": 2 * tiled(gpu, rows["coefficients"], n, c, 64, 0),
+        "prepare": 2 * prepare,
+        "coefficients": 2 * max(SHORTEST_MS, tiled(gpu, rows["coefficients"], n, c, 64, 0)),
         "row_gradient": product,
-        "class_gradient": max(product, 2 * pass_over_w),
+        "class_gradient": product + ALONE * 2 * pass_over_w,  # its passes over w and ∂w follow its products
     }
-    by_lists, by_products = (count * LAUNCH_MS for count in SHAPES[n, c])
-    return {"lists": {**lists, "launches": by_lists}, "dense": {**dense, "launches": by_products}}
+    return {
+        way: {**{kernel: max(SHORTEST_MS, ms) for kernel, ms in kernels.items()}, "launches": launches}
+        for way, kernels, launches in (("lists", lists, by_lists), ("dense", dense, by_products))
+    }
+
+
+def beside(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Of the rows of a results file measured on an H200, each kernel's time beside its prediction."""
+    gpu, found = GPUS["H200"], []
+    predicted = compiled(gpu.target, TABLES.read_text())
+    for row in rows:
+        shape, way = (row["n"], row["c"]), {"triton": "lists", "triton@0": "dense"}.get(row["provider"])
+        if row["mode"] != "both" or not row["kernels"] or way is None or shape not in SHAPES or row["d"] != D:
+            continue
+        for kernel, ms in predict(gpu, predicted, *shape)[way].items():
+            if kernel in row["kernels"]:
+                took = row["kernels"][kernel]
+                about = {"samples; classes": f"{shape[0]}; {shape[1]:,}", "way": way, "kernel": kernel}
+                found.append(
+                    {**about, "measured, ms": f"{took:.3f}", "model": f"{ms:.3f}", "ratio": f"{took / ms:.2f}"}
+                )
+    return found
 
 
 def main() -> None:
+    if files := sys.argv[1:]:
+        print(plain_table(beside([row for file in files for row in report.load(Path(file))["rows"]])).markdown())
+        return
     text = TABLES.read_text()
     for name, gpu in GPUS.items():
         rows = compiled(gpu.target, text)

@@ -5,7 +5,8 @@ A table stands between two comments, the first of which says what it is made fro
     <!-- table: benchmarks/results/cpu-random.json mode=both providers=reference,native -->
     <!-- end -->
 
-`mode` is "both" and `providers` are all if left out; both may be several. A file of errors gives all its tables, or those
+`mode` is "both" and `providers` are all if left out; both may be several. `kernels=model` makes a table of each kernel's
+time beside what `gpu_model` says instead. A file of errors gives all its tables, or those
 of some `dtypes`. Below, a line names machine, versions, commit and date, so that no figure in a document was typed.
 Exit status: 0; 1 with --check where a document is not what the files say; 2 for a file that is missing or not a result.
 """
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_model
 from sface_kernels.bench import machine, report
 from sface_kernels.bench.table import Table, accuracy_tables, bench_table, density_table, plain_table
 
@@ -37,6 +39,8 @@ def tables(result: dict[str, Any], chosen: dict[str, list[str]]) -> list[Table]:
     """Of the rows that have one of the values chosen for each name."""
     if result["kind"] == "table":
         return [plain_table(result["rows"])]
+    if "kernels" in chosen:
+        return [plain_table(gpu_model.beside(result["rows"]))]
     if result["kind"] != "accuracy":
         chosen = {"mode": ["both"], **chosen}
     rows = result["rows"]

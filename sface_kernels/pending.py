@@ -17,7 +17,7 @@ from .dispatch import BACKENDS
 from .types import NO_TARGET, HyperParameters
 
 RANGE_BYTES = 4 << 20  # of the rows of ∂w that are made at a time
-RANGE_BYTES_CUDA = 32 << 20  # there each range takes the host a dozen launches
+RANGE_BYTES_CUDA = 16 << 20  # there each takes the host a dozen launches; the memory bound has room for two
 
 
 class WeightGradient(NamedTuple):

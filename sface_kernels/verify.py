@@ -3,7 +3,8 @@
 The first call of each kind in a process is checked, forward and backward: row losses and ∂x of some of its samples over
 all classes, and ∂w of some of its classes over all samples. That waits for the GPU, once; later calls do not.
 `SFACE_VERIFY=0` turns it off, `SFACE_VERIFY=all` checks every call and `SFACE_VERIFY=1000` each thousandth of a kind.
-Calls that are compiled or captured in a CUDA graph are not checked, nor is a backward under torch.func.
+Calls that are compiled or captured in a CUDA graph are not checked, nor is a backward under torch.func, nor what a
+head's optimizer moves instead of making ∂w.
 """
 
 from __future__ import annotations

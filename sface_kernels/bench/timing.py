@@ -23,6 +23,7 @@ CACHE_FACTOR = 4  # rotated inputs are this many times the L2 cache, so that non
 MAX_COPIES = 16
 VISIT_SECONDS, MAX_VISIT = 0.05, 5  # a provider runs this long or often before the next one's turn
 MIN_ROUNDS = 3  # even when the budget is spent
+MOST_KERNELS, NAME_LENGTH = 12, 60  # that are kept of a run
 
 T = TypeVar("T")
 Clock = Callable[[Callable[[], object]], float]  # runs a function and returns its seconds
@@ -176,7 +177,8 @@ def run_once(timed: TimedLoss, clock: Clock = wall_clock) -> float:
 
 
 def kernel_times(timed: TimedLoss, runs: int = 5) -> dict[str, float]:
-    """Milliseconds of one run by kernel on a GPU, by operation on a CPU, by torch.profiler; the longest first."""
+    """Milliseconds of one run by kernel on a GPU, by operation on a CPU, by torch.profiler: the MOST_KERNELS longest,
+    by the beginnings of their names, which templates make long."""
     run_once(timed)
     with profile(activities=[ProfilerActivity.CUDA if timed.cuda else ProfilerActivity.CPU]) as trace:
         for _ in range(runs):
@@ -185,8 +187,12 @@ def kernel_times(timed: TimedLoss, runs: int = 5) -> dict[str, float]:
             torch.cuda.synchronize()
     timed.rest()
     micro = "self_device_time_total" if timed.cuda else "self_cpu_time_total"
-    found = {event.key: getattr(event, micro) / runs / 1e3 for event in trace.key_averages()}
-    return {name: ms for name, ms in sorted(found.items(), key=lambda pair: -pair[1]) if ms > 0}
+    found: dict[str, float] = {}
+    for event in trace.key_averages():
+        name = event.key[:NAME_LENGTH]
+        found[name] = found.get(name, 0.0) + getattr(event, micro) / runs / 1e3
+    longest = sorted(found.items(), key=lambda pair: -pair[1])[:MOST_KERNELS]
+    return {name: ms for name, ms in longest if ms > 0}
 
 
 def _visit(timed: TimedLoss, clock: Clock) -> None:

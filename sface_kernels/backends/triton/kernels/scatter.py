@@ -200,7 +200,7 @@ def scatter_classes(
                 tl.store(grad_w_ptr + at, grad.to(grad_w_ptr.dtype.element_ty), mask=mask)
         if RULE != "":
             move(
-                grad, at, mask, w_ptr, first_ptr, second_ptr, lr, weight_decay, keep, take, keep_second, take_second, eps,
-                correction, RULE,
+                grad, at, mask, w_ptr, first_ptr, second_ptr, lr, weight_decay, keep, take,
+                keep_second, take_second, eps, correction, RULE,
             )  # fmt: skip
         j, inv_w, head = later, later_inv_w, later_head
