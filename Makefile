@@ -189,7 +189,7 @@ pictures: build
 	$(PLOT) $(RESULTS)-accuracy.json --only error_vs_filter
 
 tables: build
-	$(BIN)/python -m benchmarks.tables README.md docs/performance.md docs/accuracy.md docs/training.md docs/distributed.md
+	$(BIN)/python -m benchmarks.tables README.md docs/performance.md docs/accuracy.md docs/training.md docs/distributed.md docs/kernels.md
 
 FORCE:
 

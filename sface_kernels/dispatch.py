@@ -30,6 +30,10 @@ class Backend(NamedTuple):
     narrow: Callable[[tuple[Tensor, ...], int, int, int], tuple[Tensor, ...]] | None
     # of a backend whose first calls are verified: which of its ways a call took, or None where it need not be
     way: Callable[[Tensor, tuple[Tensor, ...]], str | None] | None
+    # whether it moves a weight by ∂w without making it, of x, hp, saved; and that, of grad_weight's arguments, the rule
+    # of a step and its numbers
+    can_move: Callable[[Tensor, HyperParameters, tuple[Tensor, ...]], bool]
+    move: Callable[..., None] | None
     takes_labels: bool  # its forward takes labels as they are, with an `ignore_index`, and returns their targets
 
 
@@ -42,6 +46,8 @@ BACKENDS: dict[str, Backend] = {
         getattr(module, "class_block", lambda rows: 1),
         getattr(module, "narrow", None),
         getattr(module, "way", None),
+        getattr(module, "can_move", lambda *_: False),
+        getattr(module, "move", None),
         module is triton,
     )
     for name, summary, module in (

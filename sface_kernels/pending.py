@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from . import verify
-from .backends import triton
 from .dispatch import BACKENDS
 from .types import NO_TARGET, HyperParameters
 
@@ -67,12 +66,13 @@ class WeightGradient(NamedTuple):
 
     @property
     def can_move(self) -> bool:
-        """Whether there is `move`."""
-        return self.backend == "triton" and len(self.x) > 0 and triton.can_move(self.x, self.hp, self.saved)
+        return len(self.x) > 0 and BACKENDS[self.backend].can_move(self.x, self.hp, self.saved)
 
     def move(self, rule: str, **numbers: Any) -> None:
-        """Moves w and an optimizer's state in one pass over them: `triton`, by lists."""
-        triton.move(self.x, self.w, self.target, self.hp, self.grad_row, self.saved, rule, **numbers)
+        """Moves w and an optimizer's state in one pass over them, where that can be."""
+        move = BACKENDS[self.backend].move
+        assert move is not None
+        move(self.x, self.w, self.target, self.hp, self.grad_row, self.saved, rule, **numbers)
 
     def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
         grad = verify.grad_weight(self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict)

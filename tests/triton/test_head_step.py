@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sface_kernels import SFaceLoss, pending
-from sface_kernels.backends import triton as backend
 from sface_kernels.backends.triton import device, tiles
 from sface_kernels.optim import HeadAdamW, HeadSGD
 from tests.optim.test_trajectory import steps
@@ -30,13 +29,13 @@ def problem(shape=SHAPE, geometry="trained"):
 def moves(monkeypatch):
     """The rules by which the kernels moved a weight."""
     made = []
-    move = backend.move
+    move = pending.WeightGradient.move
 
-    def counted(*arguments, **numbers):
-        made.append(arguments[6])
-        move(*arguments, **numbers)
+    def counted(gradient, rule, **numbers):
+        made.append(rule)
+        move(gradient, rule, **numbers)
 
-    monkeypatch.setattr(backend, "move", counted)
+    monkeypatch.setattr(pending.WeightGradient, "move", counted)
     return made
 
 
