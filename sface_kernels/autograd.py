@@ -93,7 +93,7 @@ class _RowLoss(torch.autograd.Function):
             else:
                 target = prepare_labels(target, weight.shape[0], *labels)
         result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w, **raw)
-        loss, *others, saved, counted, prepared = result
+        loss, *others, saved, counted, prepared, _ = result
         if prepared is not None:
             target = prepared
         elif labels is None:

@@ -156,7 +156,7 @@ def forward(
         _raise_failure(backend, error, first=kind not in _calls)
     _calls.setdefault(kind, 1)
     way = entry.way(x, result.saved)
-    if way is not None and _due((*kind, way, need_x), period):
+    if way is not None and _due((*kind, way, result.coarse, need_x), period):
         prepared = target if result.target is None else result.target
         _checked(backend, lambda: _compare_forward(result, x, w, prepared, hp, _tolerance(x, hp, way)))
     return result

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sface_kernels import sface_loss
+from sface_kernels.backends.triton import plan
 from sface_kernels.bench.memory import cuda_peak
 from sface_kernels.bench.providers import resolve
 from sface_kernels.bench.timing import TimedLoss
@@ -50,14 +51,17 @@ def inputs(n: int, c: int, d: int, share: float | None = None) -> Inputs:
     return work.x, work.w, work.y
 
 
-@pytest.fixture(params=["lists", "some overflow", "dense"])
-def way(request: pytest.FixtureRequest) -> Call:
-    """Inputs and filter that go by lists, by lists of which some overflow, and by dense products."""
+@pytest.fixture(params=["lists", "int8", "some overflow", "dense"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Inputs and filter that go by lists, from a screen in fp16 or in int8, by lists of which some overflow, and by
+    dense products."""
+    if request.param == "int8":
+        monkeypatch.setattr(plan, "goes_int8", lambda x, w, hp, family: plan.screens_int8(hp, x.shape[1], family))
     if request.param != "some overflow":
         return *inputs(96, 5003, 512), 0.0 if request.param == "dense" else FAST_EPS
-    # every second sample is near to most classes, more than its list holds; the lists of the others hold theirs
+    # two blocks of samples are near to most classes, more than lists hold; the lists of the others hold theirs
     x, w, y = inputs(600, 50_003, 64, 0.9)
-    x[::2] = inputs(600, 50_003, 64)[0][::2]
+    x[256:] = inputs(600, 50_003, 64)[0][256:]
     return x, w, y, FAST_EPS
 
 
@@ -210,12 +214,26 @@ def test_repeats_give_the_same_bits(way: Call, deterministic: None) -> None:
 
 @pytest.mark.parametrize("filter_eps, k_inter", [(FAST_EPS, 80.0), (FAST_EPS, 20.0), (0.0, 80.0)])
 @pytest.mark.parametrize(
-    "n, c, d, share, dtype", [(33, 1009, 100, None, bf16), (130, 389, 64, None, f32), (257, 20_011, 16, 0.9, bf16)]
+    "n, c, d, share, dtype",
+    [
+        (33, 1009, 100, None, bf16),
+        (70, 500, 384, None, bf16),
+        (130, 389, 64, None, f32),
+        (257, 20_011, 16, 0.9, bf16),
+    ],
 )
 def test_small_calls_of_every_kernel(
-    n: int, c: int, d: int, share: float | None, dtype: torch.dtype, filter_eps: float, k_inter: float
+    n: int,
+    c: int,
+    d: int,
+    share: float | None,
+    dtype: torch.dtype,
+    filter_eps: float,
+    k_inter: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """For compute-sanitizer. The last size has more active classes than a list holds."""
+    """For compute-sanitizer. The second size is screened in int8, the last has more active pairs than lists hold."""
+    monkeypatch.setattr(plan, "goes_int8", lambda x, w, hp, family: plan.screens_int8(hp, x.shape[1], family))
     x, w, y = inputs(n, c, d, share)
     x, w = x.to(dtype).requires_grad_(), w.requires_grad_()
     loss, stats = sface_loss(x, w, y, backend="triton", filter_eps=filter_eps, k_inter=k_inter, return_stats=True)

@@ -78,6 +78,14 @@ def test_what_is_right_is_checked_once(fake):
     assert fake.calls == ["forward", "forward", "grad_weight"]  # the forward; for ∂w one of some classes, and its own
 
 
+def test_a_coarser_screen_is_checked_by_itself(fake):
+    """It comes some calls after the first."""
+    for coarse in (False, False, True, True):
+        fake.spoil_forward = lambda result, coarse=coarse: result._replace(coarse=coarse)
+        step()
+    assert fake.calls.count("grad_weight") == 1 and fake.calls.count("forward") == 3
+
+
 @pytest.mark.parametrize("what", WRONG)
 def test_auto_warns_once_with_figures_and_takes_chunked_from_then_on(fake, monkeypatch, what):
     fake.spoil_forward = WRONG[what]

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from sface_kernels.backends.triton import sequence
+from sface_kernels.backends.triton import plan, sequence
 from sface_kernels.backends.triton.device import MULTIPROCESSORS, pretend
 from sface_kernels.types import HyperParameters
 from tests.support.held import Held
@@ -22,7 +22,8 @@ def measure(n: int, c: int, d: int, dense: bool, dtype: torch.dtype) -> dict[str
     target, grad_row = torch.empty(n, dtype=torch.int64, device="meta"), torch.empty(n, device="meta")
     hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else 2.0**-16)
     with pretend((9, 0), run=lambda *_: None), Held() as held:
-        outputs = sequence.forward(x, w, target, hp, True, True, dense, MULTIPROCESSORS)
+        int8 = not dense and plan.screens_int8(hp, d, "sm_90")
+        outputs = sequence.forward(x, w, target, hp, True, True, dense, MULTIPROCESSORS, int8)
         forward, in_forward = held.peak, held.at_peak
         held.peak = 0
         grad = sequence.grad_weight(x, w, target, grad_row, hp, dense, list(outputs[5:-2]))

@@ -46,18 +46,16 @@ def lists(monkeypatch):
 
 @pytest.fixture
 def int8(monkeypatch):
-    """Every screen in int8, whatever the filter and D."""
+    """Every screen in int8, whatever the filter, D and earlier counts."""
     if not tiles.INT8_SCREEN:
         pytest.skip("this emulator does not multiply int8")
     monkeypatch.setattr(plan, "INT8_SHARE", 1.0)
-    forget_kinds()
+    monkeypatch.setattr(plan, "goes_int8", lambda x, w, hp, family: plan.screens_int8(hp, x.shape[1], family))
 
 
 @pytest.fixture(params=["fp16", "int8"])
-def screen(request, monkeypatch):
+def screen(request):
     """What every screen multiplies."""
     if request.param == "int8":
         request.getfixturevalue("int8")
-    else:
-        monkeypatch.setattr(tiles, "INT8_SCREEN", ())
-        forget_kinds()
+    return request.param

@@ -94,7 +94,7 @@ def test_few_samples_overflow(lists):
     problem, hot = (GEOMETRIES[geometry](130, 1000, 200) for geometry in ("random", "collapsed"))
     x = torch.where((torch.arange(130) % 13 == 5)[:, None], hot.w[7] * 3 + 0.01 * hot.x, problem.x)
     near = hot.w[7] + 0.3 * hot.w.norm(dim=1).mean() * problem.w / problem.w.norm(dim=1, keepdim=True)
-    lists(3, 8)
+    lists(8, 3)  # each of a tile, the first of which needs more, for 400 near pairs and some others
     result = judged(
         problem._replace(x=x, w=torch.where((torch.arange(1000) < 40)[:, None], near, problem.w)), filter_eps=FAST
     )

@@ -101,14 +101,21 @@ class TestWatch:
             if host.coming is not None:
                 host.values, host.coming = host.coming, None
 
-    def _step(self, active: int, overflowed: int = 0, arrive: bool = True) -> bool:
-        """A call, and that it ends before the next. Returns its way; `overflowed` samples if that is by lists."""
+    def _call(self, active: int, overflowed: int = 0, overflowed_int8: int | None = None, arrive: bool = True) -> str:
+        """A call, and that it ends before the next. Returns its way; so many samples overflow if that is by lists."""
         dense = plan.goes_dense(self.x, self.w, FAST)
+        int8 = not dense and plan._watches[plan._kind(self.x, self.w, FAST)].int8 if plan._watches else False
+        if int8 and overflowed_int8 is not None:
+            overflowed = overflowed_int8
         exact = 10_000 if dense else overflowed * 1000
-        plan.learn(torch.tensor([active, exact]), self.x, self.w, FAST, dense)
+        plan.learn(torch.tensor([active, exact]), self.x, self.w, FAST, dense, int8)
         if arrive:
             self._arrive()
-        return dense
+        return "dense" if dense else "int8" if int8 else "fp16"
+
+    def _step(self, active: int, overflowed: int = 0, arrive: bool = True) -> bool:
+        """Whether that call went by dense products."""
+        return self._call(active, overflowed, arrive=arrive) == "dense"
 
     def test_it_does_not_wait(self):
         assert not self._step(5000, arrive=False)
@@ -149,6 +156,30 @@ class TestWatch:
         assert sum(ways[:100]) > 80
         assert not any(ways[-100:])
 
+    def test_int8_only_where_a_count_said_that_few_are_active(self, monkeypatch):
+        """Of trained rows it takes several times as many for candidates, and a first call may be of such."""
+        monkeypatch.setattr(plan, "INT8_ACTIVE", 1e-3)  # 10 pairs
+        assert [self._call(active) for active in (10, 10, 11, 10, 5000, 10, 10)] == [
+            "fp16", "int8", "int8", "fp16", "int8", "dense", "int8",
+        ]  # fmt: skip
+
+    def test_where_int8_overflows_fp16_goes_on(self, monkeypatch):
+        monkeypatch.setattr(plan, "INT8_ACTIVE", 1e-3)
+        ways = [self._call(5, overflowed_int8=3) for _ in range(500)]
+        assert "dense" not in ways and 2 < ways.count("int8") <= 2 + math.log2(500 / FIRST_PAUSE)
+        ways = [self._call(5) for _ in range(1200)]
+        assert set(ways[-100:]) == {"int8"} and "dense" not in ways
+
+    def test_which_calls_may_be_screened_in_int8(self, monkeypatch):
+        x, w = torch.empty(10, 512), torch.empty(100_000, 512)
+        assert not plan.goes_int8(x, w, FAST, "sm_90")
+        plan.learn(torch.tensor([3, 0]), x, w, FAST, False, False)
+        self._arrive()
+        assert not plan.goes_dense(x, w, FAST)
+        assert plan.goes_int8(x, w, FAST, "sm_90") and not plan.goes_int8(x, w, FAST, "sm_120")
+        monkeypatch.setattr(plan, "_varies", lambda x: False)
+        assert not plan.goes_int8(x, w, FAST, "sm_90")
+
     def test_pairs_are_those_of_the_call_that_was_counted(self):
         self._step(20)
         assert not plan.goes_dense(self.x[:1], self.w, FAST)  # a last batch of one sample, 1000 pairs
@@ -168,12 +199,12 @@ class TestWatch:
         self.captured = True
         assert self._step(5, arrive=False)
         assert self.hosts[0].values == before and self.hosts[0].coming is None
-        plan.learn(torch.tensor([5, 0]), self.x, self.w[:500], FAST, False)
+        plan.learn(torch.tensor([5, 0]), self.x, self.w[:500], FAST, False, False)
         assert len(self.hosts) == 1
 
     def test_without_a_filter_nothing_is_watched(self):
         assert plan.goes_dense(self.x, self.w, EXACT)
-        plan.learn(torch.tensor([10_000, 10_000]), self.x, self.w, EXACT, True)
+        plan.learn(torch.tensor([10_000, 10_000]), self.x, self.w, EXACT, True, False)
         assert not plan._watches
 
     def test_no_event_and_one_allocation(self, monkeypatch):
@@ -198,7 +229,7 @@ class TestWatch:
         monkeypatch.setattr(plan.torch, "empty", counted)
         weights = [empty(1000 + kind, 4) for kind in range(plan.KINDS + 3)]
         for w in weights:
-            plan.learn(torch.tensor([5000, 0]), self.x, w, FAST, False)
+            plan.learn(torch.tensor([5000, 0]), self.x, w, FAST, False, False)
         assert len(made) == 1 and len(plan._watches) == plan.KINDS
         assert [plan.goes_dense(self.x, w, FAST) for w in weights] == [True] * plan.KINDS + [False] * 3
 

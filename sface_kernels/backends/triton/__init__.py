@@ -76,14 +76,15 @@ def forward(
     """`labels` `[N]` are targets of `ops.prepare_labels`, or with an `ignore_index` labels of any integer dtype."""
     if labels.dtype not in LABELS:
         labels = labels.to(torch.int64)
+    gpu = gpu_of(x.device)
     dense = plan.goes_dense(x, w, hp)
-    multiprocessors = gpu_of(x.device).multiprocessors
+    int8 = not dense and plan.goes_int8(x, w, hp, gpu.family)
     # of raw labels none says that its class is elsewhere: what ignore_index means comes first
     codes = (IGNORED, NO_TARGET) if ignore_index is None else (ignore_index, ignore_index)
-    outputs = _forward_op(x, w, labels, *codes, hp, need_x, need_w, dense, multiprocessors)
+    outputs = _forward_op(x, w, labels, *codes, hp, need_x, need_w, dense, gpu.multiprocessors, int8)
     row_loss, row_stats, hardest_class, counts, row_grad_x, *saved, counted, target = outputs
-    plan.learn(counts, x, w, hp, dense)
-    return Forward(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target)
+    plan.learn(counts, x, w, hp, dense, int8)
+    return Forward(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target, int8)
 
 
 def grad_weight(
@@ -145,7 +146,8 @@ def _launches() -> tuple[ModuleType, ModuleType]:
 def _forward(x, w, labels, ignore_index, no_target, hyper, *which) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     launch, sequence = _launches()
     with launch.on_device(x):
-        return sequence.forward(x, w, labels, HyperParameters(*hyper), *which, ignore_index, no_target)
+        hp = HyperParameters(*hyper)
+        return sequence.forward(x, w, labels, hp, *which, ignore_index=ignore_index, no_target=no_target)
 
 
 def _grad_weight(x, w, target, grad_row, hyper, dense, saved) -> Tensor:  # type: ignore[no-untyped-def]

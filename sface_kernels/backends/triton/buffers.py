@@ -17,8 +17,9 @@ from .device import empty
 from .tiles import GRANULE
 
 # Sizes follow from the shapes and the GPU's number of multiprocessors, an argument, so that fakes know them.
-LIST_BYTES = 27 << 20  # of lists, plus what the memory bound grants for C and N·D
-SLOT_BYTES = 12  # class, which becomes a link, weight and cosine
+LIST_BYTES = 26 << 20  # of lists and where they begin, plus what the memory bound grants for C and N·D
+SLOT_BYTES = 12  # link, sample and cosine
+MOST_CAPACITY = 1 << 17  # a tag has room for the rank in a list of GRANULE times as many (`kernels.regroup`)
 MOST_PARTS = 256  # that finish_samples looks through at once without more registers
 PARTIAL_BYTES = 8 << 20  # of partial sums of ∂x
 CHUNK_BYTES = 32 << 20  # of unit rows of a chunk of classes: it stays in the L2 cache
@@ -35,12 +36,12 @@ class Saved(NamedTuple):
 
     norm: Tensor  # [padded N]
     inv_norm: Tensor  # [C]
-    flags: Tensor  # [2] int32, 1 where [0] a list was too small, in a dense call too; [1] a sample is not finite
-    overflowed: Tensor  # [N] int32, 1 where the sample's list was too small; in a dense call for all that count
+    flags: Tensor  # [2] int32, 1 where [0] a sample has no list, in a dense call too; [1] a sample is not finite
+    overflowed: Tensor  # [N] int32, 1 where the sample has no list; in a dense call for all that count
     head: Tensor  # [C] int32: each class's first link, −1 without one
-    links: Tensor  # [padded N, slots] int32: the link that follows, −1 at the end; while lists are made their classes
-    list_weight: Tensor  # [padded N, slots], 0 where the entry is not active; last the own class's, −p_i/s
-    list_cos: Tensor  # [padded N, slots]
+    links: Tensor  # [slots + N] int32: the link that follows, −1 at the end; the last N are own classes'
+    list_sample: Tensor  # [slots + N] int32
+    list_cos: Tensor  # [slots + N]
 
 
 _OUTPUTS = (*Forward._fields[:5], *Saved._fields, "counted", "target")  # of the forward, in order
@@ -48,7 +49,7 @@ OUTPUTS, SAVED = (tuple(f"{name}_ptr" for name in names) for names in (_OUTPUTS,
 
 ops.define(
     "triton_forward(Tensor x, Tensor w, Tensor labels, int ignore_index, int no_target, float[] hyper,"
-    " bool need_grad_x, bool need_grad_w, bool dense, int multiprocessors)"
+    " bool need_grad_x, bool need_grad_w, bool dense, int multiprocessors, bool int8=False)"
     f" -> ({', '.join(f'Tensor {name}' for name in _OUTPUTS)})"
 )
 ops.define(
@@ -77,7 +78,7 @@ def shares(blocks: int, most: int, multiprocessors: int) -> int:
 
 
 def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple[int, int]:
-    """(stripes, capacity): each sample's list has that many parts, of that many candidates each, and a slot more."""
+    """(stripes, capacity): a block of samples has that many lists, with room for so many candidates of each sample."""
     tiles = cdiv(classes, GRANULE)
     # a chunk holds a tile of every stripe
     in_chunk = max(1, CHUNK_BYTES // (2 * GRANULE * (features + GRANULE - 1)))
@@ -86,9 +87,9 @@ def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple
     enough = 2 * multiprocessors <= blocks * min(most, MOST_PARTS)
     programs = 2 * multiprocessors if enough else multiprocessors
     stripes = shares(blocks, most, programs)
-    granted = LIST_BYTES + 8 * classes + 4 * rows * features
+    granted = LIST_BYTES + 8 * classes + 4 * rows * features - padded(rows) * (SLOT_BYTES + 4 * stripes)
     capacity = granted // SLOT_BYTES // (max(GRANULE, padded(rows)) * stripes)
-    return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE))
+    return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE, MOST_CAPACITY))
 
 
 def allocate(
@@ -96,23 +97,24 @@ def allocate(
 ) -> tuple[Tensor, ...]:
     """Everything that the forward returns, without contents, in the operator's order."""
     (n, d), c, device = x.shape, w.shape[0], x.device
-    rows, slots = padded(n), stripes * capacity + 1
+    rows = padded(n)
+    slots = rows * stripes * capacity + n
     f32, i32, i64 = torch.float32, torch.int32, torch.int64
 
-    def listed(shape: tuple[int, ...], dtype: torch.dtype, unused: bool = dense or not need_grad_w) -> Tensor:
+    def listed(size: int, dtype: torch.dtype, unused: bool = dense) -> Tensor:
         if unused and n > 0:
-            return torch.empty_strided(shape, [0] * len(shape), dtype=dtype, device=device)
-        return empty(shape, dtype, device)
+            return torch.empty_strided((size,), (0,), dtype=dtype, device=device)
+        return empty((size,), dtype, device)
 
     saved = Saved(
         norm=empty((rows,), f32, device),
         inv_norm=empty((c,), f32, device),
         flags=empty((2,), i32, device),
         overflowed=empty((n,), i32, device),
-        head=listed((c,), i32),
-        links=listed((rows, slots), i32, unused=dense),
-        list_weight=listed((rows, slots), f32),
-        list_cos=listed((rows, slots), f32),
+        head=listed(c, i32, unused=dense or not need_grad_w),
+        links=listed(slots, i32),
+        list_sample=listed(slots, i32),
+        list_cos=listed(slots, f32),
     )
     return (
         empty((n,), f32, device),
@@ -128,11 +130,11 @@ def allocate(
 
 def went_dense(saved: tuple[Tensor, ...]) -> bool:
     """Whether a forward went by dense products. False where its lists have been copied, which is right too but slow."""
-    return Saved(*saved).links.stride() == (0, 0)
+    return Saved(*saved).links.stride() == (0,)
 
 
 @ops.fake("triton_forward")
-def _(x, w, labels, ignore_index, no_target, hyper, need_grad_x, need_grad_w, dense, multiprocessors):  # type: ignore[no-untyped-def]
+def _(x, w, labels, ignore_index, no_target, hyper, need_grad_x, need_grad_w, dense, multiprocessors, int8=False):  # type: ignore[no-untyped-def]
     (n, d), c = x.shape, w.shape[0]
     return allocate(x, w, need_grad_x, need_grad_w, dense, *lists(n, c, d, multiprocessors))
 

@@ -22,7 +22,7 @@ from .buffers import cdiv, padded
 from .device import gpu_of, pretence
 from .kernels.prepare import prepare
 from .kernels.screen import LANES
-from .plan import screens_int8, threshold_of
+from .plan import threshold_of
 from .tiles import GRANULE
 
 # Products and sums fuse, as the kernels are written and counted for; Triton 3.10 means to switch it off by default.
@@ -67,12 +67,12 @@ class Kind:
         split: bool,
         hp: HyperParameters,
         dense: bool,
+        int8: bool,
         multiprocessors: int,
         _overrides: str | None,
     ):
         (self.n, self.d), (self.c, _) = shapes
-        self.family, self.dense = family, dense
-        self.int8 = int8 = not dense and screens_int8(hp, self.d, family)
+        self.family, self.dense, self.int8 = family, dense, int8
         # the screen multiplies fp16 or int8 whatever the dtype; in dense products fp32 is split into two parts of fp16
         self.unit_dtype, self.parts = torch.int8 if int8 else torch.float16, 2 if split else 1
         self.operands = "int8" if int8 else "split" if split else "half"
@@ -106,7 +106,7 @@ class Kind:
             "padded_n": self.padded_n,
             "stripes": self.stripes,
             "capacity": self.capacity,
-            "slots": self.lists[0] * self.capacity + 1,
+            "slots": self.padded_n * self.lists[0] * self.capacity,
             "threshold": threshold_of(hp, self.d, int8) or 0.0,
             "BLOCK_D": block_d,
             "PADDED_D": self.padded_d,
@@ -140,7 +140,8 @@ class Kind:
             "BLOCK_D": features,
             "num_warps": tiles.SCATTER_WARPS,
         }
-        return {"screen": screen, "scatter_classes": scatter}
+        regroup = {"BLOCK_N": screen["BLOCK_N"], "row_blocks": screen["row_blocks"], "num_warps": tiles.ROW_WARPS}
+        return {"screen": screen, "regroup": regroup, "scatter_classes": scatter}
 
     def _dense(self, multiprocessors: int) -> dict[str, dict[str, int]]:
         weighed = self._product("coefficients")
@@ -171,10 +172,10 @@ class Kind:
 _kind = functools.lru_cache(maxsize=KINDS)(Kind)
 
 
-def kind_of(x: Tensor, w: Tensor, hp: HyperParameters, dense: bool, multiprocessors: int) -> Kind:
+def kind_of(x: Tensor, w: Tensor, hp: HyperParameters, dense: bool, int8: bool, multiprocessors: int) -> Kind:
     family, split = gpu_of(x.device).family, dense and x.dtype == torch.float32
     shapes, strides = (x.shape, w.shape), (x.stride(), w.stride())
-    return _kind(shapes, strides, family, split, hp, dense, multiprocessors, os.environ.get("SFACE_TILES"))
+    return _kind(shapes, strides, family, split, hp, dense, int8, multiprocessors, os.environ.get("SFACE_TILES"))
 
 
 class Call:

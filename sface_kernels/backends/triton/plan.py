@@ -1,11 +1,12 @@
 """Which way a call goes: by lists of candidates or by dense products, and what the screen takes for a candidate.
 
 Two things decide. `threshold_of` says from the hyper-parameters whether there is anything to screen for. Where there
-is, an earlier call's counts say whether lists pay: they are copied to the host without waiting and looked at when they
-have arrived, some steps later; until then a call goes as the one before. Either way gives the same results up to the
-rounding of dense products. Where that must not vary from run to run (`torch.use_deterministic_algorithms`), or nothing
-is known (a function is compiled), calls go by lists, whose overflow the device handles. A CUDA graph keeps the way that
-the call before its capture took. Imports no Triton.
+is, an earlier call's counts say whether lists pay, and whether a screen in int8 leaves few candidates more: they are
+copied to the host without waiting and looked at when they have arrived, some steps later; until then a call goes as the
+one before. Either way gives the same results up to the rounding of dense products. Where that must not vary from run to
+run (`torch.use_deterministic_algorithms`), or nothing is known (a first call, a function that is compiled), calls go by
+lists from a screen in fp16, whose overflow the device handles. A CUDA graph keeps the way that the call before its
+capture took. Imports no Triton.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ CANDIDATE_SHARE = 1 / 1024  # the cheap form of the weight below the threshold i
 # Share of active pairs at which dense products are taken to beat lists. On an H200 at (1024; 1,000,000; 512) dense
 # products take 20 ms, lists 3.1 and some 4 ns a pair (what 80,000 more at 2⁻²⁰ took): 13 ms here, if that goes on.
 DENSE_SHARE = 2.5e-3
-# Share of random pairs that a screen in int8 may take for candidates: each costs as much as the screen of hundreds, and
-# where trained ones are several times as many, lists still hold them.
+# Share of random pairs that a screen in int8 may take for candidates: each costs as much as the screen of hundreds.
 INT8_SHARE = DENSE_SHARE / 10
+# Share of active pairs up to which it pays. On an H200 at (1024; 1,000,000; 512) int8 saves 0.46 ms, and a candidate
+# takes some 1.4 ns: as much as 3e-4 of the pairs. Of trained rows it takes five for each active pair (6.3e-3 where
+# 1.3e-3 are active, and fp16 takes 1.4e-3).
+INT8_ACTIVE = 2.0**-14
 # What rounding to int8 typically takes from the threshold, at any number of features (docs/math.md §3).
 INT8_MARGIN = 0.02
 INT8_FILTER = 2.0**-16  # the default for half embeddings; below it lists would often hold too many
@@ -58,7 +62,7 @@ def threshold_of(hp: HyperParameters, features: int, int8: bool = False) -> floa
 
 
 def screens_int8(hp: HyperParameters, features: int, family: str) -> bool:
-    """Whether the screen of a call by lists multiplies int8: where that is fast and leaves few more candidates."""
+    """Whether the screen of a call by lists may multiply int8: where that is fast and leaves few more candidates."""
     threshold = threshold_of(hp, features, int8=True)
     if family not in tiles.INT8_SCREEN or threshold is None:
         return False
@@ -71,41 +75,59 @@ def screens_int8(hp: HyperParameters, features: int, family: str) -> bool:
 NOT_YET = -1  # in the host's copy of the counts: no copy has arrived
 
 
+class Pause:
+    """When lists from one kind of screen are tried again after they have overflowed."""
+
+    def __init__(self) -> None:
+        self.calls = 0  # from one try to the next; 0 while lists suffice
+        self.left = 0  # of these
+
+    def learn(self, overflowed: bool) -> None:
+        self.calls = max(FIRST_PAUSE, 2 * self.calls) if overflowed else 0
+        self.left = self.calls
+
+    def lasts(self, under_way: bool) -> bool:
+        """Asked for each call. One call tries, the next wait for what its counts say."""
+        pausing = self.calls > 0 and (self.left > 0 or under_way)
+        self.left = max(0, self.left - 1)
+        return pausing
+
+
 class Watch:
     """The counts of calls of one kind: what the last to arrive said, and the one under way."""
 
     def __init__(self, host: Tensor):
         self.host = host  # [2] int64: active pairs, pairs computed by dense products
-        self.dense = False  # the way of the last call
+        self.dense = self.int8 = False  # the way of the last call
         self.many = False  # whether the last count that arrived was past DENSE_SHARE
-        self.pause = 0  # dense calls from one try of lists to the next; 0 while lists suffice
-        self.left = 0  # of these
+        self.few = False  # whether it was up to INT8_ACTIVE
+        self.pauses = {False: Pause(), True: Pause()}  # of screens in fp16 and, True, in int8
         self.under_way = False
         self.pairs = 0  # of the call whose counts are under way
-        self.by_lists = True  # that call
+        self.by_lists, self.by_int8 = True, False  # that call
 
-    def next_way(self) -> bool:
-        """True for dense products. While lists do not suffice one call tries them, the next wait for what it says."""
+    def choose(self) -> None:
+        """The way of the next call."""
         if self.under_way:
             active, exact = self.host.tolist()
             if active != NOT_YET and exact != NOT_YET:
                 self.under_way = False
                 self.many = active > DENSE_SHARE * self.pairs
-                if self.by_lists:
-                    self.pause = max(FIRST_PAUSE, 2 * self.pause) if exact else 0
-                    self.left = self.pause
-        pausing = self.pause > 0 and (self.left > 0 or self.under_way)
-        self.left = max(0, self.left - 1)
-        self.dense = self.many or pausing
-        return self.dense
+                self.few = active <= INT8_ACTIVE * self.pairs
+                if self.by_int8:
+                    self.pauses[True].learn(exact > 0)
+                if self.by_lists and not (self.by_int8 and exact):  # what int8 leaves in a list fp16 does too
+                    self.pauses[False].learn(exact > 0)
+        self.dense = self.pauses[False].lasts(self.under_way) or self.many
+        self.int8 = not self.dense and self.few and not self.pauses[True].lasts(self.under_way)
 
-    def send(self, counts: Tensor, pairs: int, dense: bool) -> None:
+    def send(self, counts: Tensor, pairs: int, dense: bool, int8: bool) -> None:
         if self.under_way:  # the buffer is still being written
             return
         self.host.fill_(NOT_YET)
         # nobody waits for it and no event is recorded: asking an event would break another thread's capture of a graph
         self.host.copy_(counts, non_blocking=True)
-        self.pairs, self.by_lists, self.under_way = pairs, not dense, True
+        self.pairs, self.by_lists, self.by_int8, self.under_way = pairs, not dense, int8, True
 
 
 _watches: dict[tuple[object, ...], Watch] = {}
@@ -148,10 +170,20 @@ def goes_dense(x: Tensor, w: Tensor, hp: HyperParameters) -> bool:
     watch = _watches.get(_kind(x, w, hp)) if _varies(x) else None
     if watch is None:
         return False
-    return watch.dense if _capturing(x) else watch.next_way()
+    if not _capturing(x):
+        watch.choose()
+    return watch.dense
 
 
-def learn(counts: Tensor, x: Tensor, w: Tensor, hp: HyperParameters, dense: bool) -> None:
+def goes_int8(x: Tensor, w: Tensor, hp: HyperParameters, family: str) -> bool:
+    """Whether that call, if not dense, is screened in int8. Asked after `goes_dense`."""
+    if not screens_int8(hp, x.shape[1], family) or not _varies(x):
+        return False
+    watch = _watches.get(_kind(x, w, hp))
+    return watch is not None and watch.int8
+
+
+def learn(counts: Tensor, x: Tensor, w: Tensor, hp: HyperParameters, dense: bool, int8: bool) -> None:
     """Sends the counts of a call, `[2]` on its device, on their way to the host."""
     if not _varies(x) or _capturing(x) or threshold_of(hp, x.shape[1]) is None:
         return
@@ -161,4 +193,4 @@ def learn(counts: Tensor, x: Tensor, w: Tensor, hp: HyperParameters, dense: bool
             return
         _watches[kind] = Watch(_host_counts())
     with torch.cuda.device_of(x):
-        _watches[kind].send(counts, x.shape[0] * w.shape[0], dense)
+        _watches[kind].send(counts, x.shape[0] * w.shape[0], dense, int8)

@@ -17,6 +17,7 @@ from .buffers import OUTPUTS, SAVED, allocate, cdiv, lists
 from .device import gpu_of
 from .kernels.dense import class_gradient, coefficients, row_gradient
 from .kernels.finish import finish_samples
+from .kernels.regroup import regroup
 from .kernels.scatter import scatter_classes
 from .kernels.screen import screen
 from .launch import SUM_PLANES, Call, kind_of
@@ -31,18 +32,19 @@ def forward(
     need_grad_w: bool,
     dense: bool,
     multiprocessors: int,
+    int8: bool = False,
     ignore_index: int = IGNORED,
     no_target: int = NO_TARGET,
 ) -> tuple[Tensor, ...]:
-    """The operator's outputs. A row whose label is `ignore_index` is ignored, one whose label is `no_target` has its
-    class elsewhere."""
+    """The operator's outputs. A call that is not `dense` is screened in fp16 or in `int8`. A row whose label is
+    `ignore_index` is ignored, one whose label is `no_target` has its class elsewhere."""
     if x.shape[0] == 0:
         outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *lists(0, w.shape[0], w.shape[1], multiprocessors))
         for output in outputs:
             output.zero_()
         outputs[-2].fill_(1)  # samples that count, at least 1
         return outputs
-    kind = kind_of(x, w, hp, dense, multiprocessors)
+    kind = kind_of(x, w, hp, dense, int8, multiprocessors)
     outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *kind.lists)
     call = Call(
         kind,
@@ -72,6 +74,8 @@ def _screen(call: Call) -> None:
     call.unit_rows(stripes, own)
     for classes in call.chunks():
         call.launch(screen, own["row_blocks"] * stripes, tiles=cdiv(classes, own["BLOCK_C"]))
+    call.make("begin_ptr", stripes, call.kind.padded_n, dtype=torch.int32)
+    call.launch(regroup, own["row_blocks"] * stripes)
 
 
 def _coefficients(call: Call) -> None:
@@ -128,7 +132,7 @@ def grad_weight(
     if x.shape[0] == 0:
         return torch.zeros(w.shape, dtype=w.dtype, device=w.device)
     gpu = gpu_of(x.device)
-    kind = kind_of(x, w, hp, dense, gpu.multiprocessors)
+    kind = kind_of(x, w, hp, dense, False, gpu.multiprocessors)
     if not dense and grad_row.stride(0) == 0:  # of a mean or a sum: one element, which is the largest too
         largest = grad_row
     else:
@@ -153,7 +157,7 @@ def grad_weight(
             block_c, block_d = max(1, block_c * block_d // kind.block_d), kind.block_d
         blocks, d_blocks = cdiv(kind.c, block_c), cdiv(kind.d, block_d)
         rounds = max(1, min(tiles.SCATTER_ROUNDS, blocks * d_blocks // (8 * gpu.multiprocessors)))
-        grid, slots = (cdiv(blocks, rounds), d_blocks), call.arguments["links_ptr"].shape[1]
+        grid, slots = (cdiv(blocks, rounds), d_blocks), call.arguments["links_ptr"].shape[0] - kind.n
         call.arguments |= {"slots": slots, "rounds": rounds, "grad_row_step": grad_row.stride(0)}
         call.launch(scatter_classes, *grid, BLOCK_C=block_c, BLOCK_D=block_d)
     return grad.to(w.dtype)

@@ -1,8 +1,8 @@
 """One program per sample: its candidates in fp32 from the original rows, its own class, and all its results.
 
 Reads the rows of w that the sample's list names, and its target's; writes l_i, the statistics, ∂l_i/∂x_i complete, and
-for the backward the weight and cosine of each list entry, and links those of a class to each other. A sample whose list
-was too small has *overflowed*: it goes over all classes instead. In a dense call `coefficients` has summed everything.
+for the backward the sample and cosine of each list entry, and links those of a class to each other. A sample that has
+no list has *overflowed*: it goes over all classes instead. In a dense call `coefficients` has summed everything.
 """
 
 from __future__ import annotations
@@ -20,15 +20,7 @@ from .math import (
     is_finite,
     sigmoid_of_angle,
 )
-
-
-@triton.jit
-def locate(rank, counts, stripe, capacity):
-    """Where in a sample's list `[stripes, capacity]` the entries number `rank` `[E]` of the filled ones stand."""
-    upto = tl.cumsum(counts, 0)  # [STRIPES]
-    part = tl.sum((upto[None, :] <= rank[:, None]).to(tl.int32), 1)  # [E]
-    before = tl.sum(tl.where(stripe[None, :] < part[:, None], counts[None, :], 0), 1)
-    return part * capacity + rank - before
+from .regroup import COUNT
 
 
 @triton.jit
@@ -50,7 +42,7 @@ def harder(cos, cls, other_cos, other_cls):
     return tl.maximum(cos, other_cos), tl.where(wins, other_cls, cls)
 
 
-@triton.jit(do_not_specialize=["n", "stripes", "splits", "capacity", "slots"])
+@triton.jit(do_not_specialize=["n", "stripes", "splits", "slots"])
 def finish_samples(
     # pointers
     x_ptr,
@@ -60,10 +52,11 @@ def finish_samples(
     inv_norm_ptr,  # [C]
     sums_ptr,  # of screen or coefficients, [4, stripes, padded N]
     best_class_ptr,  # of the same, [stripes, padded N]
-    count_ptr,  # [stripes, padded N] int32: candidates, in a dense call active pairs
+    count_ptr,  # [stripes, padded N] int32: candidates as `regroup` takes them, in a dense call active pairs
+    begin_ptr,  # [stripes, padded N] int32, of `regroup`: in the first row where a sample's list begins, −1 without one
     grad_ptr,  # of a dense call, [splits, padded N, D]: Σ weight·ŵ
-    links_ptr,  # [padded N, slots] classes; out: the link after this one, −1 at the end
-    list_weight_ptr,  # the same shape: out, 0 where the entry is not active, −p_i/s in the own class's slot
+    links_ptr,  # [slots + N] out: the link after this one, −1 at the end; own classes' come after all others
+    list_sample_ptr,  # the same shape: classes of `regroup`, out: i
     list_cos_ptr,  # the same shape: out
     head_ptr,  # [C] int32, −1 on entry: the first link of each class
     row_loss_ptr,  # [N] out
@@ -84,7 +77,6 @@ def finish_samples(
     w_stride_d,
     stripes,
     splits,
-    capacity,
     slots,
     s,
     k_intra,
@@ -121,7 +113,7 @@ def finish_samples(
     best_class = tl.load(best_class_ptr + at, mask=is_part, other=NO_CLASS)
     hardest = tl.max(best, 0)
     hardest_class = tl.min(tl.where(best == hardest, best_class, NO_CLASS), 0)  # the lowest of equals
-    total = tl.sum(counts, 0)
+    total = tl.sum(counts & COUNT, 0)
     active = total
     poison = ~is_finite(cos_sum)  # the sample, or a class
     grad = tl.zeros([BLOCK_D], tl.float32)
@@ -132,7 +124,8 @@ def finish_samples(
                 row = grad_part * padded_n.to(tl.int64) + i
                 grad += tl.load(grad_ptr + row * d + k, mask=in_row, other=0.0)
     else:
-        overflowed = counted & (tl.max(counts, 0) > capacity)
+        own_list = tl.load(begin_ptr + i)
+        overflowed = counted & (own_list < 0)
         # the nearest class by the screened cosine, again in fp32
         nearest = tl.where(hardest > NO_COSINE, hardest_class, -1).to(tl.int64)
         w = tl.load(w_ptr + nearest * w_stride_c + k * w_stride_d, mask=k < tl.where(nearest >= 0, d, 0), other=0.0)
@@ -145,14 +138,16 @@ def finish_samples(
         dropped = tl.where(overflowed, 0.0, tl.maximum(dropped, 0.0))
         total = tl.where(overflowed, c, total)
         active = tl.zeros_like(total)
-        own_list = i * slots
+        # what a turn of the loop waits for is asked for in the one before: classes, and what the heads were
+        entry = tl.arange(0, BLOCK_E)
+        listed = entry < tl.where(overflowed, 0, total)
+        later_j = tl.load(list_sample_ptr + own_list + entry, mask=listed, other=0)
+        linked = entry < 0
+        slot, before = own_list + entry, tl.zeros([BLOCK_E], tl.int32)
         for first in range(0, total, BLOCK_E):
-            rank = first + tl.arange(0, BLOCK_E)
+            rank = first + entry  # [BLOCK_E]
             exists = rank < total
-            listed = rank < tl.where(overflowed, 0, total)
-            slot = own_list + locate(rank, counts, part, capacity)  # [BLOCK_E]
-            j = tl.load(links_ptr + slot, mask=listed, other=0)
-            j = tl.where(listed, j, tl.where(exists, rank, 0)).to(tl.int64)
+            j = tl.where(overflowed & exists, rank, later_j).to(tl.int64)
             other = exists & (j != code)
             rows = tl.load(
                 w_ptr + j[:, None] * w_stride_c + k[None, :] * w_stride_d,
@@ -160,6 +155,10 @@ def finish_samples(
                 other=0.0,
             ).to(tl.float32)
             scale = tl.load(inv_norm_ptr + j, mask=other, other=0.0)
+            listed = rank + BLOCK_E < tl.where(overflowed, 0, total)
+            later_j = tl.load(list_sample_ptr + own_list + rank + BLOCK_E, mask=listed, other=0)
+            if LINKS:
+                tl.store(links_ptr + slot, before, mask=linked)
             cos = cosines(rows, x_unit, scale)
             weight = tl.where(other, sigmoid_of_angle(arccos(cos), k_inter, b), 0.0)
             kept = other & (weight >= filter_eps)
@@ -175,11 +174,14 @@ def finish_samples(
             if NEED_GRAD:
                 grad += tl.sum((g * scale)[:, None] * rows, 0)
             if LINKS:
-                tl.store(list_weight_ptr + slot, g, mask=listed)
-                tl.store(list_cos_ptr + slot, cos, mask=listed)
-                before = tl.atomic_xchg(head_ptr + j, slot.to(tl.int32), mask=listed & kept)
+                slot = own_list + rank
+                linked = kept & (rank < tl.where(overflowed, 0, total))
+                before = tl.atomic_xchg(head_ptr + j, slot, mask=linked)
+                tl.store(list_cos_ptr + slot, cos, mask=linked)
                 tl.debug_barrier()  # every warp has read its classes
-                tl.store(links_ptr + slot, before, mask=listed)
+                tl.store(list_sample_ptr + slot, tl.zeros_like(slot) + i.to(tl.int32), mask=linked)
+        if LINKS:
+            tl.store(links_ptr + slot, before, mask=linked)
 
         # as a candidate it has been counted, with a cosine that may be summed in another order
         nearest_cos = tl.where(nearest_seen == 0, nearest_cos, NO_COSINE)
@@ -196,10 +198,10 @@ def finish_samples(
     cos_sum -= cos_target
     if LINKS:  # noqa: SIM102, `and` takes no tensor
         if has_target & ~overflowed:
-            slot = i * slots + (slots - 1)
-            tl.store(list_weight_ptr + slot, -p)
-            tl.store(list_cos_ptr + slot, cos_target)
-            tl.store(links_ptr + slot, tl.atomic_xchg(head_ptr + own, slot.to(tl.int32)))
+            own_slot = slots + i
+            tl.store(list_sample_ptr + own_slot, i.to(tl.int32))
+            tl.store(list_cos_ptr + own_slot, cos_target)
+            tl.store(links_ptr + own_slot, tl.atomic_xchg(head_ptr + own, own_slot.to(tl.int32)))
 
     nan = float("nan")
     row_nan = poison | (code == INVALID)

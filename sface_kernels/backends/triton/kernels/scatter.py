@@ -25,9 +25,22 @@ FIXED: tl.constexpr = tl.constexpr(2.0**39)  # one unit of the largest coefficie
 
 
 @triton.jit
+def entries(
+    link, live, grad_row_ptr, grad_row_step, list_sample_ptr, list_cos_ptr, slots, k_intra, k_inter, a, b
+):  # fmt: skip
+    """Sample, cosine and u g / s, each `[BLOCK_C]`, of the entries at `link`, own classes' from `slots` on."""
+    i = tl.load(list_sample_ptr + link, mask=live, other=0).to(tl.int64)
+    cos = tl.load(list_cos_ptr + link, mask=live, other=0.0)
+    own = link >= slots
+    weight = sigmoid_of_angle(arccos(cos), tl.where(own, -k_intra, k_inter), tl.where(own, a, b))
+    u = tl.load(grad_row_ptr + i * grad_row_step, mask=live, other=0.0)
+    return i, cos, u * tl.where(own, -weight, weight)
+
+
+@triton.jit
 def sum_of_links(
-    head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, links_ptr, list_weight_ptr, list_cos_ptr, d, x_stride_n,
-    x_stride_d, slots,
+    head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, links_ptr, list_sample_ptr, list_cos_ptr, d, x_stride_n,
+    x_stride_d, slots, k_intra, k_inter, a, b,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Σ u g x̂ / s `[BLOCK_C, BLOCK_D]` and Σ u g cosine / s `[BLOCK_C]` of the links from `head` `[BLOCK_C]` on."""
@@ -35,8 +48,10 @@ def sum_of_links(
     link = head
     while tl.max(link, 0) >= 0:
         live = link >= 0
-        u = tl.load(grad_row_ptr + tl.where(live, link // slots, 0) * grad_row_step, mask=live, other=0.0)
-        largest = tl.maximum(largest, tl.abs(u * tl.load(list_weight_ptr + link, mask=live, other=0.0)))
+        _, _, g = entries(
+            link, live, grad_row_ptr, grad_row_step, list_sample_ptr, list_cos_ptr, slots, k_intra, k_inter, a, b
+        )
+        largest = tl.maximum(largest, tl.abs(g))
         link = tl.load(links_ptr + link, mask=live, other=-1)
 
     exponent = exponent_of(largest)
@@ -46,18 +61,18 @@ def sum_of_links(
     link = head
     while tl.max(link, 0) >= 0:
         live = link >= 0
-        i = tl.where(live, link // slots, 0).to(tl.int64)
+        i, cos, g = entries(
+            link, live, grad_row_ptr, grad_row_step, list_sample_ptr, list_cos_ptr, slots, k_intra, k_inter, a, b
+        )
         x = tl.load(
             x_ptr + i[:, None] * x_stride_n + out[None, :] * x_stride_d,
             mask=live[:, None] & (out < d)[None, :],
             other=0.0,
         ).to(tl.float32)
         unit = x * inverse_norm(tl.load(norm_ptr + i, mask=live, other=1.0))[:, None]
-        u = tl.load(grad_row_ptr + i * grad_row_step, mask=live, other=0.0)
-        g = u * tl.load(list_weight_ptr + link, mask=live, other=0.0)
         scaled = tl.where(live, g * to_unit, 0.0) * FIXED
         raw += (scaled[:, None] * unit).to(tl.int64)
-        along += (scaled * tl.load(list_cos_ptr + link, mask=live, other=0.0)).to(tl.int64)
+        along += (scaled * cos).to(tl.int64)
         link = tl.load(links_ptr + link, mask=live, other=-1)
     # both factors may leave fp32's range together, not one after the other
     return raw.to(tl.float32) * (1.0 / FIXED) * from_unit[:, None], along.to(tl.float32) * (1.0 / FIXED) * from_unit
@@ -107,9 +122,9 @@ def scatter_classes(
     flags_ptr,  # [2]: some samples overflowed, some are not finite
     overflowed_ptr,  # [N]
     head_ptr,  # [C], of finish_samples, which says what these hold
-    links_ptr,  # [padded N, slots]
-    list_weight_ptr,  # [padded N, slots]
-    list_cos_ptr,  # [padded N, slots]
+    links_ptr,  # [slots + N]
+    list_sample_ptr,  # [slots + N]
+    list_cos_ptr,  # [slots + N]
     grad_w_ptr,  # [C, D] out, without a RULE
     first_ptr,  # [C, D] state of an optimizer, as w it is moved: the momentum, or the mean of gradients
     second_ptr,  # [C, D] the mean of their squares
@@ -162,8 +177,8 @@ def scatter_classes(
         later_head = tl.load(head_ptr + later, mask=later < c, other=-1)
         if (tl.max(head, 0) >= 0) | any_overflow:
             raw, along = sum_of_links(
-                head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, links_ptr, list_weight_ptr, list_cos_ptr, d,
-                x_stride_n, x_stride_d, slots, BLOCK_C, BLOCK_D,
+                head, out, x_ptr, norm_ptr, grad_row_ptr, grad_row_step, links_ptr, list_sample_ptr, list_cos_ptr, d,
+                x_stride_n, x_stride_d, slots, k_intra, k_inter, a, b, BLOCK_C, BLOCK_D,
             )  # fmt: skip
             for i in range(0, tl.where(any_overflow, n, 0)):
                 if tl.load(overflowed_ptr + i) > 0:

@@ -2,11 +2,12 @@
 
 Per tile one tensor-core product of unit rows, in fp16 or int8. Its epilogue sums, per row, the loss (5) and the dropped
 mass of every pair below the threshold, and the cosines, keeps the nearest class, and lists the rest: the row's
-candidates. To the sums each of them adds what a pair at the threshold does, which is taken off again.
+candidates, which `regroup` then brings together. To the sums each of them adds what a pair at the threshold does, which
+is taken off again.
 Reads the chunk's unit rows once per block of samples (from the L2 cache); cosines exist in registers only.
 
-A program owns a block of samples and every `stripes`-th tile of classes, chunk after chunk: its sums and its part of
-each list have one writer, so there are no atomics and the result does not depend on scheduling.
+A program owns a block of samples and every `stripes`-th tile of classes, chunk after chunk: its sums and its list have
+one writer, so there are no atomics and the result does not depend on scheduling.
 
 The columns of a tile are cut into four *lanes*, in runs of `RUN` columns that take turns. With the run that fits the
 layout of the GPU's products a thread holds all of a lane's columns in its rows: what is summed by lane needs no
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .math import IGNORED, NO_CLASS, NO_COSINE, inter_weight_below, sums_with_one_trip
+from .regroup import COUNT, LOST, RANK_BITS
 
 # Shares of a tile's columns that are summed apart; 128 columns have as many in each as a word has bits.
 LANES: tl.constexpr = tl.constexpr(4)
@@ -61,27 +63,36 @@ def count_bits(word):
 
 @triton.jit
 def append_candidates(
-    cos, reach, list_ptr, count, first_class, capacity, BLOCK_C: tl.constexpr, RUN: tl.constexpr
+    cos, reach, class_ptr, tag_ptr, count, first_class, room, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
-    """Appends the columns of `cos` by lane that come up to `reach` to each row's part of its list.
+    """Appends the columns of `cos` by lane that come up to `reach` to a list, row by row: classes, tags beside them.
 
-    `list_ptr` `[BLOCK_N]` points to each row's part, `count` is how many it has had. Returns the new counts, which go
-    on past `capacity`, and how many of each lane are new `[BLOCK_N, LANES]`. A lane's columns are the bits of a word,
-    and a pass takes one bit of every word.
+    `count` `[BLOCK_N]` is how many candidates of each row there have been. Returns the new counts, which go on past the
+    list's `room` and are marked LOST where one of the row's found none, and how many of each lane are new
+    `[BLOCK_N, LANES]`. A lane's columns are the bits of a word, and a pass takes one bit of every word.
     """
     column = lane_columns(BLOCK_C, RUN)
     bit = tl.full([1, 1, 1, 1], 1, tl.uint32) << (column // (LANES * RUN) * RUN + column % RUN).to(tl.uint32)
     words = lane_sums(tl.where(cos >= reach, bit, 0).to(tl.uint32)).to(tl.uint32)  # [BLOCK_N, LANES]
     found = count_bits(words)
-    place = count[:, None] + tl.cumsum(found, 1) - found  # of the lane's first
+    new = tl.sum(found, 1)  # [BLOCK_N]
+    rank = count & COUNT
+    end = tl.sum(rank, 0) + tl.cumsum(new, 0)
+    in_row = tl.cumsum(found, 1) - found  # of the lane's first
+    place = (end - new)[:, None] + in_row
+    tag = ((tl.arange(0, BLOCK_N) << RANK_BITS) + rank)[:, None] + in_row
     for _ in range(0, tl.max(sums_with_one_trip(tl.max(found, 1)), 0)):
         lowest = words & (words ^ (words - 1))
         number = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         cls = first_class + first_of_lane(RUN) + ((number & -RUN) * LANES | (number & (RUN - 1)))
-        tl.store(list_ptr[:, None] + place, cls, mask=(words != 0) & (place < capacity))
+        stored = (words != 0) & (place < room)
+        tl.store(class_ptr + place, cls, mask=stored)
+        tl.store(tag_ptr + place, tag.to(tl.float32, bitcast=True), mask=stored)
         place += 1
+        tag += 1
         words = words & (words - 1)
-    return count + tl.sum(found, 1), found
+    return (count + new) | tl.where((new > 0) & (end > room), LOST, 0), found
 
 
 @triton.jit
@@ -108,7 +119,7 @@ def most_moved(moved_ptr, first, COUNT: tl.constexpr, ROWS: tl.constexpr):
     return most
 
 
-@triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "capacity", "slots", "begun"])
+@triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "capacity", "begun"])
 def screen(
     # pointers
     unit_x,  # [padded N, PADDED_D] fp16 or int8
@@ -120,8 +131,9 @@ def screen(
     target_ptr,  # [N] int64
     sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ weight, Σ cosine, the largest cosine with its column
     best_class_ptr,  # [stripes, padded N] int32
-    count_ptr,  # [stripes, padded N] int32 candidates, also of those for which the list is too small
-    links_ptr,  # [padded N, slots] int32 classes: a part of `capacity` for each stripe, and the own class's slot
+    count_ptr,  # [stripes, padded N] int32 candidates, also those that found no room; with LOST where there are such
+    links_ptr,  # [row blocks, stripes, BLOCK_N·capacity] int32: each program's candidates, their classes
+    list_cos_ptr,  # as links_ptr, in its bits: which row of the block, and the how manieth of that row
     # sizes, floats
     n,
     c,
@@ -132,7 +144,6 @@ def screen(
     stripes,
     capacity,
     begun,  # samples whose sums an earlier chunk began: 0, or padded N
-    slots,
     threshold,  # of the screened cosine, above 0; with int8 what rounding moved comes off it
     k_inter,
     b,
@@ -215,8 +226,11 @@ def screen(
 
         if tl.max(sums_with_one_trip(tl.max(nearest, 1)), 0) >= reach - tag_margin(BLOCK_C):
             # neither NaN nor the zeros of ignored rows are candidates
-            list_part = links_ptr + i * slots + stripe * capacity
-            count, found = append_candidates(cos, reach, list_part, count, first, capacity, BLOCK_C, RUN)
+            room = BLOCK_N * capacity
+            own_list = ((pid % row_blocks).to(tl.int64) * stripes + stripe) * room
+            count, found = append_candidates(
+                cos, reach, links_ptr + own_list, list_cos_ptr + own_list, count, first, room, BLOCK_N, BLOCK_C, RUN
+            )
             taken = found.to(tl.float32) * inter_weight_below(reach, k_inter, b)
             inter -= taken * reach
             dropped -= taken

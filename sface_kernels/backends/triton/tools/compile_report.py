@@ -29,7 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ....types import HyperParameters
 from .. import sequence
-from ..device import MULTIPROCESSORS, pretend
+from ..device import MULTIPROCESSORS, gpu_of, pretend
+from ..plan import screens_int8
 from . import machine_code
 
 
@@ -92,7 +93,8 @@ def recorded(
     capability = TARGETS[target].capability
     hip = None if capability else str(TARGETS[target].gpu.arch)
     with pretend(capability, hip, run=lambda kernel, grid, arguments: taken.append((kernel, arguments))):
-        outputs = sequence.forward(x, w, y, hp, need_x, True, dense, MULTIPROCESSORS)
+        int8 = not dense and screens_int8(hp, d, gpu_of(x.device).family)
+        outputs = sequence.forward(x, w, y, hp, need_x, True, dense, MULTIPROCESSORS, int8)
         if rule:
             taken.clear()
         move = sequence.Move(rule, 0.1, 1e-4, w, w if rule == "adamw" else None) if rule else None

@@ -24,6 +24,7 @@ from torch import Tensor
 from ....types import HyperParameters
 from .. import launch, sequence, tiles
 from ..device import gpu_of
+from ..plan import screens_int8
 
 WAYS = {"lists": ("screen",), "dense": ("coefficients", "row_gradient", "class_gradient")}  # of a call: its kernels
 LEAST_GAIN = 0.02  # smaller differences are noise between runs
@@ -86,15 +87,15 @@ class Step:
         self.target = torch.randint(0, c, (n,), generator=generator, device="cuda")
         self.upstream = torch.rand(n, generator=generator, device="cuda") + 0.5
         self.hp = HyperParameters(64.0, 80.0, 80.0, 0.80, 1.23, 0.0 if dense else 2.0**-16)
-        self.dense = dense
+        self.dense, self.gpu = dense, gpu_of(self.x.device)
+        self.int8 = not dense and screens_int8(self.hp, d, self.gpu.family)
         self.expected = self.run()
 
     def run(self) -> list[Tensor]:
         """Row losses, ∂x and ∂w."""
         operands = (self.x, self.w, self.target)
-        multiprocessors = gpu_of(self.x.device).multiprocessors
         row_loss, _, _, _, row_grad_x, *saved, _, _ = sequence.forward(
-            *operands, self.hp, True, True, self.dense, multiprocessors
+            *operands, self.hp, True, True, self.dense, self.gpu.multiprocessors, self.int8
         )
         return [row_loss, row_grad_x, sequence.grad_weight(*operands, self.upstream, self.hp, self.dense, saved)]
 
@@ -132,7 +133,7 @@ def main() -> int:
     chosen: Overrides = json.loads(os.environ.get("SFACE_TILES", "{}"))
     for way in ways:
         step = Step((n, c, d), DTYPES[options.dtype], DTYPES[options.weight_dtype], way == "dense")
-        kind = launch.kind_of(step.x, step.w, step.hp, step.dense, gpu_of(step.x.device).multiprocessors)
+        kind = launch.kind_of(step.x, step.w, step.hp, step.dense, step.int8, step.gpu.multiprocessors)
         for kernel in WAYS[way]:
             chosen = search(kernel, kind.tile(kernel), chosen, step.measure, _log)
         del step
