@@ -124,10 +124,12 @@ class Kind:
         """Arguments of a kernel that multiplies."""
         t = self.tile(kernel)
         blocks = {"BLOCK_N": t.block_n, "BLOCK_C": t.block_c, "BLOCK_K": t.block_k}
-        options = {"num_warps": t.warps, "num_stages": t.stages}
-        if LIMITS_REGISTERS and (limit := tiles.most_registers(kernel, self.family, self.operands, t.warps)):
-            options["maxnreg"] = limit
+        options = {"num_warps": t.warps, "num_stages": t.stages, **self._limit(kernel, t.warps)}
         return {**blocks, "row_blocks": cdiv(self.n, t.block_n), **options, **others}
+
+    def _limit(self, kernel: str, warps: int) -> dict[str, int]:
+        limit = tiles.most_registers(kernel, self.family, self.operands, warps) if LIMITS_REGISTERS else None
+        return {} if limit is None else {"maxnreg": limit}
 
     def _by_lists(self, block_d: int) -> dict[str, dict[str, int]]:
         screen = self._product("screen", ROWS=self.row_block)
@@ -140,6 +142,8 @@ class Kind:
             "BLOCK_D": features,
             "num_warps": tiles.SCATTER_WARPS,
         }
+        if self.d % 16 == 0:  # else a thread loads single numbers, and would spill
+            scatter |= self._limit("scatter_classes", tiles.SCATTER_WARPS)
         regroup = {"BLOCK_N": screen["BLOCK_N"], "row_blocks": screen["row_blocks"], "num_warps": tiles.ROW_WARPS}
         return {"screen": screen, "regroup": regroup, "scatter_classes": scatter}
 

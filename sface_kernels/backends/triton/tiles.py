@@ -63,7 +63,7 @@ RUN = {"sm_80": 2, "sm_89": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 
 # (`plan.screens_int8`). Not sm_100: the B300 among them is slow at it. Empty, every screen is in fp16.
 INT8_SCREEN: tuple[str, ...] = ("sm_80", "sm_89", "sm_90", "interpreter")
 # Programs on a multiprocessor, for which registers are limited: the sums of one run under the products of others.
-PROGRAMS = {"sm_90": {"screen": 2, "coefficients": 3, "class_gradient": 3}}
+PROGRAMS = {"sm_90": {"screen": 2, "coefficients": 3, "class_gradient": 3, "scatter_classes": 4}}
 # Stages of the screen with more features: with three of them sm_90 spills in the loop of the product at 1024.
 DEEP_FEATURES, DEEP_STAGES = 512, 2
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the

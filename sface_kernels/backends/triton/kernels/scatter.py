@@ -58,11 +58,17 @@ def sum_of_links(
     to_unit, from_unit = power_of_two(-exponent), power_of_two(exponent)  # [BLOCK_C]
     raw = tl.zeros([BLOCK_C, BLOCK_D], tl.int64)
     along = tl.zeros([BLOCK_C], tl.int64)
-    link = head
+    link, live = head, head >= 0
+    later = tl.load(links_ptr + link, mask=live, other=-1)
+    i, cos, g = entries(
+        link, live, grad_row_ptr, grad_row_step, list_sample_ptr, list_cos_ptr, slots, k_intra, k_inter, a, b
+    )
     while tl.max(link, 0) >= 0:
         live = link >= 0
-        i, cos, g = entries(
-            link, live, grad_row_ptr, grad_row_step, list_sample_ptr, list_cos_ptr, slots, k_intra, k_inter, a, b
+        # all three loads of a turn are under way together: this link's row, the next one's entry, the one after that
+        after = tl.load(links_ptr + later, mask=later >= 0, other=-1)
+        later_i, later_cos, later_g = entries(
+            later, later >= 0, grad_row_ptr, grad_row_step, list_sample_ptr, list_cos_ptr, slots, k_intra, k_inter, a, b
         )
         x = tl.load(
             x_ptr + i[:, None] * x_stride_n + out[None, :] * x_stride_d,
@@ -73,7 +79,8 @@ def sum_of_links(
         scaled = tl.where(live, g * to_unit, 0.0) * FIXED
         raw += (scaled[:, None] * unit).to(tl.int64)
         along += (scaled * cos).to(tl.int64)
-        link = tl.load(links_ptr + link, mask=live, other=-1)
+        link, i, cos, g = later, later_i, later_cos, later_g
+        later = after
     # both factors may leave fp32's range together, not one after the other
     return raw.to(tl.float32) * (1.0 / FIXED) * from_unit[:, None], along.to(tl.float32) * (1.0 / FIXED) * from_unit
 
