@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -53,6 +53,14 @@ def block_parts(count: int) -> int:
 Variant = tuple[object, ...]
 
 
+class Ready(NamedTuple):
+    """A kernel that Triton has compiled for a variant of a call: asking Triton again would take the host longer."""
+
+    compiled: Any
+    values: list[Any]  # in order, of a launch
+    differ: list[tuple[int, str]]  # which of them another launch may have otherwise, by name
+
+
 class Kind:
     """What calls of the same sizes, layout and hyper-parameters have in common: no tensors, so it may outlive them.
 
@@ -82,8 +90,7 @@ class Kind:
         self.block_d = block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
         self.row_block = max(1, tiles.ROW_ELEMENTS // block_d)  # rows that a program of `prepare` takes
         self.lists = self.stripes, self.capacity = buffers.lists(self.n, self.c, self.d, multiprocessors)
-        # what Triton compiled for each kernel and variant of a call: asking Triton again takes the host longer
-        self.compiled: dict[tuple[str, Variant], Any] = {}
+        self.ready: dict[Variant, dict[str, Ready]] = {}  # by a kernel's name
         own = self._dense(multiprocessors) if dense else self._by_lists(block_d)
         entries = tiles.rows_at_once(min(tiles.FINISH_ENTRIES, self.row_block), family)
         own["prepare"] = {"BLOCK": self.row_block, "num_warps": tiles.ROW_WARPS}
@@ -187,12 +194,9 @@ class Call:
 
     def __init__(self, kind: Kind, device: torch.device, **arguments: Any):
         """`arguments` hold all tensors that are not made here."""
-        self.kind, self.device = kind, device
-        self.arguments = {**kind.arguments, **arguments}
-        self.variant = (
-            device,
-            *((v.dtype, v.data_ptr() % 16) if isinstance(v, Tensor) else v for v in arguments.values()),
-        )
+        self.kind, self.device, self.arguments = kind, device, arguments
+        tensors = [(v.dtype, v.data_ptr() % 16) if isinstance(v, Tensor) else v for v in arguments.values()]
+        self.ready = kind.ready.setdefault((device, *tensors), {})
 
     def make(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A buffer that is an argument of the launches to come."""
@@ -201,19 +205,22 @@ class Call:
 
     def launch(self, kernel: Any, *grid: int, **arguments: Any) -> None:
         """Launches with what `kernel` takes, by name; what its mode does not look at is None."""
-        name = kernel.fn.__name__
-        given, options = {**self.arguments, **self.kind.own[name], **arguments}, self.kind.options[name]
-        taken = dict(zip(kernel.arg_names, map(given.get, kernel.arg_names)))  # noqa: B905, the same twice
-        pretended = pretence()
-        if pretended is not None and pretended.run is not None:
-            pretended.run(kernel, grid, {**options, **taken})
+        name, given, pretended = kernel.fn.__name__, self.arguments | arguments, pretence()
+        record = None if pretended is None else pretended.run
+        # what differs between launches of a variant, such as the first class of a chunk, Triton compiles alike
+        if (ready := self.ready.get(name)) and record is None:
+            values = ready.values.copy()
+            for place, argument in ready.differ:
+                values[place] = given[argument]
+            ready.compiled[(*grid, 1, 1)[:3]](*values)
             return
-        # what else differs between launches of a variant, such as the first class of a chunk, Triton compiles alike
-        compiled = self.kind.compiled.get((name, self.variant))
-        if compiled is None:  # always in the interpreter
-            self.kind.compiled[name, self.variant] = kernel[grid](**taken, **options)
-        else:
-            compiled[(*grid, 1, 1)[:3]](*taken.values())
+        options, all_given = self.kind.options[name], {**self.kind.arguments, **self.kind.own[name], **given}
+        taken = {argument: all_given.get(argument) for argument in kernel.arg_names}
+        if record is not None:
+            record(kernel, grid, {**options, **taken})
+        elif compiled := kernel[grid](**taken, **options):  # None in the interpreter
+            differ = [(place, argument) for place, argument in enumerate(taken) if argument in given]
+            self.ready[name] = Ready(compiled, list(taken.values()), differ)
 
     def unit_rows(self, stripes: int, own: dict[str, int]) -> int:
         """Room for those of all samples and of a chunk of classes, whose size it returns, in whole blocks.
@@ -226,7 +233,7 @@ class Call:
             blocks = cdiv(rows, kind.row_block)
             size = blocks * kind.row_block, kind.parts * kind.padded_d
             unit = self.make(f"unit_{name}_ptr", *size, dtype=kind.unit_dtype)
-            by_descriptor = self.arguments["TMA"]
+            by_descriptor = kind.arguments["TMA"]
             self.arguments[f"unit_{name}"] = (
                 TensorDescriptor.from_tensor(unit, [block, own["BLOCK_K"]]) if by_descriptor else unit
             )

@@ -11,6 +11,7 @@ capture took. Imports no Triton.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -40,6 +41,7 @@ FIRST_PAUSE = 16
 KINDS = 64  # of calls whose counts are watched; there is room for so many, and further kinds go by lists
 
 
+@functools.lru_cache(maxsize=KINDS)
 def threshold_of(hp: HyperParameters, features: int, int8: bool = False) -> float | None:
     """The screened cosine that candidates have at least, which misses no active pair (docs/math.md §3).
 
