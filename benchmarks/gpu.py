@@ -40,6 +40,7 @@ sys.exit(unavailable("triton", torch.device("cuda"), torch.bfloat16))"""
 EVERYBODY = "triton,triton@0,reference,reference-bf16,careful-bf16,mm-bf16,mm3-bf16,read-w,write-w"
 CHOSEN = "triton,triton@0,reference-bf16,careful-bf16,mm-bf16,mm3-bf16"
 COMPILED = "triton,careful-compiled-bf16,reference-compiled-bf16,mm-bf16"
+FEW = "triton,triton@0,reference-bf16,mm-bf16"
 STEPS = "reference+sgd,triton+sgd,triton+head-sgd,triton+adamw,triton+head-adamw,mm-bf16"
 LARGE = "--n 1024 --c 1000000"
 CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # without it PyTorch before 2.10 has no deterministic products
@@ -76,6 +77,8 @@ def session_parts(out: Path) -> list[Part]:
         return Part(tool, seconds, command, ("compute-sanitizer", "pytest"), required, NO_CACHE)
 
     tune = "sface_kernels.backends.triton.tools.tune"
+    train = ["examples/train_faces.py", "--head", "both", "--device", "cuda", "--no-tensorboard"]
+    training = [python, *train, "--out", str(out / "training")]
     return [
         Part("facts", 10, [python, "-m", "sface_kernels", "info", "--json"], ("typer", "rich")),
         pytest("dtypes", 70, "tests/gpu", "float64"),
@@ -98,6 +101,13 @@ def session_parts(out: Path) -> list[Part]:
         bench("compiled", 30, f"{LARGE} --mode both,graph --providers {COMPILED}", required=False),
         Part("tiles", 20, [python, "-m", tune, "--shape", "1024,1000000,512", "--ways", "lists"], required=False),
         sanitizer("racecheck", 15, required=False),
+        # in what time is left, or asked for by PARTS
+        Part("check", 1, [python, "-m", "sface_kernels", "check", "--device", "cuda"], ("typer", "rich"), False),
+        bench(
+            "samples", 1, f"--n 64,256,1024,4096 --c 10000,300000 --mode both,graph --providers {FEW}", required=False
+        ),
+        bench("features", 1, f"{LARGE} --d 128,1024 --mode both,graph --providers {FEW}", required=False),
+        Part("training", 1, training, ("typer", "rich", "matplotlib"), False),
     ]
 
 

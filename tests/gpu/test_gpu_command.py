@@ -108,7 +108,7 @@ def test_the_parts_fit_into_the_session(tmp_path):
     """In the order of what would be missed most, within ten minutes."""
     parts = gpu.session_parts(tmp_path)
     names = [part.name for part in parts]
-    assert names[:5] == ["facts", "dtypes", "checks", "large", "small"] and names[-1] == "racecheck"
+    assert names[:5] == ["facts", "dtypes", "checks", "large", "small"] and names[-1] == "training"
     assert sum(part.seconds for part in parts) <= gpu.SECONDS < 600
     assert all("pytest" in part.needs for part in parts if "pytest" in part.command)
 
@@ -123,4 +123,4 @@ def test_every_bench_of_the_session_has_options_that_exist(tmp_path, monkeypatch
             options[options.index("--device") + 1] = "cpu"
             options = [option.removesuffix(",graph") for option in options]
             assert cli.main(options) == 0, capsys.readouterr().err
-    assert len(ran) == 1 + 4 + 1 + 1 + 1 + 3 + 1
+    assert len(ran) == 1 + 4 + 1 + 1 + 1 + 3 + 1 + 8 + 2
