@@ -25,6 +25,7 @@ from sface_kernels.testing import budget
 from sface_kernels.testing.truth import compute_truth
 from sface_kernels.testing.workloads import FAST_EPS, Case, Shape, make_workload
 from tests.support.cases import DTYPES
+from tests.triton.conftest import int8_where_it_may
 
 DEVICE = "cuda"
 f32, bf16 = torch.float32, torch.bfloat16
@@ -56,7 +57,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call
     """Inputs and filter that go by lists, from a screen in fp16 or in int8, by lists of which some overflow, and by
     dense products."""
     if request.param == "int8":
-        monkeypatch.setattr(plan, "goes_int8", lambda x, w, hp, family: plan.screens_int8(hp, x.shape[1], family))
+        monkeypatch.setattr(plan, "way_of", int8_where_it_may)
     if request.param != "some overflow":
         return *inputs(96, 5003, 512), 0.0 if request.param == "dense" else FAST_EPS
     # two blocks of samples are near to most classes, more than lists hold; the lists of the others hold theirs
@@ -233,7 +234,7 @@ def test_small_calls_of_every_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For compute-sanitizer. The second size is screened in int8, the last has more active pairs than lists hold."""
-    monkeypatch.setattr(plan, "goes_int8", lambda x, w, hp, family: plan.screens_int8(hp, x.shape[1], family))
+    monkeypatch.setattr(plan, "way_of", int8_where_it_may)
     x, w, y = inputs(n, c, d, share)
     x, w = x.to(dtype).requires_grad_(), w.requires_grad_()
     loss, stats = sface_loss(x, w, y, backend="triton", filter_eps=filter_eps, k_inter=k_inter, return_stats=True)

@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from sface_kernels.backends.triton import buffers, plan, tiles
+from sface_kernels.types import HyperParameters
 
 
 def forget_kinds() -> None:
     """What calls have worked out from constants that a test has changed, or has left changed."""
+    plan.screens_int8.cache_clear()
     if launch := sys.modules.get("sface_kernels.backends.triton.launch"):
         launch._kind.cache_clear()
+
+
+def int8_where_it_may(x: torch.Tensor, w: torch.Tensor, hp: HyperParameters, family: str) -> plan.Way:
+    """`plan.way_of` after a count of few active pairs."""
+    return plan.Way(plan.threshold_of(hp, x.shape[1]) is None, plan.screens_int8(hp, x.shape[1], family))
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +57,8 @@ def int8(monkeypatch):
     if not tiles.INT8_SCREEN:
         pytest.skip("this emulator does not multiply int8")
     monkeypatch.setattr(plan, "INT8_SHARE", 1.0)
-    monkeypatch.setattr(plan, "goes_int8", lambda x, w, hp, family: plan.screens_int8(hp, x.shape[1], family))
+    forget_kinds()
+    monkeypatch.setattr(plan, "way_of", int8_where_it_may)
 
 
 @pytest.fixture(params=["fp16", "int8"])

@@ -104,7 +104,7 @@ def test_few_samples_overflow(lists):
 @pytest.mark.parametrize("dtype", [f32, bf16, f16])
 def test_dense_with_a_filter(monkeypatch, dtype):
     problem = GEOMETRIES["trained"](24, 200, 48).to("cpu", dtype, f32)
-    monkeypatch.setattr(plan, "goes_dense", lambda *_: True)
+    monkeypatch.setattr(plan, "way_of", lambda *_: plan.Way(dense=True))
     result = judged(problem, half_products=True, filter_eps=FAST)
     assert float(result.stats.dense_share) == 1
 

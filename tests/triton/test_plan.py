@@ -41,7 +41,9 @@ class TestRules:
     @pytest.mark.parametrize("k_inter, b", [(20.0, 1.23), (80.0, 1.9), (80.0, 0.3), (300.0, 1.0)])
     def test_where_the_cheap_form_is_not_accurate_calls_go_dense(self, k_inter, b):
         hp = FAST._replace(k_inter=k_inter, b=b, filter_eps=2.0**-12)
-        assert threshold_of(hp, 40) is None and plan.goes_dense(torch.empty(10, 40), torch.empty(1000, 40), hp)
+        assert (
+            threshold_of(hp, 40) is None and plan.way_of(torch.empty(10, 40), torch.empty(1000, 40), hp, "sm_90").dense
+        )
 
 
 class TestInt8:
@@ -103,15 +105,13 @@ class TestWatch:
 
     def _call(self, active: int, overflowed: int = 0, overflowed_int8: int | None = None, arrive: bool = True) -> str:
         """A call, and that it ends before the next. Returns its way; so many samples overflow if that is by lists."""
-        dense = plan.goes_dense(self.x, self.w, FAST)
-        int8 = not dense and plan._watches[plan._kind(self.x, self.w, FAST)].int8 if plan._watches else False
-        if int8 and overflowed_int8 is not None:
+        way = plan.way_of(self.x, self.w, FAST, "sm_90")
+        if way.int8 and overflowed_int8 is not None:
             overflowed = overflowed_int8
-        exact = 10_000 if dense else overflowed * 1000
-        plan.learn(torch.tensor([active, exact]), self.x, self.w, FAST, dense, int8)
+        plan.learn(way, torch.tensor([active, 10_000 if way.dense else overflowed * 1000]), 10_000)
         if arrive:
             self._arrive()
-        return "dense" if dense else "int8" if int8 else "fp16"
+        return "dense" if way.dense else "int8" if way.int8 else "fp16"
 
     def _step(self, active: int, overflowed: int = 0, arrive: bool = True) -> bool:
         """Whether that call went by dense products."""
@@ -127,9 +127,9 @@ class TestWatch:
     def test_half_a_copy_has_not_arrived(self):
         self._step(5000, arrive=False)
         self.hosts[0].values = [5000, NOT_YET]
-        assert not plan.goes_dense(self.x, self.w, FAST)
+        assert not plan.way_of(self.x, self.w, FAST, "sm_90").dense
         self.hosts[0].values = [5000, 0]
-        assert plan.goes_dense(self.x, self.w, FAST)
+        assert plan.way_of(self.x, self.w, FAST, "sm_90").dense
 
     def test_lists_that_always_overflow_are_given_up(self):
         """Few pairs are active, and yet no list holds them: the slowest way there is, were it taken again and again."""
@@ -159,12 +159,14 @@ class TestWatch:
     def test_int8_only_where_a_count_said_that_few_are_active(self, monkeypatch):
         """Of trained rows it takes several times as many for candidates, and a first call may be of such."""
         monkeypatch.setattr(plan, "INT8_ACTIVE", 1e-3)  # 10 pairs
+        monkeypatch.setattr(plan, "screens_int8", lambda *_: True)
         assert [self._call(active) for active in (10, 10, 11, 10, 5000, 10, 10)] == [
             "fp16", "int8", "int8", "fp16", "int8", "dense", "int8",
         ]  # fmt: skip
 
     def test_where_int8_overflows_fp16_goes_on(self, monkeypatch):
         monkeypatch.setattr(plan, "INT8_ACTIVE", 1e-3)
+        monkeypatch.setattr(plan, "screens_int8", lambda *_: True)
         ways = [self._call(5, overflowed_int8=3) for _ in range(500)]
         assert "dense" not in ways and 2 < ways.count("int8") <= 2 + math.log2(500 / FIRST_PAUSE)
         ways = [self._call(5) for _ in range(1200)]
@@ -172,24 +174,26 @@ class TestWatch:
 
     def test_which_calls_may_be_screened_in_int8(self, monkeypatch):
         x, w = torch.empty(10, 512), torch.empty(100_000, 512)
-        assert not plan.goes_int8(x, w, FAST, "sm_90")
-        plan.learn(torch.tensor([3, 0]), x, w, FAST, False, False)
+        first = plan.way_of(x, w, FAST, "sm_90")
+        assert not first.int8
+        plan.learn(first, torch.tensor([3, 0]), 1_000_000)
         self._arrive()
-        assert not plan.goes_dense(x, w, FAST)
-        assert plan.goes_int8(x, w, FAST, "sm_90") and not plan.goes_int8(x, w, FAST, "sm_120")
+        assert [plan.way_of(x, w, FAST, family).int8 for family in ("sm_90", "sm_120", "sm_80")] == [True, False, True]
         monkeypatch.setattr(plan, "_varies", lambda x: False)
-        assert not plan.goes_int8(x, w, FAST, "sm_90")
+        assert plan.way_of(x, w, FAST, "sm_90") == plan.Way()
 
     def test_pairs_are_those_of_the_call_that_was_counted(self):
         self._step(20)
-        assert not plan.goes_dense(self.x[:1], self.w, FAST)  # a last batch of one sample, 1000 pairs
+        assert not plan.way_of(self.x[:1], self.w, FAST, "sm_90").dense  # a last batch of one sample, 1000 pairs
 
     def test_kinds_of_calls_do_not_mix(self):
         self._step(5000)
-        assert not plan.goes_dense(self.x, self.w, FAST._replace(filter_eps=2.0**-8))
-        assert not plan.goes_dense(self.x, self.w[:500], FAST)
-        assert plan.goes_dense(self.x[:7], self.w, FAST)  # the last batch of an epoch is of the same kind
-        assert plan.goes_dense(self.x, self.w, FAST._replace(s=32.0, b=1.2))  # and so is the next step of a schedule
+        assert not plan.way_of(self.x, self.w, FAST._replace(filter_eps=2.0**-8), "sm_90").dense
+        assert not plan.way_of(self.x, self.w[:500], FAST, "sm_90").dense
+        assert plan.way_of(self.x[:7], self.w, FAST, "sm_90").dense  # the last batch of an epoch is of the same kind
+        assert plan.way_of(
+            self.x, self.w, FAST._replace(s=32.0, b=1.2), "sm_90"
+        ).dense  # and so is the next step of a schedule
 
     def test_a_capture_keeps_the_way_and_touches_nothing(self):
         """What a graph fixes is the way of the step before; no memory is allocated and no copy is sent."""
@@ -199,12 +203,12 @@ class TestWatch:
         self.captured = True
         assert self._step(5, arrive=False)
         assert self.hosts[0].values == before and self.hosts[0].coming is None
-        plan.learn(torch.tensor([5, 0]), self.x, self.w[:500], FAST, False, False)
+        plan.learn(plan.way_of(self.x, self.w[:500], FAST, "sm_90"), torch.tensor([5, 0]), 5000)
         assert len(self.hosts) == 1
 
     def test_without_a_filter_nothing_is_watched(self):
-        assert plan.goes_dense(self.x, self.w, EXACT)
-        plan.learn(torch.tensor([10_000, 10_000]), self.x, self.w, EXACT, True, False)
+        assert plan.way_of(self.x, self.w, EXACT, "sm_90").dense
+        plan.learn(plan.way_of(self.x, self.w, EXACT, "sm_90"), torch.tensor([10_000, 10_000]), 10_000)
         assert not plan._watches
 
     def test_no_event_and_one_allocation(self, monkeypatch):
@@ -229,9 +233,9 @@ class TestWatch:
         monkeypatch.setattr(plan.torch, "empty", counted)
         weights = [empty(1000 + kind, 4) for kind in range(plan.KINDS + 3)]
         for w in weights:
-            plan.learn(torch.tensor([5000, 0]), self.x, w, FAST, False, False)
+            plan.learn(plan.way_of(self.x, w, FAST, "sm_90"), torch.tensor([5000, 0]), 10_000)
         assert len(made) == 1 and len(plan._watches) == plan.KINDS
-        assert [plan.goes_dense(self.x, w, FAST) for w in weights] == [True] * plan.KINDS + [False] * 3
+        assert [plan.way_of(self.x, w, FAST, "sm_90").dense for w in weights] == [True] * plan.KINDS + [False] * 3
 
 
 def test_the_way_follows_nothing_where_it_must_not_vary():

@@ -123,7 +123,7 @@ def test_lists_and_dense_products_agree(screen, monkeypatch, dtype):
     """What an earlier call's count decides must not show but in the rounding of dense products."""
     problem = GEOMETRIES["trained"](24, 200, 48).to(DEVICE, dtype, f32)
     by_lists = run(CASE, problem, filter_eps=FAST)
-    monkeypatch.setattr(plan, "goes_dense", lambda *_: True)
+    monkeypatch.setattr(plan, "way_of", lambda *_: plan.Way(dense=True))
     dense = run(CASE, problem, filter_eps=FAST)
     assert float(by_lists.stats.dense_share) == 0 and float(dense.stats.dense_share) == 1
     t = truth(*problem, filter_eps=FAST, dtype=f32 if dtype == f32 else f16)
@@ -306,7 +306,7 @@ def test_checkpointing_may_recompute_the_other_way(monkeypatch, first, second):
 
     problem = GEOMETRIES["trained"](24, 200, 48)
     ways = [first, second]
-    monkeypatch.setattr(plan, "goes_dense", lambda *_: ways.pop(0))
+    monkeypatch.setattr(plan, "way_of", lambda *_: plan.Way(dense=ways.pop(0)))
     x, w = (t.to(DEVICE, copy=True).requires_grad_() for t in (problem.x, problem.w))
 
     def rows_of(x, w):

@@ -77,14 +77,13 @@ def forward(
     if labels.dtype not in LABELS:
         labels = labels.to(torch.int64)
     gpu = gpu_of(x.device)
-    dense = plan.goes_dense(x, w, hp)
-    int8 = not dense and plan.goes_int8(x, w, hp, gpu.family)
+    way = plan.way_of(x, w, hp, gpu.family)
     # of raw labels none says that its class is elsewhere: what ignore_index means comes first
     codes = (IGNORED, NO_TARGET) if ignore_index is None else (ignore_index, ignore_index)
-    outputs = _forward_op(x, w, labels, *codes, hp, need_x, need_w, dense, gpu.multiprocessors, int8)
+    outputs = _forward_op(x, w, labels, *codes, hp, need_x, need_w, way.dense, gpu.multiprocessors, way.int8)
     row_loss, row_stats, hardest_class, counts, row_grad_x, *saved, counted, target = outputs
-    plan.learn(counts, x, w, hp, dense, int8)
-    return Forward(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target, int8)
+    plan.learn(way, counts, x.shape[0] * w.shape[0])
+    return Forward(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target, way.int8)
 
 
 def grad_weight(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ def threshold_of(hp: HyperParameters, features: int, int8: bool = False) -> floa
     return threshold if 0 < threshold <= 0.26 - 2 * bound and far_exponent > 60 else None
 
 
+@functools.lru_cache(maxsize=KINDS)
 def screens_int8(hp: HyperParameters, features: int, family: str) -> bool:
     """Whether the screen of a call by lists may multiply int8: where that is fast and leaves few more candidates."""
     threshold = threshold_of(hp, features, int8=True)
@@ -75,6 +77,14 @@ def screens_int8(hp: HyperParameters, features: int, family: str) -> bool:
 
 
 NOT_YET = -1  # in the host's copy of the counts: no copy has arrived
+
+
+class Way(NamedTuple):
+    """Of a call: by lists from a screen in fp16, unless it says otherwise."""
+
+    dense: bool = False
+    int8: bool = False  # what the screen multiplies
+    watch: Watch | None = None  # what is to learn the call's counts
 
 
 class Pause:
@@ -100,15 +110,14 @@ class Watch:
 
     def __init__(self, host: Tensor):
         self.host = host  # [2] int64: active pairs, pairs computed by dense products
-        self.dense = self.int8 = False  # the way of the last call
+        self.way = Way()  # of the last call
         self.many = False  # whether the last count that arrived was past DENSE_SHARE
         self.few = False  # whether it was up to INT8_ACTIVE
         self.pauses = {False: Pause(), True: Pause()}  # of screens in fp16 and, True, in int8
         self.under_way = False
-        self.pairs = 0  # of the call whose counts are under way
-        self.by_lists, self.by_int8 = True, False  # that call
+        self.sent, self.pairs = Way(), 0  # the call whose counts are under way
 
-    def choose(self) -> None:
+    def choose(self, may_int8: bool) -> Way:
         """The way of the next call."""
         if self.under_way:
             active, exact = self.host.tolist()
@@ -116,20 +125,22 @@ class Watch:
                 self.under_way = False
                 self.many = active > DENSE_SHARE * self.pairs
                 self.few = active <= INT8_ACTIVE * self.pairs
-                if self.by_int8:
+                if self.sent.int8:
                     self.pauses[True].learn(exact > 0)
-                if self.by_lists and not (self.by_int8 and exact):  # what int8 leaves in a list fp16 does too
+                if not self.sent.dense and not (self.sent.int8 and exact):  # fp16 leaves no more in a list than int8
                     self.pauses[False].learn(exact > 0)
-        self.dense = self.pauses[False].lasts(self.under_way) or self.many
-        self.int8 = not self.dense and self.few and not self.pauses[True].lasts(self.under_way)
+        dense = self.pauses[False].lasts(self.under_way) or self.many
+        int8 = not dense and may_int8 and self.few and not self.pauses[True].lasts(self.under_way)
+        self.way = Way(dense, int8, self)
+        return self.way
 
-    def send(self, counts: Tensor, pairs: int, dense: bool, int8: bool) -> None:
+    def send(self, counts: Tensor, pairs: int, way: Way) -> None:
         if self.under_way:  # the buffer is still being written
             return
         self.host.fill_(NOT_YET)
         # nobody waits for it and no event is recorded: asking an event would break another thread's capture of a graph
         self.host.copy_(counts, non_blocking=True)
-        self.pairs, self.by_lists, self.by_int8, self.under_way = pairs, not dense, int8, True
+        self.sent, self.pairs, self.under_way = way, pairs, True
 
 
 _watches: dict[tuple[object, ...], Watch] = {}
@@ -160,39 +171,26 @@ def _capturing(x: Tensor) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _kind(x: Tensor, w: Tensor, hp: HyperParameters) -> tuple[object, ...]:
-    # s, k, a and b may follow a schedule: a kind of its own for every value would never see its count arrive
-    return x.device, x.shape[1], w.shape[0], hp.filter_eps
-
-
-def goes_dense(x: Tensor, w: Tensor, hp: HyperParameters) -> bool:
-    """Whether the next call goes by dense products. Never waits."""
+def way_of(x: Tensor, w: Tensor, hp: HyperParameters, family: str) -> Way:
+    """The next call's, on a GPU of `family`. Never waits."""
     if threshold_of(hp, x.shape[1]) is None:
-        return True
-    watch = _watches.get(_kind(x, w, hp)) if _varies(x) else None
+        return Way(dense=True)
+    if not _varies(x):
+        return Way()
+    # s, k, a and b may follow a schedule: a kind of its own for every value would never see its count arrive
+    kind = x.device, x.shape[1], w.shape[0], hp.filter_eps
+    watch = _watches.get(kind)
+    if _capturing(x):
+        return Way() if watch is None else watch.way._replace(watch=None)
     if watch is None:
-        return False
-    if not _capturing(x):
-        watch.choose()
-    return watch.dense
-
-
-def goes_int8(x: Tensor, w: Tensor, hp: HyperParameters, family: str) -> bool:
-    """Whether that call, if not dense, is screened in int8. Asked after `goes_dense`."""
-    if not screens_int8(hp, x.shape[1], family) or not _varies(x):
-        return False
-    watch = _watches.get(_kind(x, w, hp))
-    return watch is not None and watch.int8
-
-
-def learn(counts: Tensor, x: Tensor, w: Tensor, hp: HyperParameters, dense: bool, int8: bool) -> None:
-    """Sends the counts of a call, `[2]` on its device, on their way to the host."""
-    if not _varies(x) or _capturing(x) or threshold_of(hp, x.shape[1]) is None:
-        return
-    kind = _kind(x, w, hp)
-    if kind not in _watches:
         if len(_watches) == KINDS:
-            return
-        _watches[kind] = Watch(_host_counts())
-    with torch.cuda.device_of(x):
-        _watches[kind].send(counts, x.shape[0] * w.shape[0], dense, int8)
+            return Way()
+        watch = _watches[kind] = Watch(_host_counts())
+    return watch.choose(screens_int8(hp, x.shape[1], family))
+
+
+def learn(way: Way, counts: Tensor, pairs: int) -> None:
+    """Sends the counts of a call of so many pairs, `[2]` on its device, on their way to the host."""
+    if way.watch is not None:
+        with torch.cuda.device_of(counts):
+            way.watch.send(counts, pairs, way)
