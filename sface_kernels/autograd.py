@@ -73,6 +73,7 @@ class _Options(NamedTuple):
     strict: bool
     reduction: str
     labels: Labels | None  # what the target is made of; None where it is given
+    made: list[Tensor] | None  # where a forward may leave ∂w of an upstream gradient of 1, for the first backward
 
 
 class _RowLoss(torch.autograd.Function):
@@ -81,19 +82,26 @@ class _RowLoss(torch.autograd.Function):
     A backend's forward leaves ∂l_i/∂x_i complete, as the coefficients of (6) are constants; the upstream gradient
     u_i enters only in the backward, per row, so any reduction and any number of backward calls are right. The mean is
     taken here: on a GPU every operation, and every one of its gradient, is a launch.
+
+    ∂w may be complete too but for the one u of a mean or a sum. It is no saved tensor: the first backward takes it, to
+    scale it in place and give it away, and any other computes ∂w from what is saved.
     """
 
     @staticmethod
     def forward(embeddings: Tensor, weight: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, ...]:
-        backend, hp, need_x, need_w, *_, reduction, labels = options
-        raw = {}
+        backend, hp, need_x, need_w, *_, reduction, labels, made = options
+        raw: dict[str, Any] = {}
         if labels is not None:
             if BACKENDS[backend].takes_labels and not labels.check:
                 target, raw = target.reshape(-1).contiguous(), {"ignore_index": labels.ignore_index}
             else:
                 target = prepare_labels(target, weight.shape[0], *labels)
+        if made is not None and BACKENDS[backend].scale is not None:
+            raw["reduction"] = reduction
         result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w, **raw)
-        loss, *others, saved, counted, prepared, _ = result
+        loss, *others, saved, counted, prepared, grad_w, _ = result
+        if made is not None and grad_w is not None:
+            made.append(grad_w)
         if prepared is not None:
             target = prepared
         elif labels is None:
@@ -139,7 +147,12 @@ class _RowLoss(torch.autograd.Function):
         weight: Tensor | None,
         *saved: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
-        backend, hp, _, need_w, sparse, found, strict, reduction, _ = ctx.options
+        backend, hp, _, need_w, sparse, found, strict, reduction, _, made = ctx.options
+        whole = None
+        if not torch.compiler.is_compiling() and made:
+            whole = made.pop()
+            if verify.is_batched(upstream):
+                whole = None
         grad_row = (upstream / counted if reduction == "mean" else upstream).expand(target.shape)  # [N]
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         counting = grad_row.masked_fill(target == IGNORED, 0)
@@ -158,7 +171,7 @@ class _RowLoss(torch.autograd.Function):
             if found is not None:  # what waits must not keep the graph
                 found[:] = [gradient._replace(x=embeddings.detach(), w=weight.detach())]
             else:
-                grad_w = gradient.sparse() if sparse else gradient.dense()  # [C, D], (8)
+                grad_w = gradient.sparse() if sparse else gradient.dense(whole, upstream)  # [C, D], (8)
         return grad_x, grad_w
 
     @staticmethod
@@ -294,7 +307,12 @@ def _apply(
     if pending is not None:
         found = []
         weight = _LetWait.apply(weight, pending, found)
-    options = _Options(backend, hp, need_x, need_w, sparse, found, strict, reduction, labels)
+    may_make = need_w and pending is None and not sparse and reduction != "none"
+    # compilers and transforms would not see what is kept in a list
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        may_make = False
+    made: list[Tensor] | None = [] if may_make else None
+    options = _Options(backend, hp, need_x, need_w, sparse, found, strict, reduction, labels, made)
     try:
         return _RowLoss.apply(embeddings, weight, target, options)
     except verify.WrongResult as error:

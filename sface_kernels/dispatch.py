@@ -34,6 +34,8 @@ class Backend(NamedTuple):
     # of a step and its numbers
     can_move: Callable[[Tensor, HyperParameters, tuple[Tensor, ...]], bool]
     move: Callable[..., None] | None
+    # of a backend whose forward takes a `reduction` and may make ∂w: multiplies that by an upstream gradient, in place
+    scale: Callable[[Tensor, Tensor], None] | None
     takes_labels: bool  # its forward takes labels as they are, with an `ignore_index`, and returns their targets
 
 
@@ -48,6 +50,7 @@ BACKENDS: dict[str, Backend] = {
         getattr(module, "way", None),
         getattr(module, "can_move", lambda *_: False),
         getattr(module, "move", None),
+        getattr(module, "scale", None),
         module is triton,
     )
     for name, summary, module in (

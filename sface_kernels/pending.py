@@ -35,9 +35,9 @@ class WeightGradient(NamedTuple):
     def class_block(self) -> int:
         return BACKENDS[self.backend].class_block(len(self.x))
 
-    def dense(self) -> Tensor:
-        """`[C, D]`, in the dtype of `w`."""
-        return self._of_all(self.w, self.target, self.saved)
+    def dense(self, made: Tensor | None = None, upstream: Tensor | None = None) -> Tensor:
+        """`[C, D]`, in the dtype of `w`; where a forward has `made` it, that times `upstream`, in place."""
+        return self._of_all(self.w, self.target, self.saved, made, upstream)
 
     def rows(self, first: int, end: int) -> Tensor:
         """The rows of the classes first … end − 1, in the dtype of `w`. Reads nothing of the others but `saved`."""
@@ -74,8 +74,8 @@ class WeightGradient(NamedTuple):
         assert move is not None
         move(self.x, self.w, self.target, self.hp, self.grad_row, self.saved, rule, **numbers)
 
-    def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
-        grad = verify.grad_weight(self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict)
+    def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...], *made: Tensor | None) -> Tensor:
+        grad = verify.grad_weight(self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict, *made)
         return grad.to(w.dtype)
 
 

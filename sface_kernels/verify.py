@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ def _checked(backend: str, compare: Callable[[], str | None]) -> None:
 
 
 def forward(
-    backend: str, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool, **labels: int
+    backend: str, x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool, **options: Any
 ) -> Forward:
     """The backend's forward, checked where that is due. With an `ignore_index` the target is labels as they are.
 
@@ -148,10 +148,10 @@ def forward(
     """
     entry = BACKENDS[backend]
     if entry.way is None or not _can_wait(x) or len(x) == 0 or (period := _period()) == 0:
-        return entry.forward(x, w, target, hp, need_x, need_w, **labels)
+        return entry.forward(x, w, target, hp, need_x, need_w, **options)
     kind = _kind(backend, x, w, hp)
     try:
-        result = entry.forward(x, w, target, hp, need_x, need_w, **labels)
+        result = entry.forward(x, w, target, hp, need_x, need_w, **options)
     except Exception as error:
         _raise_failure(backend, error, first=kind not in _calls)
     _calls.setdefault(kind, 1)
@@ -171,17 +171,30 @@ def grad_weight(
     grad_row: Tensor,
     saved: tuple[Tensor, ...],
     strict: bool,
+    made: Tensor | None = None,
+    upstream: Tensor | None = None,
 ) -> Tensor:
-    """The backend's ∂w, checked where that is due; what is wrong raises, or unless `strict` `chunked` does it."""
+    """The backend's ∂w, checked where that is due; what is wrong raises, or unless `strict` `chunked` does it.
+
+    What its forward has `made` is scaled in place by `upstream`, of which `grad_row` was made.
+    """
     entry = BACKENDS[backend]
+
+    def make() -> Tensor:
+        if made is None:
+            return entry.grad_weight(x, w, target, hp, grad_row, saved)
+        assert entry.scale is not None and upstream is not None
+        entry.scale(made, upstream)
+        return made
+
     can_wait = len(x) > 0 and _can_wait(x) and not is_batched(grad_row)
     way = entry.way(x, saved) if entry.way is not None and can_wait else None
     period = _period() if way is not None else 0
-    if way is None or period == 0 or not _due((*_kind(backend, x, w, hp), way, "backward"), period):
-        return entry.grad_weight(x, w, target, hp, grad_row, saved)
+    if way is None or period == 0 or not _due((*_kind(backend, x, w, hp), way, made is None, "backward"), period):
+        return make()
     try:
         try:
-            grad_w = entry.grad_weight(x, w, target, hp, grad_row, saved)
+            grad_w = make()
         except Exception as error:
             _raise_failure(backend, error, first=True)
         _checked(backend, lambda: _compare_backward(grad_w, x, w, target, hp, grad_row, _tolerance(x, hp, way)))
@@ -190,8 +203,8 @@ def grad_weight(
         if strict:
             raise
         distrust(backend, error)
-    made = BACKENDS["chunked"].forward(x, w, target, hp, False, True)
-    return BACKENDS["chunked"].grad_weight(x, w, target, hp, grad_row, made.saved)
+    anew = BACKENDS["chunked"].forward(x, w, target, hp, False, True)
+    return BACKENDS["chunked"].grad_weight(x, w, target, hp, grad_row, anew.saved)
 
 
 def _raise_failure(backend: str, error: Exception, first: bool) -> NoReturn:

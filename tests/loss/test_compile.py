@@ -286,7 +286,10 @@ def test_opcheck_triton(shape, weight_dtype, dense):
     x, w, target, upstream = operands(*shape, weight_dtype, weight_dtype)
     for need_x, need_w in ((True, True), (False, False)):
         opcheck("triton_forward", (x, w, target, -2, -1, HYPER, need_x, need_w, dense, 132))
-    saved = torch.ops.sface.triton_forward(x, w, target, -2, -1, HYPER, True, True, dense, 132)[5:-2]
+    if dense and weight_dtype == f32:
+        opcheck("triton_forward", (x, w, target, -2, -1, HYPER, True, True, True, 132, False, "mean"))
+        opcheck("triton_scale", (torch.ones_like(w), torch.tensor(2.0)))
+    saved = torch.ops.sface.triton_forward(x, w, target, -2, -1, HYPER, True, True, dense, 132)[5:-3]
     opcheck("triton_grad_weight", (x, w, target, upstream, HYPER, dense, saved))
 
 
@@ -305,4 +308,5 @@ def test_every_operator_is_checked():
         "native_adamw_step",
         "triton_forward",
         "triton_grad_weight",
+        "triton_scale",
     }

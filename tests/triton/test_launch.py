@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import types
+import weakref
 
 import pytest
 import torch
@@ -129,16 +130,53 @@ def test_a_gpu_is_busy_to_the_end(samples, multiprocessors):
 
 @needs_triton
 class TestLaunches:
-    def launches(self, shape, dense, target="sm_90", dtype=bf16):
+    def launches(self, shape, dense, target="sm_90", dtype=bf16, reduction=""):
         from sface_kernels.backends.triton.tools import compile_report
 
         hp = FAST._replace(filter_eps=0.0) if dense else FAST
-        return compile_report.recorded(target, shape, dtype, f32, hp, dense)
+        return compile_report.recorded(target, shape, dtype, f32, hp, dense, reduction=reduction)
 
-    @pytest.mark.parametrize("dense, launches", [(False, 5), (True, 7)], ids=["lists", "dense"])
-    def test_a_small_step_has_few(self, dense, launches):
+    @pytest.mark.parametrize("reduction, launches", [("lists", 5), ("", 7), ("mean", 6), ("sum", 6)])
+    def test_a_small_step_has_few(self, reduction, launches):
         """There the host decides, at some microseconds a launch."""
-        assert len(self.launches((128, 10_575, 512), dense)) == launches
+        dense = reduction != "lists"
+        assert len(self.launches((128, 10_575, 512), dense, reduction=reduction if dense else "")) == launches
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_the_coefficients_of_a_mean_are_computed_once(self, monkeypatch, reduction):
+        """A dense forward has made ∂w; the first backward only scales it, another computes it again."""
+        monkeypatch.setenv("SFACE_VERIFY", "0")
+        monkeypatch.setattr(validation, "checks_labels", lambda _: False)
+        y, made = torch.arange(128), []
+        x, w = (torch.zeros(size, 512, dtype=t, requires_grad=True) for size, t in ((128, bf16), (10_575, f32)))
+        with device.pretend((9, 0), run=lambda kernel, *_: made.append(kernel.fn.__name__)):
+            loss = sface_loss(x, w, y, reduction=reduction, backend="triton", filter_eps=0.0).sum()
+            forward, again = set(made), ["prepare", "coefficients", "class_gradient"]
+            assert ("class_gradient" in forward) == (reduction != "none") and made.count("coefficients") == 1
+            for expected in (again if reduction == "none" else ["scale"], again):
+                made.clear()
+                loss.backward(retain_graph=True)
+                assert made == expected
+
+    @pytest.mark.parametrize("used", ["all", "only x", "never"])
+    def test_what_a_forward_made_is_given_away_once(self, monkeypatch, used):
+        """Its memory is the gradient's, and nobody's where that is not asked for or the graph is dropped."""
+        monkeypatch.setenv("SFACE_VERIFY", "0")
+        x, w = (torch.zeros(size, 16, requires_grad=True) for size in (5, 40))
+        with device.pretend((9, 0), run=lambda *_: None):
+            loss = sface_loss(x, w, torch.arange(5), backend="triton", filter_eps=0.0)
+            (made,) = loss.grad_fn.options.made
+            address, kept = made.data_ptr(), weakref.ref(made)
+            del made
+            if used == "all":
+                loss.backward()
+                assert w.grad.data_ptr() == address and not loss.grad_fn.options.made
+            elif used == "only x":
+                torch.autograd.grad(loss, x)
+                assert kept() is None
+            else:
+                del loss
+                assert kept() is None
 
     def test_a_small_step_has_few_operations_of_pytorch(self, monkeypatch):
         """Each that is more than a view or an allocation is a launch too."""
@@ -280,8 +318,8 @@ class TestLaunches:
         small = {"block_n": 16, "block_c": 32, "block_k": 16, "warps": 4}  # compiles fast
         monkeypatch.setenv("SFACE_TILES", json.dumps(dict.fromkeys(tiles.TABLES, small)))
         found: list = []
-        for dense, need_x in compile_report.MODES:
-            found += compile_report.recorded("sm_90", (1, 1, 1), bf16, f32, FAST, dense, need_x)
+        for dense, need_x, reduction, _ in compile_report.MODES:
+            found += compile_report.recorded("sm_90", (1, 1, 1), bf16, f32, FAST, dense, need_x, "", reduction)
         assert {kernel.fn.__name__ for kernel, _ in found} >= {"prepare", "finish_samples", *tiles.TABLES}
         seen = 0
         for kernel, arguments in compile_report.distinct(found):

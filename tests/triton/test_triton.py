@@ -163,6 +163,102 @@ def test_a_hub_class(poisoned, filter_eps):
     Judge(problem, filter_eps=filter_eps).check(run(CASE, problem, filter_eps=filter_eps), "triton")
 
 
+class TestDenseMean:
+    """A dense forward of a mean or a sum makes ∂w, which the first backward scales; any other computes it again."""
+
+    def reduced(self, problem, reduction="mean", **options):
+        x, w = problem.x.detach().requires_grad_(), problem.w.detach().requires_grad_()
+        return x, w, sface_loss(x, w, problem.labels, reduction=reduction, backend="triton", **options)
+
+    def both(self, problem, upstream=1.0, reduction="mean") -> tuple[torch.Tensor, torch.Tensor]:
+        """∂w as the forward made it, and computed again."""
+        x, w, loss = self.reduced(problem, reduction, filter_eps=0.0)
+        factor = torch.full_like(loss, upstream)
+        first, again = (torch.autograd.grad(loss, (x, w), factor, retain_graph=True) for _ in range(2))
+        assert torch.equal(first[0].nan_to_num(7), again[0].nan_to_num(7))
+        return first[1], again[1]
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("dtype, filter_eps", [(f32, 0.0), (f32, FAST), (bf16, 0.0), (f16, 0.0)], ids=str)
+    @pytest.mark.parametrize("tile", ["whole", "small"])
+    def test_is_right(self, poisoned, monkeypatch, reduction, dtype, filter_eps, tile):
+        """In several chunks, and with tiles smaller than everything."""
+        monkeypatch.setattr(plan, "way_of", lambda *_: plan.Way(dense=True))
+        if tile == "small":
+            monkeypatch.setenv("SFACE_TILES", json.dumps({name: SMALL for name in tiles.TABLES}))
+            monkeypatch.setattr(buffers, "DENSE_CHUNK_BYTES", 1 << 17)
+            monkeypatch.setattr(buffers, "shares", lambda blocks, most, multiprocessors: min(most, 2))
+        problem = GEOMETRIES["trained"](35, 300, 24).to(DEVICE, dtype, f32)
+        problem = problem._replace(upstream=torch.full_like(problem.upstream, 3 / 35 if reduction == "mean" else 3))
+        x, w, loss = self.reduced(problem, reduction, filter_eps=filter_eps)
+        (3 * loss).backward()
+        rows = run(CASE, problem, filter_eps=filter_eps)
+        Judge(problem, filter_eps=filter_eps).check(rows._replace(grad_x=x.grad, grad_w=w.grad), "triton")
+
+    @pytest.mark.parametrize("upstream", [1.0, 3.0, -0.7, 1e-20, 0.0, torch.nan, torch.inf])
+    def test_upstream(self, upstream):
+        problem = GEOMETRIES["trained"](21, 150, 24).to(DEVICE, bf16, f32)
+        problem.labels[4] = -100
+        first, again = self.both(problem, upstream)
+        if upstream == 0:
+            assert not first.any() and not again.any()
+        elif upstream - upstream == 0:
+            assert ((first - again).norm(dim=1) <= 2.0**-21 * again.norm(dim=1)).all() and first.any(1).all()
+        else:
+            assert first.isnan().all() and again.isnan().all()
+
+    def test_rows_that_do_not_count(self, monkeypatch):
+        """Whatever an ignored row holds changes no bit; a label out of range counts as one of another shard."""
+        monkeypatch.setattr(validation, "checks_labels", lambda _: False)
+        problem = GEOMETRIES["trained"](21, 150, 24).to(DEVICE, f32, f32)
+        problem.labels[4], problem.labels[7] = -100, 150
+        first, again = self.both(problem)
+        assert ((first - again).norm(dim=1) <= 2.0**-21 * again.norm(dim=1)).all() and first.any(1).all()
+        problem.x[4] = torch.nan
+        assert torch.equal(self.both(problem)[0], first)
+        problem.x[5, 3] = torch.inf
+        assert all(grad.isnan().all() for grad in self.both(problem))
+
+    def test_far_classes_beside_rows_that_do_not_count(self):
+        """Those, and the rows that a block is padded with, are zeros, of cosine 0: next to what such a coefficient is
+        (2⁻³⁹) those of cosines around −0.5 (2⁻⁹⁹) would leave fp16's range. Bound: of float32 as above."""
+        problem = GEOMETRIES["random"](2, 256, 64)
+        near = torch.nn.functional.normalize(problem.x[0], dim=0)
+        problem.w.copy_(torch.nn.functional.normalize(problem.w) - torch.linspace(0.4, 0.7, 256)[:, None] * near)
+        problem.labels[0], problem.labels[1] = 0, -100
+        problem.upstream.copy_(torch.tensor([1.0, 0.0]))
+        expected = truth(*problem, filter_eps=0.0).grad_w
+        for grad in self.both(problem.to(DEVICE, f32, f32)):
+            size = expected.norm(dim=1)
+            far = (size < 1e-20) & (size > 1e-33)  # below, entries are no normal numbers
+            error = (grad.double().cpu() - expected).norm(dim=1)
+            assert far[128:].sum() > 50 and (error <= 6e-4 * size)[far].all()
+
+    def test_all_rows_ignored(self):
+        problem = GEOMETRIES["trained"](5, 40, 20).to(DEVICE, f32, f32)
+        problem.labels.fill_(-100)
+        assert not any(grad.any() for grad in self.both(problem))
+
+    def test_accumulates(self):
+        """Over two losses of one weight, whose graphs are alive together, and beside a weight that wants nothing."""
+        problem = GEOMETRIES["trained"](9, 40, 20).to(DEVICE, f32, f32)
+        expected, _ = self.both(problem)
+        x, w, loss = self.reduced(problem, filter_eps=0.0)
+        other = sface_loss(x, w, problem.labels, backend="triton", filter_eps=0.0)
+        (loss + other).backward()
+        assert torch.equal(w.grad, 2 * expected)
+        frozen = sface_loss(x, w.detach(), problem.labels, backend="triton", filter_eps=0.0)
+        assert frozen.grad_fn.options.made is None and torch.equal(frozen, loss)
+
+    @pytest.mark.parametrize("weight_dtype, filter_eps", [(bf16, 0.0), (f32, FAST)], ids=["half", "lists"])
+    def test_where_none_is_made(self, weight_dtype, filter_eps):
+        problem = GEOMETRIES["trained"](9, 40, 20).to(DEVICE, bf16, weight_dtype)
+        _, w, loss = self.reduced(problem, filter_eps=filter_eps)
+        assert not loss.grad_fn.options.made
+        loss.backward()
+        assert w.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
 def test_labels_as_they_are(poisoned, dtype):
     """The kernel makes of labels what `ops.prepare_labels` makes of them, and counts them; a column of a matrix too."""
@@ -300,20 +396,23 @@ def results_of(x: torch.Tensor, w: torch.Tensor, problem, filter_eps: float) -> 
 
 
 @pytest.mark.parametrize("first, second", [(False, True), (True, False)], ids=["lists first", "dense first"])
-def test_checkpointing_may_recompute_the_other_way(monkeypatch, first, second):
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_checkpointing_may_recompute_the_other_way(monkeypatch, first, second, reduction):
     """The count that decides may arrive between the forward and its recomputation."""
     from torch.utils.checkpoint import checkpoint
 
     problem = GEOMETRIES["trained"](24, 200, 48)
+    if reduction == "sum":
+        problem.upstream.fill_(3)
     ways = [first, second]
     monkeypatch.setattr(plan, "way_of", lambda *_: plan.Way(dense=ways.pop(0)))
     x, w = (t.to(DEVICE, copy=True).requires_grad_() for t in (problem.x, problem.w))
 
     def rows_of(x, w):
-        return sface_loss(x, w, problem.labels.to(DEVICE), reduction="none", backend="triton", filter_eps=FAST)
+        return sface_loss(x, w, problem.labels.to(DEVICE), reduction=reduction, backend="triton", filter_eps=FAST)
 
     rows = checkpoint(rows_of, x, w, use_reentrant=False)
-    rows.backward(problem.upstream.to(DEVICE, rows.dtype))
+    rows.backward(problem.upstream.to(DEVICE, rows.dtype) if reduction == "none" else torch.full_like(rows, 3))
     assert not ways
     expected = run("reference", problem, filter_eps=FAST)
     for ours, theirs in ((x.grad, expected.grad_x), (w.grad, expected.grad_w)):
@@ -326,8 +425,8 @@ def test_a_dense_call_whose_lists_were_copied():
     hp = (64.0, 80.0, 80.0, 0.8, 1.23, FAST)
     operands = problem.x, problem.w, problem.labels
     outputs = torch.ops.sface.triton_forward(*operands, -2, -1, hp, True, True, True, 132)
-    saved = [t.clone(memory_format=torch.contiguous_format) for t in outputs[5:-2]]
-    assert buffers.went_dense(outputs[5:-2]) and not buffers.went_dense(saved)
+    saved = [t.clone(memory_format=torch.contiguous_format) for t in outputs[5:-3]]
+    assert buffers.went_dense(outputs[5:-3]) and not buffers.went_dense(saved)
     grad = backend.grad_weight(*operands, HyperParameters(*hp), problem.upstream.float(), tuple(saved))
     expected = run("reference", problem.to("cpu", f32, f32), filter_eps=FAST).grad_w
     assert (grad.cpu() - expected).norm() <= 1e-4 * expected.norm()
@@ -380,6 +479,9 @@ def test_what_is_right_passes_its_verification(monkeypatch, geometry, dtype):
     with as_if:
         for filter_eps in (FAST, 0.0):
             run(CASE, problem, filter_eps=filter_eps)
+        w = problem.w.detach().requires_grad_()
+        (2 * sface_loss(problem.x, w, problem.labels, backend="triton", filter_eps=0.0)).backward()
+    assert any(kind[-3:] == ("dense", False, "backward") for kind in verify._calls)
     assert {kind[-1] for kind in verify._calls} >= {"backward", True}
 
 

@@ -20,7 +20,7 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 MULTIPLYING = {"screen", "coefficients", "row_gradient", "class_gradient"}
 REPORT = [sys.executable, "-m", "sface_kernels.backends.triton.tools.compile_report"]
 SPILLS = {128: 40, 168: 40}  # words of a thread, where registers are limited; 6 with Triton 3.7, 37 with 3.9
-KERNELS = MULTIPLYING | {"prepare", "regroup", "finish_samples", "scatter_classes"}
+KERNELS = MULTIPLYING | {"prepare", "regroup", "finish_samples", "scatter_classes", "scale"}
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

@@ -25,8 +25,8 @@ def bound(n: int, c: int, d: int) -> int:
 
 
 def extra(dtype: str) -> list[dict]:
-    """A row for each problem, of calls by lists and of dense ones, from one process: starting it takes seconds."""
-    problems = [f"{n},{c},{d},{way},{dtype}" for n, c, d, way in itertools.product(N, C, D, ("lists", "dense"))]
+    """A row for each problem, of calls by lists and of dense ones, that make ∂w in the forward too, from one process: starting it takes seconds."""
+    problems = [f"{n},{c},{d},{way},{dtype}" for n, c, d, way in itertools.product(N, C, D, ("lists", "dense", "made"))]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "tests/support/launch_memory.py", *problems],

@@ -72,18 +72,35 @@ def forward(
     need_x: bool,
     need_w: bool,
     ignore_index: int | None = None,
+    reduction: str = "",
 ) -> Forward:
-    """`labels` `[N]` are targets of `ops.prepare_labels`, or with an `ignore_index` labels of any integer dtype."""
+    """`labels` `[N]` are targets of `ops.prepare_labels`, or with an `ignore_index` labels of any integer dtype.
+
+    With a `reduction`, "mean" or "sum", a dense call makes ∂w of the loss so reduced: that saves a second product of
+    cosines and their coefficients. Only where w is float32: in half precision ∂w would underflow before it meets the
+    factor of a loss scaler, which the upstream gradient brings.
+    """
     if labels.dtype not in LABELS:
         labels = labels.to(torch.int64)
     gpu = gpu_of(x.device)
     way = plan.way_of(x, w, hp, gpu.family)
     # of raw labels none says that its class is elsewhere: what ignore_index means comes first
     codes = (IGNORED, NO_TARGET) if ignore_index is None else (ignore_index, ignore_index)
-    outputs = _forward_op(x, w, labels, *codes, hp, need_x, need_w, way.dense, gpu.multiprocessors, way.int8)
-    row_loss, row_stats, hardest_class, counts, row_grad_x, *saved, counted, target = outputs
+    if not way.dense or w.dtype != torch.float32 or len(x) == 0:
+        reduction = ""
+    which = need_x, need_w, way.dense, gpu.multiprocessors, way.int8, reduction
+    outputs = _forward_op(x, w, labels, *codes, hp, *which)
+    row_loss, row_stats, hardest_class, counts, row_grad_x, *saved, counted, target, grad_w = outputs
     plan.learn(way, counts, x.shape[0] * w.shape[0])
-    return Forward(row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target, way.int8)
+    made = grad_w if reduction else None
+    return Forward(
+        row_loss, row_stats, hardest_class, counts, row_grad_x, tuple(saved), counted, target, made, way.int8
+    )
+
+
+def scale(grad_w: Tensor, factor: Tensor) -> None:
+    """Multiplies a ∂w that the forward made by the upstream gradient, one number, in place."""
+    _scale_op(grad_w, factor)
 
 
 def grad_weight(
@@ -155,6 +172,14 @@ def _grad_weight(x, w, target, grad_row, hyper, dense, saved) -> Tensor:  # type
         return sequence.grad_weight(x, w, target, grad_row, HyperParameters(*hyper), dense, saved)
 
 
+def _scale(grad_w, factor) -> None:  # type: ignore[no-untyped-def]
+    launch, sequence = _launches()
+    with launch.on_device(grad_w):
+        sequence.scale_by(grad_w, factor)
+
+
 ops.implement("triton_forward", _forward)
 ops.implement("triton_grad_weight", _grad_weight)
+ops.implement("triton_scale", _scale)
 _forward_op, _grad_weight_op = torch.ops.sface.triton_forward.default, torch.ops.sface.triton_grad_weight.default
+_scale_op = torch.ops.sface.triton_scale.default

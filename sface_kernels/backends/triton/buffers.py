@@ -44,18 +44,19 @@ class Saved(NamedTuple):
     list_cos: Tensor  # [slots + N]
 
 
-_OUTPUTS = (*Forward._fields[:5], *Saved._fields, "counted", "target")  # of the forward, in order
+_OUTPUTS = (*Forward._fields[:5], *Saved._fields, "counted", "target", "grad_w")  # of the forward, in order
 OUTPUTS, SAVED = (tuple(f"{name}_ptr" for name in names) for names in (_OUTPUTS, Saved._fields))  # to kernels
 
 ops.define(
     "triton_forward(Tensor x, Tensor w, Tensor labels, int ignore_index, int no_target, float[] hyper,"
-    " bool need_grad_x, bool need_grad_w, bool dense, int multiprocessors, bool int8=False)"
+    " bool need_grad_x, bool need_grad_w, bool dense, int multiprocessors, bool int8=False, str reduction='')"
     f" -> ({', '.join(f'Tensor {name}' for name in _OUTPUTS)})"
 )
 ops.define(
     "triton_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, float[] hyper, bool dense, Tensor[] saved)"
     " -> Tensor"
 )
+ops.define("triton_scale(Tensor(a!) grad_w, Tensor factor) -> ()")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -93,7 +94,14 @@ def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple
 
 
 def allocate(
-    x: Tensor, w: Tensor, need_grad_x: bool, need_grad_w: bool, dense: bool, stripes: int, capacity: int
+    x: Tensor,
+    w: Tensor,
+    need_grad_x: bool,
+    need_grad_w: bool,
+    dense: bool,
+    stripes: int,
+    capacity: int,
+    reduction: str,
 ) -> tuple[Tensor, ...]:
     """Everything that the forward returns, without contents, in the operator's order."""
     (n, d), c, device = x.shape, w.shape[0], x.device
@@ -125,6 +133,7 @@ def allocate(
         *saved,
         empty((), i64, device),
         empty((n,), i64, device),
+        empty((c if reduction else 0, d), f32, device),
     )
 
 
@@ -134,11 +143,16 @@ def went_dense(saved: tuple[Tensor, ...]) -> bool:
 
 
 @ops.fake("triton_forward")
-def _(x, w, labels, ignore_index, no_target, hyper, need_grad_x, need_grad_w, dense, multiprocessors, int8=False):  # type: ignore[no-untyped-def]
+def _(x, w, labels, ignore_index, no_target, hyper, need_x, need_w, dense, multiprocessors, int8=False, reduction=""):  # type: ignore[no-untyped-def]
     (n, d), c = x.shape, w.shape[0]
-    return allocate(x, w, need_grad_x, need_grad_w, dense, *lists(n, c, d, multiprocessors))
+    return allocate(x, w, need_x, need_w, dense, *lists(n, c, d, multiprocessors), reduction)
 
 
 @ops.fake("triton_grad_weight")
 def _(x, w, target, grad_row, hyper, dense, saved):  # type: ignore[no-untyped-def]
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
+
+
+@ops.fake("triton_scale")
+def _(grad_w, factor):  # type: ignore[no-untyped-def]
+    pass

@@ -76,11 +76,12 @@ class Kind:
         hp: HyperParameters,
         dense: bool,
         int8: bool,
+        made: bool,
         multiprocessors: int,
         _overrides: str | None,
     ):
         (self.n, self.d), (self.c, _) = shapes
-        self.family, self.dense, self.int8 = family, dense, int8
+        self.family, self.dense, self.int8, self.made = family, dense, int8, made
         # the screen multiplies fp16 or int8 whatever the dtype; in dense products fp32 is split into two parts of fp16
         self.unit_dtype, self.parts = torch.int8 if int8 else torch.float16, 2 if split else 1
         self.operands = "int8" if int8 else "split" if split else "half"
@@ -118,6 +119,7 @@ class Kind:
             "BLOCK_D": block_d,
             "PADDED_D": self.padded_d,
             "DENSE": dense,
+            "FILTERED": hp.filter_eps >= SMALLEST,
             "INT8": int8,
             "SPLIT": split,
             "TMA": family in tiles.BY_DESCRIPTOR,
@@ -171,7 +173,8 @@ class Kind:
         """How many granules of classes a chunk may have."""
         row, most = self.padded_d, buffers.CHUNK_BYTES
         if self.dense:
-            row, most = (self.padded_d + self.padded_n) * self.parts, buffers.DENSE_CHUNK_BYTES
+            operands = 2 if self.made else 1  # of coefficients: for ∂x, for ∂w
+            row, most = (self.padded_d + operands * self.padded_n) * self.parts, buffers.DENSE_CHUNK_BYTES
         return max(1, most // (row * self.unit_dtype.itemsize * GRANULE))
 
     def chunk(self, stripes: int) -> int:
@@ -183,10 +186,23 @@ class Kind:
 _kind = functools.lru_cache(maxsize=KINDS)(Kind)
 
 
-def kind_of(x: Tensor, w: Tensor, hp: HyperParameters, dense: bool, int8: bool, multiprocessors: int) -> Kind:
+def kind_of(
+    x: Tensor, w: Tensor, hp: HyperParameters, dense: bool, int8: bool, multiprocessors: int, made: bool = False
+) -> Kind:
+    """`made`: a dense forward makes ∂w too."""
     family, split = gpu_of(x.device).family, dense and x.dtype == torch.float32
     shapes, strides = (x.shape, w.shape), (x.stride(), w.stride())
-    return _kind(shapes, strides, family, split, hp, dense, int8, multiprocessors, os.environ.get("SFACE_TILES"))
+    return _kind(shapes, strides, family, split, hp, dense, int8, made, multiprocessors, os.environ.get("SFACE_TILES"))
+
+
+def launched_alone(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Launches a kernel that belongs to no call."""
+    options = {**COMPILE_OPTIONS, "num_warps": tiles.ROW_WARPS}
+    pretended = pretence()
+    if pretended is not None and pretended.run is not None:
+        pretended.run(kernel, (programs,), {**options, **arguments})
+    else:
+        kernel[(programs,)](**arguments, **options)
 
 
 class Call:

@@ -15,12 +15,13 @@ from ...types import IGNORED, NO_TARGET, HyperParameters
 from . import tiles
 from .buffers import OUTPUTS, SAVED, allocate, cdiv, lists
 from .device import gpu_of
-from .kernels.dense import class_gradient, coefficients, row_gradient
+from .kernels.coefficients import coefficients
+from .kernels.dense import class_gradient, row_gradient, scale
 from .kernels.finish import finish_samples
 from .kernels.regroup import regroup
 from .kernels.scatter import scatter_classes
 from .kernels.screen import screen
-from .launch import SUM_PLANES, Call, kind_of
+from .launch import SUM_PLANES, Call, kind_of, launched_alone
 
 
 def forward(
@@ -33,19 +34,22 @@ def forward(
     dense: bool,
     multiprocessors: int,
     int8: bool = False,
+    reduction: str = "",
     ignore_index: int = IGNORED,
     no_target: int = NO_TARGET,
 ) -> tuple[Tensor, ...]:
-    """The operator's outputs. A call that is not `dense` is screened in fp16 or in `int8`. A row whose label is
-    `ignore_index` is ignored, one whose label is `no_target` has its class elsewhere."""
+    """The operator's outputs. A call that is not `dense` is screened in fp16, or in `int8`. With a `reduction`, "mean"
+    or "sum", a dense call makes ∂w of the reduced loss. A row whose label is `ignore_index` is ignored, one whose label
+    is `no_target` has its class elsewhere."""
     if x.shape[0] == 0:
-        outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *lists(0, w.shape[0], w.shape[1], multiprocessors))
+        sizes = lists(0, w.shape[0], w.shape[1], multiprocessors)
+        outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *sizes, reduction)
         for output in outputs:
             output.zero_()
-        outputs[-2].fill_(1)  # samples that count, at least 1
+        outputs[-3].fill_(1)  # samples that count, at least 1
         return outputs
-    kind = kind_of(x, w, hp, dense, int8, multiprocessors)
-    outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *kind.lists)
+    kind = kind_of(x, w, hp, dense, int8, multiprocessors, reduction != "")
+    outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *kind.lists, reduction)
     call = Call(
         kind,
         x.device,
@@ -55,15 +59,18 @@ def forward(
         ignore_index=ignore_index,
         no_target=no_target,
         NEED_GRAD=need_grad_x,
+        NEED_GRAD_W=reduction != "",
+        MEAN=reduction == "mean",
         LINKS=need_grad_w and not dense,
         BACKWARD=False,
+        OWN_U=False,
         **dict(zip(OUTPUTS, outputs, strict=True)),
     )
     # unit rows and sums over classes, in chunks, then every sample's results
     call.make("sums_ptr", SUM_PLANES, kind.stripes, kind.padded_n)
     call.make("best_class_ptr", kind.stripes, kind.padded_n, dtype=torch.int32)
     call.make("count_ptr", kind.stripes, kind.padded_n, dtype=torch.int32)
-    (_coefficients if dense else _screen)(call)
+    (_products if dense else _screen)(call)
     call.launch(finish_samples, kind.n)
     return outputs
 
@@ -78,23 +85,28 @@ def _screen(call: Call) -> None:
     call.launch(regroup, own["row_blocks"] * stripes)
 
 
-def _coefficients(call: Call) -> None:
-    """The sums over all classes and of ∂x, in parts."""
-    kind, need_grad = call.kind, call.arguments["NEED_GRAD"]
-    own, rows_of = kind.own["coefficients"], kind.own["row_gradient"]
+def _products(call: Call) -> None:
+    """The sums over all classes, ∂x in parts and ∂w, as far as they are asked for."""
+    kind, need_x, need_w = call.kind, call.arguments["NEED_GRAD"], call.arguments["NEED_GRAD_W"]
+    own, rows_of, classes_of = (kind.own[name] for name in ("coefficients", "row_gradient", "class_gradient"))
     chunk = call.unit_rows(kind.stripes, own)
-    if need_grad:
-        call.make("coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
+    if need_x:
+        call.make("row_coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
         call.make("grad_ptr", rows_of["splits"], kind.padded_n, kind.d)
         if kind.parts == 2:
-            call.make("shift_ptr", chunk // own["BLOCK_C"], kind.padded_n, dtype=torch.int32)
+            call.make("row_shift_ptr", chunk // own["BLOCK_C"], kind.padded_n, dtype=torch.int32)
+    if need_w:
+        call.make("class_coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
+        call.make("along_ptr", own["row_blocks"], chunk)
+        call.make("class_shift_ptr", own["row_blocks"], chunk, dtype=torch.int32)
     call.arguments["splits"] = rows_of["splits"]
-    d_blocks = cdiv(kind.d, rows_of["BLOCK_C"])
     for rows in call.chunks():
         call.launch(coefficients, own["row_blocks"] * kind.stripes, tiles=cdiv(rows, own["BLOCK_C"]))
-        if need_grad:
-            grid = rows_of["row_blocks"] * rows_of["splits"], d_blocks
+        if need_x:
+            grid = rows_of["row_blocks"] * rows_of["splits"], cdiv(kind.d, rows_of["BLOCK_C"])
             call.launch(row_gradient, *grid, steps=cdiv(rows, rows_of["BLOCK_K"]))
+        if need_w:
+            call.launch(class_gradient, cdiv(rows, classes_of["BLOCK_C"]), cdiv(kind.d, classes_of["BLOCK_N"]))
 
 
 class Move(NamedTuple):
@@ -133,7 +145,8 @@ def grad_weight(
         return torch.zeros(w.shape, dtype=w.dtype, device=w.device)
     gpu = gpu_of(x.device)
     kind = kind_of(x, w, hp, dense, False, gpu.multiprocessors)
-    if not dense and grad_row.stride(0) == 0:  # of a mean or a sum: one element, which is the largest too
+    own_u = grad_row.stride(0) != 0
+    if not own_u:  # of a mean or a sum: one element, which is the largest too
         largest = grad_row
     else:
         grad_row = grad_row.contiguous()
@@ -150,7 +163,7 @@ def grad_weight(
         call.arguments |= move._asdict() | {"s": hp.s * move.sign}
         grad = w
     if dense:
-        _coefficients_again(call)
+        _products_again(call, own_u)
     else:
         block_c, block_d = (kind.own["scatter_classes"][name] for name in ("BLOCK_C", "BLOCK_D"))
         if move is not None:  # whole rows: of a sample without a list a program reads the row that another would move
@@ -163,11 +176,9 @@ def grad_weight(
     return grad.to(w.dtype)
 
 
-def _coefficients_again(call: Call) -> None:
+def _products_again(call: Call, own_u: bool) -> None:
     """∂w by dense products; what else `prepare` writes is not looked at."""
     kind, target = call.kind, call.arguments["target_ptr"]
-    own, classes = kind.own["coefficients"], kind.own["class_gradient"]
-    chunk = call.unit_rows(1, own)
     call.make("norm_ptr", kind.padded_n)
     call.make("inv_norm_ptr", kind.c)
     call.make("counts_ptr", 2, dtype=torch.int64)
@@ -175,12 +186,13 @@ def _coefficients_again(call: Call) -> None:
     call.make("flags_ptr", 2, dtype=torch.int32)
     call.make("head_ptr", 2, dtype=torch.int32)
     call.make("target_ptr", kind.n, dtype=torch.int64)
-    call.make("coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
-    call.make("along_ptr", chunk)
-    call.make("shift_ptr", own["row_blocks"], chunk, dtype=torch.int32)
     call.arguments |= {"label_ptr": target, "ignore_index": IGNORED, "no_target": NO_TARGET, "LINKS": False}
-    call.arguments |= {"BACKWARD": True, "NEED_GRAD": True, "tiles": 0, "stripes": 1}
-    d_blocks = cdiv(kind.d, classes["BLOCK_N"])
-    for rows in call.chunks():
-        call.launch(coefficients, cdiv(rows, own["BLOCK_C"]))
-        call.launch(class_gradient, cdiv(rows, classes["BLOCK_C"]), d_blocks)
+    call.arguments |= {"BACKWARD": True, "OWN_U": own_u, "NEED_GRAD": False, "NEED_GRAD_W": True, "MEAN": False}
+    _products(call)
+
+
+def scale_by(grad_w: Tensor, factor: Tensor) -> None:
+    """Multiplies a ∂w `[C, D]` that a forward made by an upstream gradient, a tensor of one number, in place."""
+    size, block = grad_w.numel(), tiles.ROW_ELEMENTS
+    programs = min(8 * gpu_of(grad_w.device).multiprocessors, cdiv(size, block))
+    launched_alone(scale, programs, grad_w_ptr=grad_w, factor_ptr=factor, size=size, BLOCK=block)

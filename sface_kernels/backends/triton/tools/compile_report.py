@@ -70,7 +70,14 @@ CASES = [
     (LARGE, f16, f16),
     *((s, dtype, f32) for s in SHAPES for dtype in (bf16, f32)),
 ]
-MODES = [(False, True), (True, True), (True, False)]  # (dense, whether ∂x is asked for)
+# (dense, whether ∂x is asked for, of what reduction the forward makes ∂w, whether there is a filter)
+MODES = [
+    (False, True, "", True),
+    (True, True, "", False),
+    (True, False, "", False),
+    (True, True, "mean", False),
+    (True, True, "mean", True),
+]
 
 
 def recorded(
@@ -82,6 +89,7 @@ def recorded(
     dense: bool,
     need_x: bool = True,
     rule: str = "",
+    reduction: str = "",
 ) -> list[tuple[Any, dict[str, Any]]]:
     """(kernel, arguments) of each launch of a forward and backward, or of a step by a rule of `sequence.Move`, on a GPU
     of a name in TARGETS."""
@@ -94,22 +102,26 @@ def recorded(
     hip = None if capability else str(TARGETS[target].gpu.arch)
     with pretend(capability, hip, run=lambda kernel, grid, arguments: taken.append((kernel, arguments))):
         int8 = not dense and screens_int8(hp, d, gpu_of(x.device).family)
-        outputs = sequence.forward(x, w, y, hp, need_x, True, dense, MULTIPROCESSORS, int8)
+        outputs = sequence.forward(x, w, y, hp, need_x, True, dense, MULTIPROCESSORS, int8, reduction)
+        if reduction:
+            sequence.scale_by(outputs[-1], outputs[0][0])
+            return taken
         if rule:
             taken.clear()
         move = sequence.Move(rule, 0.1, 1e-4, w, w if rule == "adamw" else None) if rule else None
-        sequence.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, list(outputs[5:-2]), move)
+        sequence.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, list(outputs[5:-3]), move)
     return taken
 
 
 def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """(kernel, arguments, which call it came from) of forwards and backwards in every mode."""
-    for (shape, dtype, weight_dtype), (dense, need_x) in itertools.product(CASES if every else FEW_CASES, MODES):
+    cases = itertools.product(CASES if every else FEW_CASES, MODES)
+    for (shape, dtype, weight_dtype), (dense, need_x, reduction, filtered) in cases:
         eps = 2.0**-24 if dtype == f32 else 2.0**-16  # the defaults: screens in fp16, and in int8
-        hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, 0.0 if dense else eps)
+        hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, eps if filtered else 0.0)
         short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
         for rule in ("",) if dense or weight_dtype != f32 else ("", "momentum", "adamw"):
-            for kernel, arguments in recorded(target, shape, dtype, weight_dtype, hp, dense, need_x, rule):
+            for kernel, arguments in recorded(target, shape, dtype, weight_dtype, hp, dense, need_x, rule, reduction):
                 yield kernel, arguments, f"{short} D={shape[2]}" + f", {rule}" * bool(rule)
 
 

@@ -94,10 +94,14 @@ class Step:
     def run(self) -> list[Tensor]:
         """Row losses, ∂x and ∂w."""
         operands = (self.x, self.w, self.target)
-        row_loss, _, _, _, row_grad_x, *saved, _, _ = sequence.forward(
-            *operands, self.hp, True, True, self.dense, self.gpu.multiprocessors, self.int8
+        made = self.dense and self.w.dtype == torch.float32  # as in most calls
+        reduction = "mean" if made else ""
+        row_loss, _, _, _, row_grad_x, *saved, _, _, grad_w = sequence.forward(
+            *operands, self.hp, True, True, self.dense, self.gpu.multiprocessors, self.int8, reduction
         )
-        return [row_loss, row_grad_x, sequence.grad_weight(*operands, self.upstream, self.hp, self.dense, saved)]
+        if not made:
+            grad_w = sequence.grad_weight(*operands, self.upstream, self.hp, self.dense, saved)
+        return [row_loss, row_grad_x, grad_w]
 
     def measure(self, overrides: Overrides) -> float | None:
         with mock.patch.dict(os.environ, SFACE_TILES=json.dumps(overrides)):

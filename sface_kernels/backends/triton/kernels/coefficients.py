@@ -1,0 +1,234 @@
+"""The coefficients (6) of dense calls from a chunk's unit rows, stored as operands of the products that follow.
+
+Reads the unit rows from the L2 cache. Of a tile of cosines nothing leaves the registers but what every sample sums over
+all classes, and the coefficients `[padded N, chunk]`: once for ∂x and once for ∂w, each with powers of two of its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .math import (
+    IGNORED,
+    NO_COSINE,
+    SPLIT_EXPONENT,
+    SPLIT_SCALE,
+    arccos,
+    exponent_of,
+    finite_or_nan,
+    load_operand,
+    nearer_class,
+    power_of_two,
+    product,
+    sigmoid_of_angle,
+    store_operand,
+)
+
+FP16_PEAK: tl.constexpr = tl.constexpr(13)  # exponent of the largest coefficient in fp16, which ends at 15
+
+
+@triton.jit
+def shift_to_peak(g, AXIS: tl.constexpr):
+    """Exponents of the powers of two that bring the largest along AXIS of the tile `g` to FP16_PEAK."""
+    return tl.minimum(-exponent_of(tl.max(tl.abs(g), AXIS)) + FP16_PEAK, 126 - SPLIT_EXPONENT)
+
+
+@triton.jit
+def cosine_tile(
+    unit_x, unit_w, first_x, first_w, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, not clamped."""
+    PARTS: tl.constexpr = 2 if SPLIT else 1
+    if not TMA:
+        k = tl.arange(0, BLOCK_K)
+        x_row = (first_x + tl.arange(0, BLOCK_N)).to(tl.int64)
+        w_row = (first_w + tl.arange(0, BLOCK_C)).to(tl.int64)
+        x_tile = unit_x + x_row[:, None] * (PARTS * PADDED_D) + k[None, :]
+        w_tile = unit_w + w_row[None, :] * (PARTS * PADDED_D) + k[:, None]
+    cos = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for first in range(0, PADDED_D, BLOCK_K):
+        if TMA:
+            x = unit_x.load([first_x, first])
+            w = unit_w.load([first_w, first]).T
+            x_rest, w_rest = x, w
+            if SPLIT:
+                x_rest = unit_x.load([first_x, first + PADDED_D])
+                w_rest = unit_w.load([first_w, first + PADDED_D]).T
+        else:
+            x, x_rest = load_operand(x_tile + first, PADDED_D, None, SPLIT)
+            w, w_rest = load_operand(w_tile + first, PADDED_D, None, SPLIT)
+        if PARTS == 2:
+            # a sum of its own for each step: a tensor core cuts off what it adds to a long one
+            cos += product(x, x_rest, w, w_rest, tl.zeros_like(cos), SPLIT, UPCAST)
+        else:
+            cos = product(x, x_rest, w, w_rest, cos, SPLIT, UPCAST)
+    return cos * (1.0 / (SPLIT_SCALE * SPLIT_SCALE)) if PARTS == 2 else cos
+
+
+@triton.jit
+def weigh(
+    cos, weight, own, past, u, corner, in_rows, in_classes, first, inter, dropped, best, best_class, active,
+    row_coefficient_ptr, row_shift_ptr, class_coefficient_ptr, class_shift_ptr, along_ptr, padded_chunk,
+    k_intra, a, filter_eps,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr, FILTERED: tl.constexpr, BACKWARD: tl.constexpr,
+    OWN_U: tl.constexpr, NEED_GRAD: tl.constexpr, NEED_GRAD_W: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Stores the coefficients of a tile of cosines, and adds what it has to a sample's sums, which it returns.
+
+    MASKED: it has own classes, in the columns `own` `[BLOCK_N]`, or columns from `past` on, which are no classes, or
+    samples that do not count. Most tiles have none of these.
+    """
+    PARTS: tl.constexpr = 2 if SPLIT else 1
+    column = tl.arange(0, BLOCK_C)
+    row = tl.arange(0, BLOCK_N)
+    at = corner + row[:, None] * (PARTS * padded_chunk) + column[None, :]
+    other_cos = cos
+    if MASKED:
+        marked = tl.where(column[None, :] == own[:, None], -1.0, weight)
+        marked = tl.where((column < past)[None, :], marked, -2.0)
+        weight = tl.maximum(marked, 0.0)
+        other_cos = tl.where(marked < 0, NO_COSINE, cos)
+    g = weight  # for ∂x
+    if FILTERED:
+        kept = weight >= filter_eps
+        g = tl.where(kept, weight, 0.0)
+    if not BACKWARD:
+        inter += tl.sum(weight * cos, 1)
+        best, best_class = nearer_class(best, best_class, other_cos, first, column, BLOCK_C)
+        if FILTERED:
+            dropped += tl.sum(weight - g, 1)
+            active += tl.sum(kept.to(tl.int32), 1)
+        elif MASKED:
+            active += tl.sum((marked >= 0).to(tl.int32), 1)
+        else:
+            active += BLOCK_C
+    if NEED_GRAD_W:
+        h = g  # for ∂w
+        if MASKED:
+            own_cos = tl.sum(tl.where(marked == -1, cos, 0.0), 1)  # [BLOCK_N]
+            h = tl.where(marked == -1, -sigmoid_of_angle(arccos(own_cos), -k_intra, a)[:, None], h)
+        if MASKED or OWN_U:
+            h *= u[:, None]
+        shift = shift_to_peak(h, 0)  # [BLOCK_C]
+        tl.store(along_ptr + in_classes, tl.sum(h * cos, 0))
+        tl.store(class_shift_ptr + in_classes, shift)
+        store_operand(class_coefficient_ptr + at, padded_chunk, h * power_of_two(shift)[None, :], None, PARTS == 2)
+    if NEED_GRAD:
+        if SPLIT:
+            shift = shift_to_peak(g, 1)  # [BLOCK_N]
+            g *= power_of_two(shift)[:, None]
+            tl.store(row_shift_ptr + in_rows, shift)
+        store_operand(row_coefficient_ptr + at, padded_chunk, g, None, PARTS == 2)
+    return inter, dropped, best, best_class, active
+
+
+@triton.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "begun"])
+def coefficients(
+    # pointers
+    unit_x,  # [padded N, parts, PADDED_D]: two parts with SPLIT, else one
+    unit_w,  # [padded chunk, parts, PADDED_D]
+    target_ptr,  # [N]
+    row_coefficient_ptr,  # [padded N, parts, padded chunk] out: (6) without s, own classes left out
+    class_coefficient_ptr,  # the same shape, out: (6) without s, times u and 2^shift
+    sums_ptr,  # [4, stripes, padded N]: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
+    best_class_ptr,  # [stripes, padded N] int32
+    count_ptr,  # [stripes, padded N] int32 active pairs
+    grad_row_ptr,  # OWN_U, [N], u, which is 1 otherwise
+    largest_ptr,  # OWN_U, [1], max |u|
+    along_ptr,  # [row blocks, padded chunk] out: Σ_i u_i g_ij c_ij / s of each block of samples
+    row_shift_ptr,  # int32 out, with SPLIT: of each tile of classes and sample, [tiles, padded N]
+    class_shift_ptr,  # int32 out: of each block of samples and class, [row blocks, padded chunk]
+    # sizes, floats
+    n,
+    c,
+    padded_n,
+    padded_chunk,
+    row_blocks,
+    first_class,
+    tiles,
+    stripes,
+    begun,  # samples whose sums an earlier chunk began: 0, or padded N
+    k_intra,
+    k_inter,
+    a,
+    b,
+    filter_eps,
+    # compile time
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    FILTERED: tl.constexpr,  # filter_eps is not 0
+    BACKWARD: tl.constexpr,  # without the sums
+    OWN_U: tl.constexpr,  # each sample has an upstream gradient of its own
+    NEED_GRAD: tl.constexpr,  # whether row_gradient follows
+    NEED_GRAD_W: tl.constexpr,  # whether class_gradient does
+    SPLIT: tl.constexpr,
+    TMA: tl.constexpr,  # unit rows are given by descriptors, else by pointers
+    UPCAST: tl.constexpr,
+):
+    """A program owns a block of samples, and takes every `stripes`-th tile of classes.
+
+    A power of two brings u to 1. As fp16 has little range, others bring the largest coefficient for ∂w of each class in
+    a tile to FP16_PEAK, and with SPLIT that for ∂x of each sample: the kernel that multiplies takes them off again.
+    """
+    pid = tl.program_id(0)
+    block = pid % row_blocks
+    i = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
+    counted = target != IGNORED
+    u = counted.to(tl.float32)
+    inter = tl.zeros([BLOCK_N], tl.float32)
+    dropped, cos_sum, best = inter, inter, inter + NO_COSINE
+    best_class = tl.zeros([BLOCK_N], tl.int32) - 1
+    active = best_class + 1
+    at = (pid // row_blocks).to(tl.int64) * padded_n + i
+    plane = padded_n.to(tl.int64) * stripes
+    if OWN_U:
+        u = tl.load(grad_row_ptr + i, mask=counted, other=0.0) * power_of_two(-exponent_of(tl.load(largest_ptr)))
+        u = finite_or_nan(u)
+    if not BACKWARD:
+        later = i < begun
+        inter = tl.load(sums_ptr + at, mask=later, other=0.0)
+        dropped = tl.load(sums_ptr + plane + at, mask=later, other=0.0)
+        cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
+        best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
+        best_class = tl.load(best_class_ptr + at, mask=later, other=-1)
+        active = tl.load(count_ptr + at, mask=later, other=0)
+    for tile in range(pid // row_blocks, tiles, stripes):
+        cos = cosine_tile(
+            unit_x, unit_w, block * BLOCK_N, tile * BLOCK_C, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, SPLIT, TMA, UPCAST
+        )
+        if not BACKWARD:
+            cos_sum += tl.sum(cos, 1)  # before NaN is dropped
+        cos = tl.minimum(tl.maximum(cos, -1.0), 1.0)
+        weight = sigmoid_of_angle(arccos(cos), k_inter, b)
+        corner = block.to(tl.int64) * BLOCK_N * ((2 if SPLIT else 1) * padded_chunk) + tile * BLOCK_C
+        in_rows = tile * padded_n + i
+        in_classes = block.to(tl.int64) * padded_chunk + tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        first = first_class + tile * BLOCK_C
+        own, past = (target - first).to(tl.int32), c - first
+        masked = ((own >= 0) & (own < BLOCK_C)) | ~counted
+        if (tl.max(masked.to(tl.int32), 0) > 0) | (past < BLOCK_C):
+            inter, dropped, best, best_class, active = weigh(
+                cos, weight, own, past, u, corner, in_rows, in_classes, first, inter, dropped, best, best_class, active,
+                row_coefficient_ptr, row_shift_ptr, class_coefficient_ptr, class_shift_ptr, along_ptr, padded_chunk,
+                k_intra, a, filter_eps,
+                BLOCK_N, BLOCK_C, True, FILTERED, BACKWARD, OWN_U, NEED_GRAD, NEED_GRAD_W, SPLIT,
+            )  # fmt: skip
+        else:
+            inter, dropped, best, best_class, active = weigh(
+                cos, weight, own, past, u, corner, in_rows, in_classes, first, inter, dropped, best, best_class, active,
+                row_coefficient_ptr, row_shift_ptr, class_coefficient_ptr, class_shift_ptr, along_ptr, padded_chunk,
+                k_intra, a, filter_eps,
+                BLOCK_N, BLOCK_C, False, FILTERED, BACKWARD, OWN_U, NEED_GRAD, NEED_GRAD_W, SPLIT,
+            )  # fmt: skip
+    if not BACKWARD:
+        tl.store(sums_ptr + at, inter)
+        tl.store(sums_ptr + plane + at, dropped)
+        tl.store(sums_ptr + 2 * plane + at, cos_sum)
+        tl.store(sums_ptr + 3 * plane + at, best)
+        tl.store(best_class_ptr + at, best_class)
+        tl.store(count_ptr + at, active)
