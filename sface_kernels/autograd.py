@@ -148,11 +148,9 @@ class _RowLoss(torch.autograd.Function):
         *saved: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
         backend, hp, _, need_w, sparse, found, strict, reduction, _, made = ctx.options
-        whole = None
-        if not torch.compiler.is_compiling() and made:
-            whole = made.pop()
-            if verify.is_batched(upstream):
-                whole = None
+        whole = made.pop() if made and not torch.compiler.is_compiling() else None
+        if whole is not None and verify.is_batched(upstream):  # not one number: it is of no use
+            whole = None
         grad_row = (upstream / counted if reduction == "mean" else upstream).expand(target.shape)  # [N]
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         counting = grad_row.masked_fill(target == IGNORED, 0)
