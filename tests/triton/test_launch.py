@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import types
@@ -16,9 +17,10 @@ import weakref
 import pytest
 import torch
 
-from sface_kernels import sface_loss, validation
+from sface_kernels import SFaceLoss, sface_loss, validation
 from sface_kernels.backends import triton as backend
 from sface_kernels.backends.triton import buffers, device, tiles
+from sface_kernels.optim import HeadSGD
 from sface_kernels.types import HyperParameters, Request
 from tests.support.cases import BACKENDS, bf16, f32
 
@@ -240,6 +242,42 @@ class TestLaunches:
         assert grid == (7,) and not values and named.pop("enable_fp_fusion") and named.pop("num_warps") == 4
         assert named == {"n": 5, "x_ptr": x, "BLOCK_D": 64, "w_ptr": None}
         assert again == (7, 1, 1) and in_order == tuple(named.values()) and not unnamed
+
+    def test_calls_that_share_compiled_kernels_have_the_same_constants(self, monkeypatch):
+        """What was compiled for one of them is launched for all. Those that are set after a call has begun were missed."""
+        from sface_kernels.backends.triton import launch
+
+        monkeypatch.setenv("SFACE_VERIFY", "0")
+        monkeypatch.setattr(validation, "checks_labels", lambda _: False)
+        begin, calls, shared = launch.Call.__init__, [], set()
+        seen: dict[tuple[int, str], dict] = {}
+
+        def noted(call, *arguments, **named):
+            begin(call, *arguments, **named)
+            calls.append(call.ready)  # kept: another's must not have its id
+
+        def run(kernel, grid, arguments):
+            constants = {name: value for name, value in arguments.items() if name.isupper() or value is None}
+            key = id(calls[-1]), kernel.fn.__name__
+            if key in seen:
+                shared.add(key)
+            assert seen.setdefault(key, constants) == constants, key
+
+        monkeypatch.setattr(launch.Call, "__init__", noted)
+        y, (x, w) = torch.arange(16), (torch.zeros(size, 16, requires_grad=True) for size in (16, 300))
+        head = SFaceLoss(16, 300, backend="triton", filter_eps=FAST.filter_eps)
+        stepped = HeadSGD(head)
+        with device.pretend((9, 0), run=run):
+            for filter_eps, reduction in itertools.product((0.0, FAST.filter_eps), ("none", "mean", "sum", "none")):
+                for rows, weight in ((x, w), (x, w.detach()), (x.detach(), w)):
+                    options = {"reduction": reduction, "backend": "triton", "filter_eps": filter_eps}
+                    loss = sface_loss(rows, weight, y, **options).sum()
+                    loss.backward(retain_graph=True)
+                    loss.backward(torch.tensor(2.0))
+            for _ in range(2):
+                head(x, y).backward()
+                stepped.step()
+        assert len(seen) > 20 and len(shared) > 10
 
     @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
     def test_every_launch_says_that_sums_and_products_fuse(self, dense):

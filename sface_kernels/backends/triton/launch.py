@@ -209,7 +209,7 @@ class Call:
     """One call: its kind, and the arguments of its launches so far."""
 
     def __init__(self, kind: Kind, device: torch.device, **arguments: Any):
-        """`arguments` hold all tensors that are not made here."""
+        """`arguments` hold all tensors that are not made here, and what is a constant of the compiled code."""
         self.kind, self.device, self.arguments = kind, device, arguments
         tensors = [(v.dtype, v.data_ptr() % 16) if isinstance(v, Tensor) else v for v in arguments.values()]
         self.ready = kind.ready.setdefault((device, *tensors), {})

@@ -6,7 +6,7 @@ Which of the two is the caller's to say; nothing waits for a count.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,8 +151,11 @@ def grad_weight(
     else:
         grad_row = grad_row.contiguous()
         largest = torch.linalg.vector_norm(grad_row, math.inf)  # NaN where an element is
-    given = {"x_ptr": x, "w_ptr": w, "target_ptr": target, "grad_row_ptr": grad_row, "largest_ptr": largest}
-    given |= dict(zip(SAVED, saved, strict=True))
+    given: dict[str, Any] = dict(zip(SAVED, saved, strict=True))
+    given |= {"x_ptr": x, "w_ptr": w, "target_ptr": target, "grad_row_ptr": grad_row, "largest_ptr": largest}
+    if dense:
+        given |= {"BACKWARD": True, "OWN_U": own_u, "MEAN": False}
+        given |= {"NEED_GRAD": False, "NEED_GRAD_W": True, "LINKS": False}
     if move is None:
         call = Call(kind, x.device, **given, RULE="")
         # the interpreter cuts off what a cast to bf16 should round
@@ -163,7 +166,7 @@ def grad_weight(
         call.arguments |= move._asdict() | {"s": hp.s * move.sign}
         grad = w
     if dense:
-        _products_again(call, own_u)
+        _products_again(call)
     else:
         block_c, block_d = (kind.own["scatter_classes"][name] for name in ("BLOCK_C", "BLOCK_D"))
         if move is not None:  # whole rows: of a sample without a list a program reads the row that another would move
@@ -176,7 +179,7 @@ def grad_weight(
     return grad.to(w.dtype)
 
 
-def _products_again(call: Call, own_u: bool) -> None:
+def _products_again(call: Call) -> None:
     """∂w by dense products; what else `prepare` writes is not looked at."""
     kind, target = call.kind, call.arguments["target_ptr"]
     call.make("norm_ptr", kind.padded_n)
@@ -186,8 +189,7 @@ def _products_again(call: Call, own_u: bool) -> None:
     call.make("flags_ptr", 2, dtype=torch.int32)
     call.make("head_ptr", 2, dtype=torch.int32)
     call.make("target_ptr", kind.n, dtype=torch.int64)
-    call.arguments |= {"label_ptr": target, "ignore_index": IGNORED, "no_target": NO_TARGET, "LINKS": False}
-    call.arguments |= {"BACKWARD": True, "OWN_U": own_u, "NEED_GRAD": False, "NEED_GRAD_W": True, "MEAN": False}
+    call.arguments |= {"label_ptr": target, "ignore_index": IGNORED, "no_target": NO_TARGET}
     _products(call)
 
 
