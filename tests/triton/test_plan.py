@@ -195,8 +195,25 @@ class TestWatch:
             self.x, self.w, FAST._replace(s=32.0, b=1.2), "sm_90"
         ).dense  # and so is the next step of a schedule
 
+    def test_a_capture_takes_the_counts_that_have_arrived(self, monkeypatch):
+        """They may have after the last call; and what a graph repeats is no try of lists that overflowed."""
+        monkeypatch.setattr(plan, "screens_int8", lambda *_: True)
+        assert self._call(0, arrive=False) == "fp16"
+        self._arrive()
+        self.captured = True
+        assert self._call(0) == "int8" == self._call(0)
+        self.captured = False
+        assert self._call(0, overflowed=3) == "int8"
+        self.captured = True
+        assert {self._call(0) for _ in range(3 * FIRST_PAUSE)} == {"fp16"}
+        self.captured = False
+        while self._call(0, overflowed=3) != "dense":
+            pass
+        self.captured = True
+        assert {self._call(0) for _ in range(3 * FIRST_PAUSE)} == {"dense"}
+
     def test_a_capture_keeps_the_way_and_touches_nothing(self):
-        """What a graph fixes is the way of the step before; no memory is allocated and no copy is sent."""
+        """What a graph fixes is what the steps before it asked for; no memory is allocated and no copy is sent."""
         self._step(5000)
         assert self._step(5000)
         before = self.hosts[0].values

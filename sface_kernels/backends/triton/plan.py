@@ -5,8 +5,8 @@ is, an earlier call's counts say whether lists pay, and whether a screen in int8
 copied to the host without waiting and looked at when they have arrived, some steps later; until then a call goes as the
 one before. Either way gives the same results up to the rounding of dense products. Where that must not vary from run to
 run (`torch.use_deterministic_algorithms`), or nothing is known (a first call, a function that is compiled), calls go by
-lists from a screen in fp16, whose overflow the device handles. A CUDA graph keeps the way that the call before its
-capture took. Imports no Triton.
+lists from a screen in fp16, whose overflow the device handles. A CUDA graph keeps the way that the counts before its
+capture asked for. Imports no Triton.
 """
 
 from __future__ import annotations
@@ -110,7 +110,6 @@ class Watch:
 
     def __init__(self, host: Tensor):
         self.host = host  # [2] int64: active pairs, pairs computed by dense products
-        self.way = Way()  # of the last call
         self.many = False  # whether the last count that arrived was past DENSE_SHARE
         self.few = False  # whether it was up to INT8_ACTIVE
         self.pauses = {False: Pause(), True: Pause()}  # of screens in fp16 and, True, in int8
@@ -119,6 +118,18 @@ class Watch:
 
     def choose(self, may_int8: bool) -> Way:
         """The way of the next call."""
+        self._look()
+        dense = self.pauses[False].lasts(self.under_way) or self.many
+        return Way(dense, not dense and may_int8 and self.few and not self.pauses[True].lasts(self.under_way), self)
+
+    def settle(self, may_int8: bool) -> Way:
+        """The way of a call that is captured in a graph, and so repeated: no try of lists that overflowed."""
+        self._look()
+        dense = self.pauses[False].calls > 0 or self.many
+        return Way(dense, not dense and may_int8 and self.few and self.pauses[True].calls == 0)
+
+    def _look(self) -> None:
+        """At the counts, if they have arrived."""
         if self.under_way:
             active, exact = self.host.tolist()
             if active != NOT_YET and exact != NOT_YET:
@@ -129,10 +140,6 @@ class Watch:
                     self.pauses[True].learn(exact > 0)
                 if not self.sent.dense and not (self.sent.int8 and exact):  # fp16 leaves no more in a list than int8
                     self.pauses[False].learn(exact > 0)
-        dense = self.pauses[False].lasts(self.under_way) or self.many
-        int8 = not dense and may_int8 and self.few and not self.pauses[True].lasts(self.under_way)
-        self.way = Way(dense, int8, self)
-        return self.way
 
     def send(self, counts: Tensor, pairs: int, way: Way) -> None:
         if self.under_way:  # the buffer is still being written
@@ -179,14 +186,14 @@ def way_of(x: Tensor, w: Tensor, hp: HyperParameters, family: str) -> Way:
         return Way()
     # s, k, a and b may follow a schedule: a kind of its own for every value would never see its count arrive
     kind = x.device, x.shape[1], w.shape[0], hp.filter_eps
-    watch = _watches.get(kind)
+    watch, may_int8 = _watches.get(kind), screens_int8(hp, x.shape[1], family)
     if _capturing(x):
-        return Way() if watch is None else watch.way._replace(watch=None)
+        return Way() if watch is None else watch.settle(may_int8)
     if watch is None:
         if len(_watches) == KINDS:
             return Way()
         watch = _watches[kind] = Watch(_host_counts())
-    return watch.choose(screens_int8(hp, x.shape[1], family))
+    return watch.choose(may_int8)
 
 
 def learn(way: Way, counts: Tensor, pairs: int) -> None:
