@@ -32,7 +32,8 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 demo: build
 	$(BIN)/python examples/train_faces.py --head both --out runs/demo
 
-KERNELS := tests/triton/test_triton.py tests/triton/test_int8_screen.py tests/triton/test_head_step.py
+KERNELS := tests/triton/test_triton.py tests/triton/test_ways.py tests/triton/test_int8_screen.py \
+	tests/triton/test_head_step.py
 # The interpreter runs Triton's kernels on the CPU, and must be asked for before they are imported: a process of its own.
 test: build
 	$(BIN)/python -m pytest -n 2

@@ -94,7 +94,8 @@ def session_parts(out: Path) -> list[Part]:
             "suite",
             80,
             "tests",
-            "(triton and cuda or test_triton.py or test_int8_screen.py or test_head_step.py) and not test_triton_gpu",
+            "(triton and cuda or test_triton.py or test_ways.py or test_int8_screen.py or test_head_step.py)"
+            " and not test_triton_gpu",
             "hypothesis",
         ),
         # alone, as compiling may take any time
