@@ -20,6 +20,7 @@ SFACE_TARGET_BEGIN(SFACE_FEATURES)
 namespace sface::avx2 {
 namespace {
 constexpr const char* kName = "avx2";
+constexpr int kStreams = 1;
 constexpr int kLanes = 8;
 constexpr int kStripRows = 6;  // 6 × 2 accumulators, 2 sample vectors, 1 broadcast, 1 product: 16 registers
 constexpr int kPanelVectors = 2;

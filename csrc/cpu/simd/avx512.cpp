@@ -23,6 +23,7 @@ SFACE_TARGET_BEGIN(SFACE_FEATURES)
 namespace sface::avx512 {
 namespace {
 constexpr const char* kName = "avx512_vnni";
+constexpr int kStreams = 1;
 
 #include "avx512_vectors.inl"
 

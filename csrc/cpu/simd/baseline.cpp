@@ -13,6 +13,7 @@
 namespace sface::baseline {
 namespace {
 constexpr const char* kName = "baseline";
+constexpr int kStreams = 1;
 constexpr int kLanes = 4;
 constexpr int kStripRows = 6;
 constexpr int kPanelVectors = 2;

@@ -20,6 +20,7 @@
 // No int8 screen: what kernels.inl asks of one.
 struct Int8 {
   static constexpr decltype(Kernels::pack_int8) pack = nullptr;
+  static constexpr double kWaste = 0;
   static void plan(const Group&, Ahead&) {}
   static void prepare_rows(const float* const*, const float*, const float*, int, int, float*, Ahead&, Workspace&) {}
   static void screen(const Rules&, const Group&, const Block&, Ahead&, RowSums&, Workspace&) {}

@@ -99,9 +99,7 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
   return kDenseStored;
 }
 
-// Of the pairs an int8 screen may leave as candidates without being active, as it is faster still; past that share the
-// next blocks are screened in int16.
-constexpr double kInt8Waste = 0.03;
+// After an int8 screen that left too many candidates without being active the next blocks are screened in int16.
 constexpr int kInt16Blocks = 15;
 // With fewer samples w's way from memory takes longer than either product, and int8 rows take longer to prepare.
 constexpr int kInt8Panels = 2;
@@ -150,7 +148,7 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
   const int64_t begin = task.arena.used;
   const bool listed = rescore_block(rules, group, block, task, work);
   const int64_t wasted = candidates - (task.tally.active - before);
-  if (screening == Screening::kInt8 && wasted > kInt8Waste * block.count * group.count) work.skip_int8 = kInt16Blocks;
+  if (screening == Screening::kInt8 && wasted > Int8::kWaste * block.count * group.count) work.skip_int8 = kInt16Blocks;
   if (listed) return (task.arena.used - begin) / 2;
   task.arena.used = begin;
   return kRecompute;

@@ -19,7 +19,7 @@ SFACE_INLINE void keep_in_register(T& value) {
 template <typename Screen>
 SFACE_INLINE void multiply(const int32_t* w_words, const int32_t* x_words, const I32 start[kPanelVectors], int depth,
                            Ahead& ahead, Products& out) {
-  const char* next = ahead.next;
+  const char* next = ahead.from + ahead.at;
   // A pointer per row would leave no register for the prefetch, and a spilled one costs 8 % of the time: every fourth
   // row has a pointer, and addressing adds the strides of the three after it.
   constexpr int kQuads = (kStripRows + 3) / 4;
@@ -46,7 +46,7 @@ SFACE_INLINE void multiply(const int32_t* w_words, const int32_t* x_words, const
 #pragma GCC unroll 4
     for (int q = 0; q < kQuads; ++q) keep_in_register(++quad[q]);
   }
-  ahead.next = next;
+  ahead.at = next - ahead.from;
 #pragma GCC unroll 16
   for (int r = 0; r < kStripRows; ++r)
     for (int v = 0; v < kPanelVectors; ++v) out.sum[r][v] = sum[r][v];

@@ -2,15 +2,21 @@
 
 constexpr int kPanel = kPanelVectors * kLanes;  // samples in a panel
 
-// The memory of the next block, fetched a little with each step of this one.
+// The memory of the next block, fetched a little with each step of this one, in kStreams places side by
+// side.
 struct Ahead {
-  const char* next;
-  int64_t left;       // bytes
+  static constexpr int64_t kLine = 64;
+  const char* from;
+  int64_t apart;      // bytes between two places
+  int64_t at = 0;     // bytes fetched in each
+  int64_t left;       // bytes that no step is planned for
   int64_t bytes = 0;  // a step
 
   explicit Ahead(const Block& block)
-      : next(reinterpret_cast<const char*>(block.next ? block.next : block.w)),
-        left(block.next ? block.count * block.row_stride * static_cast<int64_t>(sizeof(float)) : 0) {}
+      : from(reinterpret_cast<const char*>(block.next ? block.next : block.w)),
+        left(block.next ? block.count * block.row_stride * static_cast<int64_t>(sizeof(float)) : 0) {
+    apart = left / kStreams;
+  }
 
   // So much of what is left in the next `steps`.
   void plan(int64_t total, int64_t steps) {
@@ -18,8 +24,10 @@ struct Ahead {
     left -= bytes * steps;
   }
   SFACE_INLINE void step() {
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
-    next += bytes;
+    const int64_t end = at + bytes / kStreams;
+    for (int64_t line = (at + kLine - 1) / kLine * kLine; line < end; line += kLine)
+      for (int stream = 0; stream < kStreams; ++stream) __builtin_prefetch(from + stream * apart + line, 0, 2);
+    at = end;
   }
 };
 
