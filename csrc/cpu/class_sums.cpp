@@ -63,7 +63,7 @@ SavedPairs::SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, c
       segments(reinterpret_cast<const Segment*>(segments_.const_data_ptr<int64_t>())),
       inv_norm(data_of<float>("inv_norm", inv_norm_, ScalarType::Float, problem.c)),
       up(problem, grad_row, target_weight, scale),
-      samples(problem, kernels, {.columns = ways.recompute, .fixed_point = false, .int8 = false}),
+      samples(problem, kernels, {.fixed_point = false, .int8 = false}),
       call{problem, kernels, rules, samples},
       columns(ways.dense ? ceil_div(problem.n, kernels.panel_samples) * problem.padded_d * kernels.column_words : 0) {
   if (ways.dense)

@@ -4,6 +4,7 @@
 // classes and a group of samples; it owns its partial sums, which are added in a fixed order afterwards.
 
 #include "ops.h"
+#include "partials.h"
 #include "problem.h"
 
 namespace sface {
@@ -13,45 +14,6 @@ namespace {
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
   return torch::stable::empty(sizes, dtype);
 }
-
-// What each task adds up: per range of classes and sample, in rows of N padded to whole groups.
-struct Partials {
-  int64_t stride, padded_d, samples;
-  std::vector<double> inter, dropped;
-  std::vector<float> hardest;
-  std::vector<int32_t> hardest_class, best, best_class;
-  std::vector<uint8_t> touched;
-  Tensor grad_memory;  // kept from step to step, as its page faults would cost a twentieth of the call
-  float* grad;
-  std::vector<float> class_sum;  // [ranges][padded D]
-  std::vector<Tally> tallies;    // [ranges][groups]
-  bool need_grad;
-
-  Partials(const Problem& problem, bool need_grad_)
-      : stride(problem.groups * kGroupSamples),
-        padded_d(problem.padded_d),
-        samples(problem.n),
-        inter(problem.ranges * stride, 0.0),
-        dropped(problem.ranges * stride, 0.0),
-        hardest(problem.ranges * stride, -2.0f),
-        hardest_class(problem.ranges * stride, -1),
-        best(problem.ranges * stride, INT32_MIN),
-        best_class(problem.ranges * stride, -1),
-        touched(problem.ranges * stride, 0),
-        grad_memory(empty_kept(empty({need_grad_ ? problem.ranges * problem.n * problem.padded_d : 0}))),
-        grad(grad_memory.mutable_data_ptr<float>()),
-        class_sum(problem.ranges * problem.padded_d, 0.0f),
-        tallies(problem.ranges * problem.groups),
-        need_grad(need_grad_) {}
-
-  // Those of one range, from a sample on.
-  RowSums sums(int64_t range, int64_t sample) {
-    const int64_t at = range * stride + sample;
-    float* partial = need_grad ? grad + (range * samples + sample) * padded_d : nullptr;
-    return {&inter[at], &dropped[at],    &hardest[at], &hardest_class[at],
-            &best[at],  &best_class[at], partial,      &touched[at]};
-  }
-};
 
 // The operator's outputs; null where one was not asked for.
 struct Results {
@@ -68,8 +30,12 @@ int64_t arena_before(const Problem& p, int64_t group, int64_t first_class, int64
   return static_cast<int64_t>(static_cast<__int128>(pairs) * words / (p.n * p.c));
 }
 
-void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Workspace& work, const Results& out) {
+// Task range·groups + group.
+void run_task(const Call& call, int64_t task_index, Partials& partials, Workspace& work, const Results& out) {
   const Problem& problem = call.problem;
+  const int64_t range = task_index / problem.groups, g = task_index % problem.groups;
+  // the range that this thread has next, if all threads keep step
+  const int64_t next_range = (task_index + torch::stable::get_num_threads()) / problem.groups;
   const Group& group = call.samples.groups[g];
   const int64_t begin = problem.range_begin(range), end = problem.range_begin(range + 1);
   const int64_t arena_begin = arena_before(problem, g, begin * kBlockClasses, out.arena_words);
@@ -78,6 +44,12 @@ void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Wo
   Task task{.sums = partials.sums(range, group.first),
             .arena = {out.segments != nullptr, out.arena + arena_begin, 0, arena_end - arena_begin},
             .tally = {}};
+  SampleGrads::Part grads{};
+  if (partials.grads) {
+    grads = partials.grads->take(range, g);
+    task.sums.grad = grads.rows;
+    task.sums.touched = grads.touched;
+  }
   std::vector<OwnClass> own;
   std::fill(work.class_sum.begin(), work.class_sum.end(), 0.0f);
   work.skip_screens = work.skip_int8 = 0;  // what a task finds must not depend on the task before
@@ -85,10 +57,12 @@ void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Wo
     Block block = problem.block_of(g, b, own);
     block.w = problem.weight_rows(block.first, block.count, work.converted, &block.row_stride);
     block.sum_rows = first_group;
+    const int64_t next = b + 1 < end ? b + 1 : problem.range_begin(std::min(next_range, problem.ranges));
     // the last block may be shorter than this one, and its prefetch must not run past the weight, nor take what lies
     // between rows far apart
-    const bool whole_next = b + 1 < end && problem.block_rows(b + 1) == block.count && block.row_stride < 2 * problem.d;
-    if (problem.float_weight() && whole_next) block.next = block.w + kBlockClasses * block.row_stride;
+    const bool whole_next =
+        next < problem.blocks && problem.block_rows(next) == block.count && block.row_stride < 2 * problem.d;
+    if (problem.float_weight() && whole_next) block.next = block.w + (next - b) * kBlockClasses * block.row_stride;
     const int64_t used = task.arena.used;
     const int64_t count = call.kernels.forward_block(call.rules, group, block, task, work);
     if (first_group)
@@ -96,7 +70,10 @@ void run_task(const Call& call, int64_t range, int64_t g, Partials& partials, Wo
         out.inv_norm[block.first + r] = work.shortened >> r & 1 ? -work.inv_norm[r] : work.inv_norm[r];
     if (out.segments) out.segments[g * problem.blocks + b] = {arena_begin + used, count};
   }
-  if (task.sums.grad) call.kernels.flush_dense_grad(group, task.sums, work);
+  if (partials.grads) {
+    call.kernels.flush_dense_grad(group, task.sums, work);
+    partials.grads->give(range, g, grads);
+  }
   if (first_group) std::copy_n(work.class_sum.begin(), problem.padded_d, &partials.class_sum[range * problem.padded_d]);
   partials.tallies[range * problem.groups + g] = task.tally;
 }
@@ -141,11 +118,16 @@ class RowFinisher {
     if (!classes_.finite || code == kInvalid) return report_constant(i, kNaN, -p);
 
     float* row_grad = out_.row_grad_x ? out_.row_grad_x + i * d : nullptr;
-    Totals totals = add_partials(i, row_grad != nullptr);
+    Totals totals = add_partials(i);
     const float s = call_.rules.hyper.s;
     // the largest screened product below the threshold may beat what was computed in fp32, up to its rounding
     if (totals.best_class >= 0) totals.take(cosine(x, weight_row(totals.best_class, converted_)), totals.best_class);
     if (row_grad) {
+      if (const float* sum = partials_.grads->finish(i)) {
+        std::copy_n(sum, d, grad_.begin());
+      } else {
+        std::fill(grad_.begin(), grad_.end(), 0.0f);
+      }
       if (code >= 0) call_.kernels.axpy(-p * own.inv_norm, own.w, grad_.data(), d);
       const double norm = call_.samples.norms[i];
       const float scale = static_cast<float>(s / std::max<double>(norm, kNormEps));
@@ -178,10 +160,9 @@ class RowFinisher {
     }
   };
 
-  // The sample's partial sums, range by range in their order; Σ g ŵ of the other classes in grad_.
-  Totals add_partials(int64_t i, bool want_grad) {
+  // The sample's partial sums, range by range in their order.
+  Totals add_partials(int64_t i) {
     Totals totals;
-    std::fill(grad_.begin(), grad_.end(), 0.0f);
     for (int64_t range = 0; range < call_.problem.ranges; ++range) {
       const RowSums sums = partials_.sums(range, i);
       totals.inter += *sums.inter;
@@ -191,8 +172,6 @@ class RowFinisher {
         totals.best = *sums.best;
         totals.best_class = *sums.best_class;
       }
-      if (want_grad && *sums.touched)
-        call_.kernels.axpy(1.0f, sums.grad, grad_.data(), static_cast<int>(call_.problem.d));
     }
     return totals;
   }
@@ -257,7 +236,7 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
   check(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
   const Kernels& kernels = sface::kernels();
   Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d, 0);
-  const Samples samples(problem, kernels, {.columns = true, .fixed_point = rules.screen, .int8 = rules.int8});
+  const Samples samples(problem, kernels, {.fixed_point = rules.screen, .int8 = rules.int8});
   if (!rules.screen && kernels.parts_bytes(problem.padded_d) > 0)
     rules = make_rules(rules.hyper, problem.d, smallest_own(problem, kernels, rules.hyper, samples));
   const Call call{problem, kernels, rules, samples};
@@ -282,13 +261,12 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
       .segments = need_grad_w ? reinterpret_cast<Segment*>(segments.mutable_data_ptr<int64_t>()) : nullptr,
       .arena_words = words};
 
-  Partials partials(problem, need_grad_x);
+  Partials partials(problem, kernels, need_grad_x);
   const int64_t tasks = problem.ranges * problem.groups;
   if (problem.n == 0) std::fill_n(out.inv_norm, problem.c, 0.0f);
   for_each_worker(tasks, [&](auto next_task) {
     Workspace work = make_workspace(problem, kernels);
-    for (int64_t task; (task = next_task()) < tasks;)
-      run_task(call, task / problem.groups, task % problem.groups, partials, work, out);
+    for (int64_t task; (task = next_task()) < tasks;) run_task(call, task, partials, work, out);
   });
 
   const ClassTotals classes(call, partials, out.inv_norm);

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 #include <vector>
@@ -107,8 +108,9 @@ struct Group {
   int first, count;  // samples [first, first + count)
   int panels;        // panels of Kernels::panel_samples samples, the last one padded with zeros
   int d, padded_d;
-  const float* rows;             // [count][padded D] unit rows, fp32
-  const float* columns;          // [panels][padded D][Kernels::column_words] the same for dense blocks
+  const float* rows;  // [count][padded D] unit rows, fp32
+  float* columns;     // [panels][padded D][Kernels::column_words] the same, once a block was dense
+  std::once_flag* columns_made;
   const int32_t* fixed_point;    // [panels][padded D / 2][panel] for the screen: two int16 features in a word
   Int8Samples int8;              // for the int8 screen; null where there is none
   float int8_worst_error;        // the largest of int8.error
@@ -132,7 +134,7 @@ struct Block {
   int count;       // rows
   const float* w;  // [count] with row_stride
   int64_t row_stride;
-  const float* next;    // the first row of the block after, to prefetch; null at the end
+  const float* next;    // the first of as many rows that are likely read next, to prefetch, or null
   const OwnClass* own;  // samples of this group with their class in this block
   int own_count;
   bool sum_rows;  // whether its unit rows are to be added to Workspace::class_sum
@@ -221,8 +223,6 @@ struct Kernels {
   // Unit rows of a panel: fills the layouts of Group, `fixed_point` only where it is not null. `rows` holds x on entry,
   // x̂ on return.
   void (*pack_panel)(float* rows, int count, int d, int padded_d, int32_t* fixed_point, double* norms);
-  // Group::columns of a panel, from its unit rows.
-  void (*pack_columns)(const float* rows, int count, int d, int padded_d, float* columns);
 
   // The same for the int8 screen, from unit rows; null where the instruction set has none that is faster than int16.
   void (*pack_int8)(const float* rows, int count, int d, int padded_d, const Int8Samples& out);

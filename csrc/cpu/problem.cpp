@@ -132,11 +132,15 @@ Block Problem::block_of(int64_t group, int64_t block, std::vector<OwnClass>& own
 }
 
 Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts)
-    : padded_d(problem.padded_d), rows(problem.n * padded_d), norms(problem.n), groups(problem.groups) {
+    : padded_d(problem.padded_d),
+      rows(problem.n * padded_d),
+      norms(problem.n),
+      columns_made(problem.groups),
+      groups(problem.groups) {
   const int64_t panel = kernels.panel_samples, d = problem.d;
   const int64_t group_panels = kGroupSamples / panel, panels = group_panels * problem.groups;
   const int64_t panel_columns = padded_d * kernels.column_words;
-  columns = Uninitialised<float>(layouts.columns ? panels * panel_columns : 0);
+  columns = Uninitialised<float>(panels * panel_columns);
   fixed_point = Uninitialised<int32_t>(layouts.fixed_point ? panels * panel * (padded_d / 2) : 0);
   const bool int8 = layouts.int8 && kernels.pack_int8 != nullptr;
   const int64_t int8_words_each = int8 ? ceil_div(d, kInt8Pad) * kInt8Pad / 4 : 0, int8_each = int8 ? 1 : 0;
@@ -159,7 +163,8 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
         .d = static_cast<int>(d),
         .padded_d = static_cast<int>(padded_d),
         .rows = row(first),
-        .columns = layouts.columns ? columns.data.get() + first_panel * panel_columns : nullptr,
+        .columns = columns.data.get() + first_panel * panel_columns,
+        .columns_made = &columns_made[g],
         .fixed_point = layouts.fixed_point ? fixed_point.data.get() + first_panel * panel * (padded_d / 2) : nullptr,
         .int8 = int8_samples(first_panel),
         .int8_worst_error = 0,
@@ -179,9 +184,6 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
       kernels.pack_panel(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
                          layouts.fixed_point ? fixed_point.data.get() + p * panel * (padded_d / 2) : nullptr,
                          &norms[first]);
-      if (layouts.columns)
-        kernels.pack_columns(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
-                             columns.data.get() + p * panel_columns);
       if (int8)
         kernels.pack_int8(row(first), static_cast<int>(count), static_cast<int>(d), static_cast<int>(padded_d),
                           int8_samples(p));

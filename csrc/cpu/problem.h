@@ -84,13 +84,14 @@ struct Samples {
   Uninitialised<int32_t> fixed_point;             // [panels][padded D / 2][panel]
   Uninitialised<int32_t> int8_words, int8_start;  // as in Int8Samples
   Uninitialised<float> int8_scale, int8_error;
-  std::vector<uint32_t> participates;  // [panels], as in Group
-  std::vector<double> norms;           // [N], not finite where the row is not; may exceed the largest float
+  std::vector<uint32_t> participates;        // [panels], as in Group
+  std::vector<double> norms;                 // [N], not finite where the row is not; may exceed the largest float
+  std::vector<std::once_flag> columns_made;  // [groups]
   std::vector<Group> groups;
 
   // Which layouts beside the rows; unit rows alone are cheap.
   struct Layouts {
-    bool columns, fixed_point, int8;
+    bool fixed_point, int8;
   };
   Samples(const Problem& problem, const Kernels& kernels, Layouts layouts);
   float* row(int64_t sample) const { return rows.data.get() + sample * padded_d; }

@@ -83,6 +83,7 @@ inline int64_t count_candidates(const Group& group, const Block& block, const Wo
 inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, Task& task, Ahead& ahead,
                            Workspace& work) {
   Arena& arena = task.arena;
+  make_columns(group);
   if (task.sums.grad) {
     cosine_tile<true>(rules, group, block, work, &ahead);
   } else {
@@ -161,7 +162,6 @@ const Kernels kTable = {
     .column_words = kColumnWords,
     .parts_bytes = parts_bytes,
     .pack_panel = pack_panel,
-    .pack_columns = pack_columns,
     .pack_int8 = Int8::pack,
     .forward_block = forward_block,
     .flush_dense_grad = flush_dense_grad,
