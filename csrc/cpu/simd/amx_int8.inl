@@ -46,7 +46,7 @@ class Int8Screen : public Int8Sums {
       _tile_dpbusd(1, 6, 7);
       _tile_loadd(6, w + next_tile, depth_);
       _tile_dpbusd(3, 6, 7);
-      for (int step = 0; step < kSteps; ++step) ahead.step();
+      ahead.step(kSteps);
       _tile_loadd(7, x, kStride);
       _tile_dpbusd(2, 6, 7);
       _tile_loadd(6, w + 2 * next_tile, depth_);

@@ -17,6 +17,9 @@ SFACE_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
 SFACE_INLINE F32 square_root(F32 v) { return F32(_mm512_sqrt_ps(__m512(v))); }
 SFACE_INLINE F32 larger(F32 a, F32 b) { return F32(_mm512_max_ps(__m512(a), __m512(b))); }
 SFACE_INLINE F32 smaller(F32 a, F32 b) { return F32(_mm512_min_ps(__m512(a), __m512(b))); }
+// Halves on halves, in the same order on every instruction set.
+SFACE_INLINE float sum_lanes(F32 v) { return _mm512_reduce_add_ps(__m512(v)); }
+SFACE_INLINE float largest_lane(F32 v) { return _mm512_reduce_max_ps(__m512(v)); }
 // The first `count` lanes, the others 0 and not read.
 SFACE_INLINE F32 load_first(const float* p, int count) {
   if (count >= kLanes) return F32(_mm512_loadu_ps(p));

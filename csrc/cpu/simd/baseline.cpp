@@ -27,6 +27,12 @@ SFACE_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 SFACE_INLINE I32 select(I32 mask, I32 yes, I32 no) { return mask ? yes : no; }
 SFACE_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 SFACE_INLINE F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
+// Halves on halves, in the same order on every instruction set.
+SFACE_INLINE float sum_lanes(F32 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+SFACE_INLINE float largest_lane(F32 v) {
+  const float even = v[0] > v[2] ? v[0] : v[2], odd = v[1] > v[3] ? v[1] : v[3];
+  return even > odd ? even : odd;
+}
 
 #if defined(__SSE2__)
 SFACE_INLINE I32 dot_int16(I32 acc, I32 x, I32 w) { return acc + I32(_mm_madd_epi16(__m128i(x), __m128i(w))); }

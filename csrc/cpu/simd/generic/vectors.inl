@@ -23,8 +23,8 @@ struct Ahead {
     bytes = total / steps;
     left -= bytes * steps;
   }
-  SFACE_INLINE void step() {
-    const int64_t end = at + bytes / kStreams;
+  SFACE_INLINE void step(int steps = 1) {
+    const int64_t end = at + bytes * steps / kStreams;
     for (int64_t line = (at + kLine - 1) / kLine * kLine; line < end; line += kLine)
       for (int stream = 0; stream < kStreams; ++stream) __builtin_prefetch(from + stream * apart + line, 0, 2);
     at = end;
@@ -35,19 +35,6 @@ SFACE_INLINE F32 load(const float* p) { return *reinterpret_cast<const F32*>(p);
 SFACE_INLINE void store(float* p, F32 v) { *reinterpret_cast<F32*>(p) = v; }
 SFACE_INLINE I32 load_int(const int32_t* p) { return *reinterpret_cast<const I32*>(p); }
 SFACE_INLINE void store_int(int32_t* p, I32 v) { *reinterpret_cast<I32*>(p) = v; }
-SFACE_INLINE float sum_lanes(F32 v) {
-  float part[kLanes];
-  store(part, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)  // halves: a chain of kLanes additions takes longer than a row
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
-  return part[0];
-}
-
-inline float largest_lane(F32 v) {
-  float largest = v[0];
-  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
-}
 
 float dot(const float* x, const float* y, int d) {
   F32 sum[4] = {};
