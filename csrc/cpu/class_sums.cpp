@@ -87,16 +87,34 @@ void BlockSums::add_segment(int64_t g, int64_t b) {
   } else {
     add_pairs(group, block, saved_.words + segment.begin, segment.count);
   }
+  Run run;
   for (const OwnClass& own : own_)
-    add(block, own.row, group.first + own.sample, saved_.up.own[group.first + own.sample]);
+    add(block, own.row, group.first + own.sample, saved_.up.own[group.first + own.sample], run);
+  add(block, run);
 }
 
-void BlockSums::add(const Block& block, int row, int64_t sample, float scale) {
-  if (!rows_.row(row)) saved_.problem.fetch_row(block.first + row);  // that row_gradient reads soon
-  saved_.kernels.axpy(scale, saved_.samples.row(sample), rows_.touch(row), static_cast<int>(saved_.problem.padded_d));
+void BlockSums::add(const Block& block, int row, int64_t sample, float scale, Run& run) {
+  if (row != run.row || run.count == Run::kMost) add(block, run);
+  run.row = row;
+  run.scale[run.count] = scale;
+  run.x[run.count++] = saved_.samples.row(sample);
+}
+
+void BlockSums::add(const Block& block, Run& run) {
+  if (run.count == 0) return;
+  if (!rows_.row(run.row)) saved_.problem.fetch_row(block.first + run.row);  // that row_gradient reads soon
+  float* const sum = rows_.touch(run.row);
+  const int d = static_cast<int>(saved_.problem.padded_d);
+  if (run.count == Run::kMost) {
+    saved_.kernels.axpy4(run.scale, run.x, sum, d);
+  } else {
+    for (int i = 0; i < run.count; ++i) saved_.kernels.axpy(run.scale[i], run.x[i], sum, d);
+  }
+  run.count = 0;
 }
 
 void BlockSums::add_pairs(const Group& group, const Block& block, const int32_t* words, int64_t count) {
+  Run run;
   for (int64_t e = 0; e < count; ++e) {
     const int row = words[2 * e] >> 16, in_group = words[2 * e] & 0xffff;
     check(row >= 0 && row < block.count && in_group < group.count, "arena: expected a pair of ", block.count,
@@ -104,8 +122,9 @@ void BlockSums::add_pairs(const Group& group, const Block& block, const int32_t*
     const int64_t sample = group.first + in_group;
     float weight;
     std::memcpy(&weight, words + 2 * e + 1, sizeof(weight));
-    add(block, row, sample, saved_.up.u[sample] * weight);
+    add(block, row, sample, saved_.up.u[sample] * weight, run);
   }
+  add(block, run);
 }
 
 void BlockSums::add_tile(const Group& group, Block& block, const void* tile, int64_t stride) {

@@ -81,7 +81,15 @@ class BlockSums {
 
  private:
   void add_segment(int64_t g, int64_t b);
-  void add(const Block& block, int row, int64_t sample, float scale);
+  // Pairs of one row, to be added together.
+  struct Run {
+    static constexpr int kMost = 4;
+    int row = 0, count = 0;
+    float scale[kMost];
+    const float* x[kMost];
+  };
+  void add(const Block& block, Run& run);
+  void add(const Block& block, int row, int64_t sample, float scale, Run& run);
   void add_pairs(const Group& group, const Block& block, const int32_t* words, int64_t count);
   void add_tile(const Group& group, Block& block, const void* tile, int64_t stride);
   void recompute(const Group& group, Block& block);

@@ -245,6 +245,8 @@ struct Kernels {
 
   float (*dot)(const float*, const float*, int d);
   void (*axpy)(float scale, const float* x, float* y, int d);  // y += scale·x
+  // Four of them in turn, y read and written once.
+  void (*axpy4)(const float scale[4], const float* const x[4], float* y, int d);
   // out = scale·raw + along·w, the tangent of (8)
   void (*combine)(float scale, const float* raw, float along, const float* w, float* out, int d);
   void (*zero)(float* out, int d);  // like combine, past the caches where that is possible

@@ -170,6 +170,7 @@ const Kernels kTable = {
     .pack_features = pack_features,
     .dot = dot,
     .axpy = axpy,
+    .axpy4 = axpy4,
     .combine = combine,
     .zero = zero,
     .finish_stores = finish_stores,

@@ -70,6 +70,17 @@ void axpy(float scale, const float* x, float* y, int d) {
   for (; k < d; ++k) y[k] += scale * x[k];
 }
 
+void axpy4(const float scale[4], const float* const x[4], float* y, int d) {
+  int k = 0;
+  for (; k + kLanes <= d; k += kLanes) {
+    F32 sum = load(y + k);
+    for (int i = 0; i < 4; ++i) sum += scale[i] * load(x[i] + k);
+    store(y + k, sum);
+  }
+  for (; k < d; ++k)
+    for (int i = 0; i < 4; ++i) y[k] += scale[i] * x[i][k];
+}
+
 void combine(float scale, const float* raw, float along, const float* w, float* out, int d) {
   int k = 0;
   if (can_stream(out))
