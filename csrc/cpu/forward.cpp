@@ -1,7 +1,7 @@
 // The forward on a CPU: row losses, statistics, ∂l_i/∂x_i, and what the backward needs for ∂w.
 //
 // Never materialises N×C; reads w from memory once, and again only the rows of the targets. A task is a range of
-// classes and a group of samples; it owns its partial sums, which are added in a fixed order afterwards.
+// classes and a group of samples; it owns its partial sums, which are added in a fixed order.
 
 #include "ops.h"
 #include "partials.h"
