@@ -11,7 +11,7 @@ from sface_kernels.types import NO_TARGET
 from tests.support.checks import assert_same_for_threads
 from tests.support.problems import random_problem
 
-N, D = 40, 512  # more than a panel of 32 samples and at least 256 features, which the int8 screen asks for
+N, D = 40, 512  # more than a panel of 32 samples; at least 256 features, which the int8 screen asks for
 BLOCK = 48  # classes
 
 

@@ -133,7 +133,7 @@ def test_active_rows_that_round_the_worst_way(case32, d, eps, levels, side):
     beyond a whole number of `levels`, on the side of the first. The screened cosine is short by the norm of their rounding
     error: the whole of the Cauchy-Schwarz bound.
     """
-    n = 4 if case32.emulated else 40  # the native int8 screen takes more than a panel of 32 samples
+    n = 4 if case32.emulated else 40  # more than a panel of 32 samples
     g = torch.Generator().manual_seed(d)
     sign = (torch.randint(0, 2, (d,), generator=g) * 2 - 1).double()
     threshold = threshold_cosine(80.0, 1.23, eps) + 3e-4  # clear of what fp32 may decide either way

@@ -102,8 +102,6 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
 
 // After an int8 screen that left too many candidates without being active the next blocks are screened in int16.
 constexpr int kInt16Blocks = 15;
-// With fewer samples w's way from memory takes longer than either product, and int8 rows take longer to prepare.
-constexpr int kInt8Panels = 2;
 
 inline Screening screening_of(const Rules& rules, const Group& group, Workspace& work) {
   if (!rules.screen) return Screening::kNone;
@@ -111,7 +109,7 @@ inline Screening screening_of(const Rules& rules, const Group& group, Workspace&
     --work.skip_screens;
     return Screening::kNone;
   }
-  if (group.int8.words == nullptr || group.panels < kInt8Panels) return Screening::kInt16;
+  if (group.int8.words == nullptr) return Screening::kInt16;
   if (work.skip_int8 > 0) {
     --work.skip_int8;
     return Screening::kInt16;
