@@ -19,7 +19,7 @@ SFACE_INLINE void keep_in_register(T& value) {
 template <typename Screen>
 SFACE_INLINE void multiply(const int32_t* w_words, const int32_t* x_words, const I32 start[kPanelVectors], int depth,
                            Ahead& ahead, Products& out) {
-  const char* next = ahead.from + ahead.at;
+  const char* next = ahead.from + ahead.at;  // one place: nothing was fetched before, or kStreams is 1
   // A pointer per row would leave no register for the prefetch, and a spilled one costs 8 % of the time: every fourth
   // row has a pointer, and addressing adds the strides of the three after it.
   constexpr int kQuads = (kStripRows + 3) / 4;

@@ -2,8 +2,7 @@
 
 constexpr int kPanel = kPanelVectors * kLanes;  // samples in a panel
 
-// The memory of the next block, fetched a little with each step of this one, in kStreams places side by
-// side.
+// The memory of the next block, fetched a little with each step of this one, in kStreams places side by side.
 struct Ahead {
   static constexpr int64_t kLine = 64;
   const char* from;
