@@ -224,6 +224,9 @@ struct Kernels {
   // x̂ on return.
   void (*pack_panel)(float* rows, int count, int d, int padded_d, int32_t* fixed_point, double* norms);
 
+  // Group::columns of a panel, from its unit rows.
+  void (*pack_columns)(const float* rows, int count, int d, int padded_d, float* columns);
+
   // The same for the int8 screen, from unit rows; null where the instruction set has none that is faster than int16.
   void (*pack_int8)(const float* rows, int count, int d, int padded_d, const Int8Samples& out);
 
@@ -257,6 +260,10 @@ struct Kernels {
   void (*sgd)(const SgdRule&, const StepGradient&, float* w, float* buffer, int d);
   void (*adamw)(const AdamWRule&, const StepGradient&, float* w, float* mean, float* square, int d);
 };
+
+// Makes Group::columns unless that is done: dense blocks ask before they read them. Not compiled for an instruction
+// set, as the standard library has part in it.
+void make_columns(const Group& group);
 
 // Of the instruction sets this build holds, those that this CPU runs, best first.
 std::vector<const Kernels*> usable_kernels();

@@ -196,6 +196,18 @@ Samples::Samples(const Problem& problem, const Kernels& kernels, Layouts layouts
       group.int8_worst_error = *std::max_element(group.int8.error, group.int8.error + group.count);
 }
 
+void make_columns(const Group& group) {
+  std::call_once(*group.columns_made, [&] {
+    const Kernels& kernels = sface::kernels();
+    const int panel = kernels.panel_samples;
+    for (int first = 0; first < group.count; first += panel) {
+      const int64_t at = static_cast<int64_t>(first) * group.padded_d;
+      kernels.pack_columns(group.rows + at, std::min(panel, group.count - first), group.d, group.padded_d,
+                           group.columns + at / panel * kernels.column_words);
+    }
+  });
+}
+
 Rules make_rules(const Hyper& hyper, int64_t d, float smallest_own) {
   Rules rules{};
   rules.hyper = hyper;

@@ -1,18 +1,6 @@
 // Blocks of classes dense in active pairs: every pair by matrix products, its coefficient in a tile that stays in
 // cache. Included per instruction set, after the products.
 
-// What cosine_tile reads of the samples, by the first dense block of all.
-inline void make_columns(const Group& group) {
-  std::call_once(*group.columns_made, [&] {
-    for (int panel = 0; panel < group.panels; ++panel) {
-      const int64_t at = static_cast<int64_t>(panel) * group.padded_d;
-      const int first = panel * kPanel, left = group.count - first;
-      pack_columns(group.rows + at * kPanel, left < kPanel ? left : kPanel, group.d, group.padded_d,
-                   group.columns + at * kColumnWords);
-    }
-  });
-}
-
 // Cosines in the tile become sigmoids where the entry is kept and 0 elsewhere; sums, where wanted, on the way.
 // Lanes that do not take part and own classes become 0 and count nowhere.
 template <bool kSums>

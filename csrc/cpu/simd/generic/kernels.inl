@@ -160,6 +160,7 @@ const Kernels kTable = {
     .column_words = kColumnWords,
     .parts_bytes = parts_bytes,
     .pack_panel = pack_panel,
+    .pack_columns = pack_columns,
     .pack_int8 = Int8::pack,
     .forward_block = forward_block,
     .flush_dense_grad = flush_dense_grad,
