@@ -25,7 +25,7 @@ from torch import Tensor
 from ..testing.failure import failure_text, out_of_memory
 from ..testing.workloads import Case, Shape, make_workload
 from .providers import Provider, build
-from .timing import TimedLoss, run_once
+from .timing import TimedLoss, run_once, settle
 
 SECONDS = 600  # that one process may take
 # a server that has loaded PyTorch and run nothing forks in no time
@@ -94,9 +94,8 @@ def resident_peak(step: Callable[[], object], *leaves: Tensor) -> int:
 
 def cuda_peak(timed: TimedLoss) -> dict[str, Any]:
     """The same on a GPU, in this process: PyTorch's allocator counts exactly."""
-    run_once(timed)
+    settle(timed)
     timed.rest()
-    torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

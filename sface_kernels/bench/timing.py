@@ -176,10 +176,19 @@ def run_once(timed: TimedLoss, clock: Clock = wall_clock) -> float:
     return clock(timed.run)
 
 
+def settle(timed: TimedLoss) -> None:
+    """Runs until what is measured next is what a training does: a call on a GPU may go another way once the counts of
+    the first have arrived, and the first call of each way is compiled and verified."""
+    for _ in range(3):
+        run_once(timed)
+        if timed.cuda:
+            torch.cuda.synchronize()
+
+
 def kernel_times(timed: TimedLoss, runs: int = 5) -> dict[str, float]:
     """Milliseconds of one run by kernel on a GPU, by operation on a CPU, by torch.profiler: the MOST_KERNELS longest,
     by the beginnings of their names, which templates make long."""
-    run_once(timed)
+    settle(timed)
     with profile(activities=[ProfilerActivity.CUDA if timed.cuda else ProfilerActivity.CPU]) as trace:
         for _ in range(runs):
             run_once(timed)
