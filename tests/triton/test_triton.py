@@ -72,6 +72,22 @@ def test_chunks(poisoned, monkeypatch, filter_eps):
     assert int(result.stats.active_pairs) == int(whole.stats.active_pairs)
 
 
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@pytest.mark.parametrize("geometry", ["random", "trained", "collapsed"])
+def test_candidates_in_parts(poisoned, monkeypatch, geometry, dtype):
+    """As with many classes: more parts than turns for most samples, several turns a part for others and without lists."""
+    problem = GEOMETRIES[geometry](21, 300, 24).to(DEVICE, dtype, f32)
+    problem.labels[4] = -100
+    given = problem.x, problem.w, problem.labels, HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, FAST), True, True
+    whole = backend.forward(*given, ignore_index=-100)
+    monkeypatch.setattr(tiles, "CLASSES_OF_PARTS", 1)
+    monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 16)
+    forget_kinds()
+    Judge(problem, filter_eps=FAST).check(run(CASE, problem, filter_eps=FAST), "triton")
+    parts = backend.forward(*given, ignore_index=-100)
+    assert torch.equal(parts.hardest_class, whole.hardest_class) and torch.equal(parts.counts, whole.counts)
+
+
 @pytest.mark.parametrize("filter_eps", [FAST, 0.0])
 def test_a_hub_class(poisoned, filter_eps):
     """Every sample has the same class: one list of links, one row of ∂w from all of them."""

@@ -23,8 +23,10 @@ MOST_CAPACITY = 1 << 17  # a tag has room for the rank in a list of GRANULE time
 MOST_PARTS = 256  # that finish_samples looks through at once without more registers
 PARTIAL_BYTES = 8 << 20  # of partial sums of ∂x
 CHUNK_BYTES = 32 << 20  # of unit rows of a chunk of classes: it stays in the L2 cache
-# of unit rows and coefficients in a dense call, which has no lists: fewer launches, and most of it stays there too
-DENSE_CHUNK_BYTES = 48 << 20
+# Of unit rows and coefficients in a dense call, which has no lists, at most: on an H200 fewer launches gain more than
+# what leaves the L2 cache costs.
+DENSE_CHUNK_BYTES = 96 << 20
+BOUND_BYTES = 63 << 20  # of the 64 MiB + 16·C + 16·N·D that a call may take, less what is small
 
 
 class Saved(NamedTuple):

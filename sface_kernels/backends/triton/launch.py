@@ -21,6 +21,7 @@ from . import buffers, tiles
 from .buffers import cdiv, padded
 from .device import gpu_of, pretence
 from .kernels.prepare import prepare
+from .kernels.rescore import MOST_LIST_PARTS, PART_PLANES
 from .kernels.screen import LANES
 from .plan import threshold_of
 from .tiles import GRANULE
@@ -91,15 +92,17 @@ class Kind:
         self.block_d = block_d = max(16, next_power_of_2(self.padded_d))  # a whole row
         self.row_block = max(1, tiles.ROW_ELEMENTS // block_d)  # rows that a program of `prepare` takes
         self.lists = self.stripes, self.capacity = buffers.lists(self.n, self.c, self.d, multiprocessors)
+        self.list_parts = 1
         self.ready: dict[Variant, dict[str, Ready]] = {}  # by a kernel's name
         own = self._dense(multiprocessors) if dense else self._by_lists(block_d)
-        entries = tiles.rows_at_once(min(tiles.FINISH_ENTRIES, self.row_block), family)
         own["prepare"] = {"BLOCK": self.row_block, "num_warps": tiles.ROW_WARPS}
+        entries = tiles.RESCORE_ELEMENTS // block_d if self.list_parts > 1 else self.row_block
         own["finish_samples"] = {
-            "BLOCK_E": entries,
+            "BLOCK_E": tiles.rows_at_once(max(1, min(tiles.FINISH_ENTRIES, entries)), family),
             "BLOCK_PARTS": block_parts(self.stripes),
             "num_warps": tiles.ROW_WARPS,
         }
+        own["rescore"] = {**own["finish_samples"], "num_warps": max(1, min(8, block_d // tiles.RESCORE_FEATURES))}
         self.own = own  # arguments of one kernel, by its name, and the compiler's options for it
         self.options = {
             kernel: {**COMPILE_OPTIONS, **{name: values[name] for name in OPTIONS if name in values}}
@@ -115,6 +118,8 @@ class Kind:
             "stripes": self.stripes,
             "capacity": self.capacity,
             "slots": self.padded_n * self.lists[0] * self.capacity,
+            "list_parts": self.list_parts,
+            "IN_PARTS": self.list_parts > 1,
             "threshold": threshold_of(hp, self.d, int8) or 0.0,
             "BLOCK_D": block_d,
             "PADDED_D": self.padded_d,
@@ -141,6 +146,13 @@ class Kind:
         return {} if limit is None else {"maxnreg": limit}
 
     def _by_lists(self, block_d: int) -> dict[str, dict[str, int]]:
+        granules = max(1, buffers.CHUNK_BYTES // (self.padded_d * self.unit_dtype.itemsize * GRANULE))
+        self.chunk = self._whole_rounds(granules // self.stripes)
+        # into how many parts each sample's candidates are cut, whose sums are kept where a chunk's unit rows have been
+        a_part = 4 * (self.n * self.d + PART_PLANES.value * self.padded_n)
+        room = self.chunk * self.padded_d * self.unit_dtype.itemsize // a_part
+        if self.c >= tiles.CLASSES_OF_PARTS and room > 1:
+            self.list_parts = min(room, MOST_LIST_PARTS.value)
         screen = self._product("screen", ROWS=self.row_block)
         screen["RUN"] = min(tiles.RUN[self.family], screen["BLOCK_C"] // LANES.value)
         if self.padded_d > tiles.DEEP_FEATURES:
@@ -151,8 +163,6 @@ class Kind:
             "BLOCK_D": features,
             "num_warps": tiles.SCATTER_WARPS,
         }
-        if self.d % 16 == 0:  # else a thread loads single numbers, and would spill
-            scatter |= self._limit("scatter_classes", tiles.SCATTER_WARPS)
         regroup = {"BLOCK_N": screen["BLOCK_N"], "row_blocks": screen["row_blocks"], "num_warps": tiles.ROW_WARPS}
         return {"screen": screen, "regroup": regroup, "scatter_classes": scatter}
 
@@ -161,26 +171,30 @@ class Kind:
         rows, classes = self._product("row_gradient"), self._product("class_gradient")
         rows |= {"COLUMNS": weighed["BLOCK_C"], "BLOCK_K": min(rows["BLOCK_K"], weighed["BLOCK_C"])}
         classes |= {"ROWS": weighed["BLOCK_N"], "BLOCK_K": min(classes["BLOCK_K"], weighed["BLOCK_N"])}
-        granules = cdiv(self.c, GRANULE)
-        programs = multiprocessors * tiles.programs("coefficients", self.family, self.operands)
-        self.stripes = buffers.shares(weighed["row_blocks"], min(granules, self._granules()), programs)
         outputs = rows["row_blocks"] * cdiv(self.d, rows["BLOCK_C"])
         in_memory = buffers.PARTIAL_BYTES // (4 * self.padded_n * self.d)
-        rows["splits"] = buffers.shares(outputs, min(max(2, in_memory), granules), multiprocessors)
+        rows["splits"] = buffers.shares(outputs, min(max(2, in_memory), cdiv(self.c, GRANULE)), multiprocessors)
+        granules = self._dense_granules(rows["splits"])
+        programs = multiprocessors * tiles.programs("coefficients", self.family, self.operands)
+        self.stripes = buffers.shares(weighed["row_blocks"], min(granules, cdiv(self.c, GRANULE)), programs)
+        # as many rounds as leave the fewest multiprocessors idle under the last programs of class_gradient
+        a_round = self.stripes * GRANULE // classes["BLOCK_C"] * cdiv(self.d, classes["BLOCK_N"])
+        at_once = multiprocessors * tiles.programs("class_gradient", self.family, self.operands)
+        rounds = range(max(1, granules // self.stripes), 0, -1)
+        self.chunk = self._whole_rounds(min(rounds, key=lambda r: cdiv(r * a_round, at_once) / r))
         return {"coefficients": weighed, "row_gradient": rows, "class_gradient": classes}
 
-    def _granules(self) -> int:
-        """How many granules of classes a chunk may have."""
-        row, most = self.padded_d, buffers.CHUNK_BYTES
-        if self.dense:
-            operands = 2 if self.made else 1  # of coefficients: for ∂x, for ∂w
-            row, most = (self.padded_d + operands * self.padded_n) * self.parts, buffers.DENSE_CHUNK_BYTES
-        return max(1, most // (row * self.unit_dtype.itemsize * GRANULE))
+    def _dense_granules(self, splits: int) -> int:
+        """How many granules of classes a chunk may have with its coefficients: what the bound on memory leaves."""
+        operands = 2 if self.made else 1  # of coefficients: for ∂x, for ∂w
+        a_class = 2 * self.parts * (self.padded_d + operands * self.padded_n) + self.padded_n // 4  # with exponents
+        samples = self.padded_n * ((4 * splits + 2 * self.parts) * self.padded_d + 128)  # parts of ∂x and unit rows
+        left = buffers.BOUND_BYTES + 8 * self.c + 12 * self.n * self.d - samples
+        return max(1, min(left, buffers.DENSE_CHUNK_BYTES) // (a_class * GRANULE))
 
-    def chunk(self, stripes: int) -> int:
-        """Classes in a chunk: whole rounds of `stripes` granules."""
-        rounds = max(1, self._granules() // stripes)
-        return min(rounds * stripes, cdiv(self.c, GRANULE)) * GRANULE
+    def _whole_rounds(self, rounds: int) -> int:
+        """Classes in a chunk of so many, at least one, granules for each stripe."""
+        return min(max(1, rounds) * self.stripes, cdiv(self.c, GRANULE)) * GRANULE
 
 
 _kind = functools.lru_cache(maxsize=KINDS)(Kind)
@@ -238,12 +252,12 @@ class Call:
             differ = [(place, argument) for place, argument in enumerate(taken) if argument in given]
             self.ready[name] = Ready(compiled, list(taken.values()), differ)
 
-    def unit_rows(self, stripes: int, own: dict[str, int]) -> int:
+    def unit_rows(self, own: dict[str, int]) -> int:
         """Room for those of all samples and of a chunk of classes, whose size it returns, in whole blocks.
 
         `own` is of the kernel that multiplies the two, and takes them by descriptors where the GPU has such loads.
         """
-        kind, chunk = self.kind, self.kind.chunk(stripes)
+        kind, chunk = self.kind, self.kind.chunk
         self.arguments["padded_chunk"] = chunk
         for name, rows, block in (("x", kind.padded_n, own["BLOCK_N"]), ("w", chunk, own["BLOCK_C"])):
             blocks = cdiv(rows, kind.row_block)

@@ -19,6 +19,7 @@ from .kernels.coefficients import coefficients
 from .kernels.dense import class_gradient, row_gradient, scale
 from .kernels.finish import finish_samples
 from .kernels.regroup import regroup
+from .kernels.rescore import rescore
 from .kernels.scatter import scatter_classes
 from .kernels.screen import screen
 from .launch import SUM_PLANES, Call, kind_of, launched_alone
@@ -78,18 +79,22 @@ def forward(
 def _screen(call: Call) -> None:
     """Every class past every sample: the sums and the lists."""
     own, stripes = call.kind.own["screen"], call.kind.stripes
-    call.unit_rows(stripes, own)
+    call.unit_rows(own)
     for classes in call.chunks():
         call.launch(screen, own["row_blocks"] * stripes, tiles=cdiv(classes, own["BLOCK_C"]))
     call.make("begin_ptr", stripes, call.kind.padded_n, dtype=torch.int32)
     call.launch(regroup, own["row_blocks"] * stripes)
+    if (parts := call.kind.list_parts) > 1:
+        # the chunk's unit rows are no longer needed
+        call.arguments["part_ptr"] = call.arguments["unit_w_ptr"].view(-1).view(torch.float32)
+        call.launch(rescore, call.kind.n, parts)
 
 
 def _products(call: Call) -> None:
     """The sums over all classes, ∂x in parts and ∂w, as far as they are asked for."""
     kind, need_x, need_w = call.kind, call.arguments["NEED_GRAD"], call.arguments["NEED_GRAD_W"]
     own, rows_of, classes_of = (kind.own[name] for name in ("coefficients", "row_gradient", "class_gradient"))
-    chunk = call.unit_rows(kind.stripes, own)
+    chunk = call.unit_rows(own)
     if need_x:
         call.make("row_coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
         call.make("grad_ptr", rows_of["splits"], kind.padded_n, kind.d)

@@ -34,10 +34,16 @@ class Tile(NamedTuple):
 # faster than twice as many, by a twentieth in prepare and a fifth in finish_samples.
 ROW_ELEMENTS = 4096
 ROW_WARPS = 4
-FINISH_ENTRIES = 16  # list entries that finish_samples takes at once
+FINISH_ENTRIES = 16  # candidates of a sample that finish_samples takes at once, as far as ROW_ELEMENTS allow
+# Classes from which rescore takes the candidates, in parts: fewer are soon done, and it is one more launch.
+CLASSES_OF_PARTS = 1 << 16
+# Elements of their rows at once, and features a warp: one warp exchanges sums without a barrier, and as all wait for
+# chains of loads, many programs at the same time hide most of it.
+RESCORE_ELEMENTS, RESCORE_FEATURES = 2048, 512
 # scatter_classes: its sums [classes, features] are int64. A program lasts as long as its class with the most links, so
-# few classes: on an H200 4 instead of 16 take half the time where every tenth class has one.
-SCATTER_ELEMENTS, SCATTER_FEATURES, SCATTER_WARPS = 2048, 512, 4
+# one class of 512 features, and a program is small, as each waits for chains of loads: on an H200 a trained head takes
+# 2.1 ms so, 3.3 with 4 classes and 4 warps, and a random one 0.50 instead of 0.52.
+SCATTER_ELEMENTS, SCATTER_FEATURES, SCATTER_WARPS = 512, 512, 2
 SCATTER_ROUNDS = 8  # blocks of classes of a program, at most: the next one's links are loaded under the stores of one
 # The interpreter costs by the operation, not by its size, so its tiles are large; tests set small ones.
 INTERPRETER_BLOCK = 64
@@ -63,7 +69,7 @@ RUN = {"sm_80": 2, "sm_89": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 
 # (`plan.screens_int8`). Not sm_100: the B300 among them is slow at it. Empty, every screen is in fp16.
 INT8_SCREEN: tuple[str, ...] = ("sm_80", "sm_89", "sm_90", "interpreter")
 # Programs on a multiprocessor, for which registers are limited: the sums of one run under the products of others.
-PROGRAMS = {"sm_90": {"screen": 2, "coefficients": 3, "class_gradient": 3, "scatter_classes": 4}}
+PROGRAMS = {"sm_90": {"screen": 2, "coefficients": 3, "class_gradient": 3}}
 # Stages of the screen with more features: with three of them sm_90 spills in the loop of the product at 1024.
 DEEP_FEATURES, DEEP_STAGES = 512, 2
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the
@@ -85,7 +91,7 @@ CLASS_GRADIENT = {**PRODUCT, "sm_90": Tile(128, 64, 64, 4, 3)}
 COEFFICIENTS = {
     "sm_80": Tile(128, 64, 64, 8, 3),
     "sm_89": Tile(128, 64, 32, 8, 2),
-    "sm_90": Tile(64, 64, 64, 4, 3),
+    "sm_90": Tile(64, 64, 64, 4, 4),
     "sm_100": Tile(128, 64, 64, 8, 3),
     "sm_120": Tile(128, 64, 32, 8, 2),
     "gfx942": Tile(128, 64, 32, 8, 2),

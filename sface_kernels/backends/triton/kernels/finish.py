@@ -1,8 +1,7 @@
-"""One program per sample: its candidates in fp32 from the original rows, its own class, and all its results.
+"""One program per sample: all its results, from the sums over pairs, its candidates and its own class.
 
-Reads the rows of w that the sample's list names, and its target's; writes l_i, the statistics, ∂l_i/∂x_i complete, and
-for the backward the sample and cosine of each list entry, and links those of a class to each other. A sample that has
-no list has *overflowed*: it goes over all classes instead. In a dense call `coefficients` has summed everything.
+Writes l_i, the statistics and ∂l_i/∂x_i complete. What the candidates add it computes itself or takes from `rescore`; a
+sample that has no list has *overflowed*: they are all classes. In a dense call `coefficients` has summed everything.
 """
 
 from __future__ import annotations
@@ -10,39 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import (
-    IGNORED,
-    INVALID,
-    NO_CLASS,
-    NO_COSINE,
-    NORM_EPS,
-    arccos,
-    is_finite,
-    sigmoid_of_angle,
-)
-from .regroup import COUNT
+from .math import IGNORED, INVALID, NO_COSINE, NORM_EPS, arccos, is_finite, sigmoid_of_angle
+from .rescore import cosine, harder, over_candidates, parts_added, screened, unit_row
 
 
-@triton.jit
-def cosines(w, x_unit, inv_norm):
-    """(1) of rows `[E, D]` with one unit row `[D]`."""
-    return tl.minimum(tl.maximum(tl.sum(w * x_unit[None, :], 1) * inv_norm, -1.0), 1.0)
-
-
-@triton.jit
-def cosine(w, x_unit, inv_norm):
-    """(1) of two rows `[D]`."""
-    return tl.minimum(tl.maximum(tl.sum(w * x_unit, 0) * inv_norm, -1.0), 1.0)
-
-
-@triton.jit
-def harder(cos, cls, other_cos, other_cls):
-    """The larger of two cosines and its class, the lower one of equals."""
-    wins = (other_cos > cos) | ((other_cos == cos) & (other_cls < cls))
-    return tl.maximum(cos, other_cos), tl.where(wins, other_cls, cls)
-
-
-@triton.jit(do_not_specialize=["n", "stripes", "splits", "slots"])
+@triton.jit(do_not_specialize=["n", "stripes", "splits", "list_parts", "slots"])
 def finish_samples(
     # pointers
     x_ptr,
@@ -54,6 +25,7 @@ def finish_samples(
     best_class_ptr,  # of the same, [stripes, padded N]
     count_ptr,  # [stripes, padded N] int32: candidates as `regroup` takes them, in a dense call active pairs
     begin_ptr,  # [stripes, padded N] int32, of `regroup`: in the first row where a sample's list begins, −1 without one
+    part_ptr,  # of rescore, with IN_PARTS
     grad_ptr,  # of a dense call, [splits, padded N, D]: Σ weight·ŵ
     links_ptr,  # [slots + N] out: the link after this one, −1 at the end; own classes' come after all others
     list_sample_ptr,  # the same shape: classes of `regroup`, out: i
@@ -77,6 +49,7 @@ def finish_samples(
     w_stride_d,
     stripes,
     splits,
+    list_parts,
     slots,
     s,
     k_intra,
@@ -89,6 +62,7 @@ def finish_samples(
     BLOCK_E: tl.constexpr,  # entries at a time
     BLOCK_PARTS: tl.constexpr,  # at least `stripes`
     DENSE: tl.constexpr,
+    IN_PARTS: tl.constexpr,  # `rescore` has taken the candidates
     NEED_GRAD: tl.constexpr,
     LINKS: tl.constexpr,
 ):
@@ -98,8 +72,7 @@ def finish_samples(
     code = tl.load(target_ptr + i)
     counted = code != IGNORED
     norm = tl.load(norm_ptr + i)
-    x = tl.load(x_ptr + i * x_stride_n + k * x_stride_d, mask=k < tl.where(counted, d, 0), other=0.0).to(tl.float32)
-    x_unit = tl.where(is_finite(norm), x / tl.maximum(norm, NORM_EPS), 0.0)  # [BLOCK_D]
+    x_unit = unit_row(x_ptr, norm, i, k, tl.where(counted, d, 0), x_stride_n, x_stride_d)  # [BLOCK_D]
 
     part = tl.arange(0, BLOCK_PARTS)
     is_part = part < stripes
@@ -108,13 +81,7 @@ def finish_samples(
     inter = tl.sum(tl.load(sums_ptr + at, mask=is_part, other=0.0), 0)
     dropped = tl.sum(tl.load(sums_ptr + plane + at, mask=is_part, other=0.0), 0)
     cos_sum = tl.sum(tl.load(sums_ptr + 2 * plane + at, mask=is_part, other=0.0), 0)
-    best = tl.load(sums_ptr + 3 * plane + at, mask=is_part, other=NO_COSINE)
-    counts = tl.load(count_ptr + at, mask=is_part, other=0)
-    best_class = tl.load(best_class_ptr + at, mask=is_part, other=NO_CLASS)
-    hardest = tl.max(best, 0)
-    hardest_class = tl.min(tl.where(best == hardest, best_class, NO_CLASS), 0)  # the lowest of equals
-    total = tl.sum(counts & COUNT, 0)
-    active = total
+    hardest, hardest_class, active = screened(sums_ptr, best_class_ptr, count_ptr, i, padded_n, stripes, BLOCK_PARTS)
     poison = ~is_finite(cos_sum)  # the sample, or a class
     grad = tl.zeros([BLOCK_D], tl.float32)
     if DENSE:
@@ -127,64 +94,26 @@ def finish_samples(
         own_list = tl.load(begin_ptr + i)
         overflowed = counted & (own_list < 0)
         # the nearest class by the screened cosine, again in fp32
-        nearest = tl.where(hardest > NO_COSINE, hardest_class, -1).to(tl.int64)
+        nearest = hardest_class.to(tl.int64)
         w = tl.load(w_ptr + nearest * w_stride_c + k * w_stride_d, mask=k < tl.where(nearest >= 0, d, 0), other=0.0)
         inv = tl.load(inv_norm_ptr + nearest, mask=nearest >= 0, other=0.0)
         nearest_cos = tl.where(nearest >= 0, cosine(w.to(tl.float32), x_unit, inv), NO_COSINE)
-        hardest = tl.zeros_like(nearest_cos) + NO_COSINE
-        nearest_seen = 0
-
-        inter = tl.where(overflowed, 0.0, inter)
-        dropped = tl.where(overflowed, 0.0, tl.maximum(dropped, 0.0))
-        total = tl.where(overflowed, c, total)
-        active = tl.zeros_like(total)
-        # what a turn of the loop waits for is asked for in the one before: classes, and what the heads were
-        entry = tl.arange(0, BLOCK_E)
-        listed = entry < tl.where(overflowed, 0, total)
-        later_j = tl.load(list_sample_ptr + own_list + entry, mask=listed, other=0)
-        linked = entry < 0
-        slot, before = own_list + entry, tl.zeros([BLOCK_E], tl.int32)
-        for first in range(0, total, BLOCK_E):
-            rank = first + entry  # [BLOCK_E]
-            exists = rank < total
-            j = tl.where(overflowed & exists, rank, later_j).to(tl.int64)
-            other = exists & (j != code)
-            rows = tl.load(
-                w_ptr + j[:, None] * w_stride_c + k[None, :] * w_stride_d,
-                mask=other[:, None] & in_row[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            scale = tl.load(inv_norm_ptr + j, mask=other, other=0.0)
-            listed = rank + BLOCK_E < tl.where(overflowed, 0, total)
-            later_j = tl.load(list_sample_ptr + own_list + rank + BLOCK_E, mask=listed, other=0)
-            if LINKS:
-                tl.store(links_ptr + slot, before, mask=linked)
-            cos = cosines(rows, x_unit, scale)
-            weight = tl.where(other, sigmoid_of_angle(arccos(cos), k_inter, b), 0.0)
-            kept = other & (weight >= filter_eps)
-            g = tl.where(kept, weight, 0.0)
-            inter += tl.sum(weight * cos, 0)
-            dropped += tl.sum(weight - g, 0)
-            active += tl.sum(kept.to(tl.int32), 0)
-            nearness = tl.where(other, cos, NO_COSINE)
-            top = tl.max(nearness, 0)
-            top_class = tl.min(tl.where(nearness == top, j, NO_CLASS), 0).to(tl.int32)
-            hardest, hardest_class = harder(hardest, hardest_class, top, top_class)
-            nearest_seen = tl.maximum(nearest_seen, tl.max((other & (j == nearest)).to(tl.int32), 0))
-            if NEED_GRAD:
-                grad += tl.sum((g * scale)[:, None] * rows, 0)
-            if LINKS:
-                slot = own_list + rank
-                linked = kept & (rank < tl.where(overflowed, 0, total))
-                before = tl.atomic_xchg(head_ptr + j, slot, mask=linked)
-                tl.store(list_cos_ptr + slot, cos, mask=linked)
-                tl.debug_barrier()  # every warp has read its classes
-                tl.store(list_sample_ptr + slot, tl.zeros_like(slot) + i.to(tl.int32), mask=linked)
-        if LINKS:
-            tl.store(links_ptr + slot, before, mask=linked)
+        total = tl.where(overflowed, c, active)
+        if IN_PARTS:
+            more_inter, more_dropped, active, hardest, hardest_class, seen, grad = parts_added(
+                part_ptr, i, total, n, d, padded_n, list_parts, k, BLOCK_E, NEED_GRAD
+            )
+        else:
+            more_inter, more_dropped, active, hardest, hardest_class, seen, grad = over_candidates(
+                i, 0, 1, code, total, own_list, overflowed, nearest, x_unit, w_ptr, inv_norm_ptr, links_ptr,
+                list_sample_ptr, list_cos_ptr, head_ptr, k, in_row, w_stride_c, w_stride_d, k_inter, b, filter_eps,
+                BLOCK_D, BLOCK_E, NEED_GRAD, LINKS,
+            )  # fmt: skip
+        inter = tl.where(overflowed, 0.0, inter) + more_inter
+        dropped = tl.where(overflowed, 0.0, tl.maximum(dropped, 0.0)) + more_dropped
 
         # as a candidate it has been counted, with a cosine that may be summed in another order
-        nearest_cos = tl.where(nearest_seen == 0, nearest_cos, NO_COSINE)
+        nearest_cos = tl.where(seen == 0, nearest_cos, NO_COSINE)
         hardest, hardest_class = harder(hardest, hardest_class, nearest_cos, nearest.to(tl.int32))
 
     has_target = code >= 0
