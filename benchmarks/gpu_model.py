@@ -23,7 +23,7 @@ from sface_kernels.bench.table import plain_table
 TABLES = Path(__file__).resolve().parent.parent / "docs" / "compile-tables.md"
 VARIANT = "bf16×fp32 D=512"
 # (samples, classes): launches by lists and by dense products, as docs/kernels.md counts them
-SHAPES = {(128, 10_575): (5, 6), (512, 85_742): (7, 30), (1024, 1_000_000): (35, 438)}
+SHAPES = {(128, 10_575): (5, 6), (512, 85_742): (8, 22), (1024, 1_000_000): (36, 330)}
 D = 512
 E_X, E_W, UNIT = 2, 4, 2  # bytes of an entry of x, of w, of a unit row
 ACTIVE_SHARE = 1e-5  # of the pairs, listed: about random initialisation at 2⁻¹⁶
@@ -31,15 +31,16 @@ LAUNCH_MS = 0.003  # from the end of a kernel to the start of the next in one st
 # Seen on an H200. Products and epilogues of two or three programs a multiprocessor overlap less than they wait: for
 # loads at the start of each tile, for each other's warps.
 WAITS = 1.6
-ALONE = 2.1  # where a program of the gradients' products has few others beside it
 DRAM_SHARE = 0.88  # of the maker's figure: 4.2 TB/s of 4.8
 SHORTEST_MS = 0.009  # a kernel with little to do
-# finish_samples is a chain of loads: so long a sample, and so long for every 8 candidates; three programs run at once
+# finish_samples is a chain of loads: so long a sample, and so long for every 8 candidates; three programs run at once.
+# rescore takes as long for every 4 in one of up to 8 parts, and 12 of its programs run at once.
 SAMPLE_MS, CANDIDATES_MS, CANDIDATE_SHARE = 0.011, 0.0022, 3.5e-5
 
 
 class Gpu(NamedTuple):
-    """Vendor's figures for dense fp16 products, boost clock and memory; L2 as 50 bytes a cycle and multiprocessor."""
+    """Vendor's figures for dense fp16 products, boost clock and memory; L2 as 29 bytes a cycle and multiprocessor, at
+    which an H200 runs every kernel of a dense call."""
 
     target: str
     multiprocessors: int
@@ -49,7 +50,7 @@ class Gpu(NamedTuple):
 
     @property
     def l2_tb(self) -> float:
-        return 0.05 * self.multiprocessors * self.ghz
+        return 0.029 * self.multiprocessors * self.ghz
 
     def issue_ms(self, instructions: float) -> float:
         """Of so many instructions of a warp, four a cycle on each multiprocessor."""
@@ -79,17 +80,23 @@ def compiled(target: str, text: str) -> dict[str, Row]:
     return rows
 
 
-def tiled(gpu: Gpu, row: Row, n: int, c: int, block_c: int, dram: float) -> float:
-    """A product of N × C pairs over D with an epilogue, 256 threads a program and tiles of 128 × `block_c`.
+def operands(gpu: Gpu, kernel: str, outputs: int, depth: int, size: float) -> float:
+    """Bytes that the tiles of a product with so many outputs and summands read, of `size` an entry."""
+    tile = tiles.tile(kernel, gpu.target, "half")
+    return outputs / (tile.block_n * tile.block_c) * (tile.block_n + tile.block_c) * depth * size
+
+
+def tiled(gpu: Gpu, kernel: str, row: Row, n: int, c: int, stored: float = 0.0) -> float:
+    """A product of N × C pairs over D with an epilogue, that stores so many bytes a pair.
 
     Rows of int8 are half the bytes of fp16, and multiplied at twice the rate.
     """
     narrow = 1 + row["int8"]
     pairs = -(-n // 128) * 128 * c
     tensor = 2 * pairs * D / (narrow * gpu.tflops * 1e9)
-    l2 = pairs / (128 * block_c) * (128 + block_c) * D * UNIT / narrow / (gpu.l2_tb * 1e9)
+    l2 = (operands(gpu, kernel, pairs, D, UNIT / narrow) + stored * pairs) / (gpu.l2_tb * 1e9)
     epilogue = gpu.issue_ms(pairs * row["epilogue"] / 32)
-    return max(WAITS * (tensor + epilogue), l2, dram)
+    return max(WAITS * (tensor + epilogue), l2)
 
 
 def predict(gpu: Gpu, rows: dict[str, Row], n: int, c: int) -> dict[str, dict[str, float]]:
@@ -101,25 +108,35 @@ def predict(gpu: Gpu, rows: dict[str, Row], n: int, c: int) -> dict[str, dict[st
     def l2(size: float) -> float:
         return size / (gpu.l2_tb * 1e9)
 
-    block_c = 64 if gpu.target == "sm_80" else 128  # of the screen; that of coefficients is 64
     pass_over_w, links = dram(c * D * E_W), ACTIVE_SHARE * n * c + n
     issued = gpu.issue_ms(4 * rows["prepare"]["instructions"] * (n + c) * D / tiles.ROW_ELEMENTS)
     prepare = max(pass_over_w, l2(c * D * UNIT), issued)
-    product = ALONE / WAITS * tiled(gpu, {"epilogue": 0, "int8": 0}, n, c, 128, 0)
-    waves = -(-n // (3 * gpu.multiprocessors))
+    tensor = WAITS * 2 * -(-n // 128) * 128 * c * D / (gpu.tflops * 1e9)
+    row_l2, class_l2 = (
+        l2(operands(gpu, kernel, outputs * D, depth, UNIT))
+        for kernel, outputs, depth in (("row_gradient", n, c), ("class_gradient", c, n))
+    )
+    finish = -(-n // (3 * gpu.multiprocessors)) * (SAMPLE_MS + CANDIDATES_MS * (CANDIDATE_SHARE * c // 8))
+    in_parts = {}
+    if c >= tiles.CLASSES_OF_PARTS:
+        turns = max(1.0, CANDIDATE_SHARE * c / 4)
+        parts = min(8.0, turns)
+        waves = -(-n * parts // (12 * gpu.multiprocessors))
+        finish, in_parts = SHORTEST_MS, {"rescore": SHORTEST_MS + CANDIDATES_MS * waves * turns / parts}
     by_lists, by_products = (count * LAUNCH_MS for count in SHAPES[n, c])
     lists = {
         "prepare": prepare,
-        "screen": tiled(gpu, rows["screen"], n, c, block_c, 0),
+        "screen": tiled(gpu, "screen", rows["screen"], n, c),
         "regroup": SHORTEST_MS,
-        "finish_samples": waves * (SAMPLE_MS + CANDIDATES_MS * (CANDIDATE_SHARE * c // 8)),
+        **in_parts,
+        "finish_samples": finish,
         "scatter_classes": pass_over_w + dram(links * D * (E_X + E_W)),
     }
     dense = {
         "prepare": prepare,
-        "coefficients": max(SHORTEST_MS, tiled(gpu, rows["coefficients"], n, c, 64, 0)),
-        "row_gradient": product,
-        "class_gradient": product + ALONE * 2 * pass_over_w,  # its passes over w and ∂w follow its products
+        "coefficients": tiled(gpu, "coefficients", rows["coefficients"], n, c, stored=2 * UNIT),
+        "row_gradient": max(tensor, row_l2),
+        "class_gradient": max(tensor, class_l2) + pass_over_w,  # ∂w is written after its product
     }
     return {
         way: {**{kernel: max(SHORTEST_MS, ms) for kernel, ms in kernels.items()}, "launches": launches}

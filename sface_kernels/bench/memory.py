@@ -95,8 +95,6 @@ def resident_peak(step: Callable[[], object], *leaves: Tensor) -> int:
 def cuda_peak(timed: TimedLoss) -> dict[str, Any]:
     """The same on a GPU, in this process: PyTorch's allocator counts exactly."""
     settle(timed)
-    timed.rest()
-    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run_once(timed), run_once(timed)

@@ -183,6 +183,8 @@ def settle(timed: TimedLoss) -> None:
         run_once(timed)
         if timed.cuda:
             torch.cuda.synchronize()
+            timed.rest()
+            torch.cuda.empty_cache()  # or buffers of another way lie in what was a gradient, and leave it no room
 
 
 def kernel_times(timed: TimedLoss, runs: int = 5) -> dict[str, float]:

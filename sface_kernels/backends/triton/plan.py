@@ -23,8 +23,8 @@ from ...types import HyperParameters
 from . import tiles
 
 CANDIDATE_SHARE = 1 / 1024  # the cheap form of the weight below the threshold is accurate to here
-# Share of active pairs at which dense products are taken to beat lists. On an H200 at (1024; 1,000,000; 512) dense
-# products take 20 ms, lists 3.1 and some 4 ns a pair (what 80,000 more at 2⁻²⁰ took): 13 ms here, if that goes on.
+# Share of active pairs from which dense products are taken. On an H200 at (1024; 1,000,000; 512) they take 13 ms, lists
+# 3.4 and some 2 ns a pair (of a trained head): 8 ms here, but lists have room for 3e-3 of the pairs.
 DENSE_SHARE = 2.5e-3
 # Share of random pairs that a screen in int8 may take for candidates: each costs as much as the screen of hundreds.
 INT8_SHARE = DENSE_SHARE / 10
