@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sface_kernels import sface_loss
-from sface_kernels.backends.triton import plan
+from sface_kernels.backends.triton import plan, tiles
 from sface_kernels.bench.memory import cuda_peak
 from sface_kernels.bench.providers import resolve
 from sface_kernels.bench.timing import TimedLoss
@@ -25,7 +25,7 @@ from sface_kernels.testing import budget
 from sface_kernels.testing.truth import compute_truth
 from sface_kernels.testing.workloads import FAST_EPS, Case, Shape, make_workload
 from tests.support.cases import DTYPES
-from tests.triton.conftest import int8_where_it_may
+from tests.triton.conftest import forget_kinds, int8_where_it_may
 
 DEVICE = "cuda"
 f32, bf16 = torch.float32, torch.bfloat16
@@ -43,6 +43,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this mach
 @pytest.fixture(autouse=True)
 def _given_back() -> Iterator[None]:
     yield
+    forget_kinds()
     torch.cuda.empty_cache()
 
 
@@ -52,10 +53,12 @@ def inputs(n: int, c: int, d: int, share: float | None = None) -> Inputs:
     return work.x, work.w, work.y
 
 
-@pytest.fixture(params=["lists", "int8", "some overflow", "dense"])
+@pytest.fixture(params=["lists", "parts", "int8", "some overflow", "dense"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Inputs and filter that go by lists, from a screen in fp16 or in int8, by lists of which some overflow, and by
-    dense products."""
+    """Inputs and filter that go by lists, from a screen in fp16 or in int8, by lists in parts, by lists of which some
+    overflow, and by dense products."""
+    if request.param in ("parts", "some overflow"):
+        monkeypatch.setattr(tiles, "CLASSES_OF_PARTS", 1)
     if request.param == "int8":
         monkeypatch.setattr(plan, "way_of", int8_where_it_may)
     if request.param != "some overflow":
@@ -233,8 +236,10 @@ def test_small_calls_of_every_kernel(
     k_inter: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """For compute-sanitizer. The second size is screened in int8, the last has more active pairs than lists hold."""
+    """For compute-sanitizer. The second size is screened in int8, the last has more active pairs than lists hold; the
+    first and the last have their lists in parts."""
     monkeypatch.setattr(plan, "way_of", int8_where_it_may)
+    monkeypatch.setattr(tiles, "CLASSES_OF_PARTS", 1000)
     x, w, y = inputs(n, c, d, share)
     x, w = x.to(dtype).requires_grad_(), w.requires_grad_()
     loss, stats = sface_loss(x, w, y, backend="triton", filter_eps=filter_eps, k_inter=k_inter, return_stats=True)
