@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -68,11 +69,13 @@ def _clean_slate():
 
 
 @pytest.fixture(autouse=True)
-def _one_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_way(request: pytest.FixtureRequest) -> Iterator[None]:
     """On a GPU the way of a Triton call follows what earlier calls counted, so equal calls may differ by rounding, half
     embeddings by much. Tests compare calls to the bit; what only a GPU shows of the ways is in tests/gpu."""
-    if torch.cuda.is_available() and request.path.parent.name != "gpu" and request.path.name != "test_plan.py":
-        monkeypatch.setattr(plan, "_varies", lambda x: False)
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.is_available() and request.path.parent.name != "gpu" and request.path.name != "test_plan.py":
+            patch.setattr(plan, "_varies", lambda x: False)
+        yield
 
 
 @pytest.fixture
