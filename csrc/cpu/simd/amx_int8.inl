@@ -7,7 +7,7 @@ class Int8Screen : public Int8Sums {
       : Int8Sums(rules, group, work), depth_(int8_depth(group.d)) {}
 
   // w is fetched ahead during the products too, or their time would be lost for it (measured: 2 to 5 % of a forward).
-  int64_t steps() const { return kStripRows + kSteps * depth_ / 64 / kStrips; }
+  int64_t steps() const { return kStripRows + kHalves * depth_ / 64 / kStrips; }
 
   // Those of all strips come with the first.
   Products& multiply_tile(int strip, int panel, Ahead& ahead) {
@@ -21,46 +21,37 @@ class Int8Screen : public Int8Sums {
 
  private:
   static constexpr int kTile = 16, kStrips = kBlockClasses / kStripRows;
-  static constexpr int kSteps = 3;  // with 64 features of a panel
-  static_assert(kBlockClasses == 3 * kTile && kPanel == 2 * kTile && kBlockClasses % kStripRows == 0);
+  static constexpr int kHalves = kPanel / kTile;
+  static_assert(kBlockClasses == 3 * kTile && kHalves == 2 && kBlockClasses % kStripRows == 0);
 
-  // Tiles 0 … 5: sums of [3][2] tiles of classes and samples; 6: classes; 7: samples.
+  // Half a panel's samples at a time. Tiles 0, 1, 2: sums of 16 classes each; 3: samples; 4: classes.
   void multiply_block(int panel, Ahead& ahead) {
     finish_writing();
-    const int32_t* start = group_.int8.start + panel * kPanel;
-    _tile_loadd(0, start, 0);  // a stride of 0: the same start for every class
-    _tile_loadd(2, start, 0);
-    _tile_loadd(4, start, 0);
-    _tile_loadd(1, start + kTile, 0);
-    _tile_loadd(3, start + kTile, 0);
-    _tile_loadd(5, start + kTile, 0);
-    const uint8_t* w = work_.int8.data.get();
-    const int32_t* x = group_.int8.words + int64_t{panel} * depth_ / 4 * kPanel;
-    const int64_t next_tile = int64_t{kTile} * depth_;
     constexpr int kStride = kPanel * sizeof(int32_t);
-    for (int k = 0; k < depth_; k += 64, x += kTile * kPanel, w += 64) {
-      _tile_loadd(6, w, depth_);
-      _tile_loadd(7, x, kStride);
-      _tile_dpbusd(0, 6, 7);
-      _tile_loadd(7, x + kTile, kStride);
-      _tile_dpbusd(1, 6, 7);
-      _tile_loadd(6, w + next_tile, depth_);
-      _tile_dpbusd(3, 6, 7);
-      ahead.step(kSteps);
-      _tile_loadd(7, x, kStride);
-      _tile_dpbusd(2, 6, 7);
-      _tile_loadd(6, w + 2 * next_tile, depth_);
-      _tile_dpbusd(4, 6, 7);
-      _tile_loadd(7, x + kTile, kStride);
-      _tile_dpbusd(5, 6, 7);
+    const int64_t next_tile = int64_t{kTile} * depth_;
+    for (int half = 0; half < kHalves; ++half) {
+      const int first = half * kTile;  // sample of the panel
+      const int32_t* start = group_.int8.start + panel * kPanel + first;
+      _tile_loadd(0, start, 0);  // a stride of 0: the same start for every class
+      _tile_loadd(1, start, 0);
+      _tile_loadd(2, start, 0);
+      const uint8_t* w = work_.int8.data.get();
+      const int32_t* x = group_.int8.words + int64_t{panel} * depth_ / 4 * kPanel + first;
+      for (int k = 0; k < depth_; k += 64, x += kTile * kPanel, w += 64) {
+        _tile_loadd(3, x, kStride);
+        _tile_loadd(4, w, depth_);
+        _tile_dpbusd(0, 4, 3);
+        _tile_loadd(4, w + next_tile, depth_);
+        _tile_dpbusd(1, 4, 3);
+        ahead.step();
+        _tile_loadd(4, w + 2 * next_tile, depth_);
+        _tile_dpbusd(2, 4, 3);
+      }
+      int32_t* out = reinterpret_cast<int32_t*>(products_) + first;
+      _tile_stored(0, out, kStride);
+      _tile_stored(1, out + kTile * kPanel, kStride);
+      _tile_stored(2, out + 2 * kTile * kPanel, kStride);
     }
-    int32_t* out = reinterpret_cast<int32_t*>(products_);
-    _tile_stored(0, out, kStride);
-    _tile_stored(1, out + kTile, kStride);
-    _tile_stored(2, out + kTile * kPanel, kStride);
-    _tile_stored(3, out + kTile * kPanel + kTile, kStride);
-    _tile_stored(4, out + 2 * kTile * kPanel, kStride);
-    _tile_stored(5, out + 2 * kTile * kPanel + kTile, kStride);
   }
 
   TileRegisters registers_;

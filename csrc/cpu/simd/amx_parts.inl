@@ -35,28 +35,61 @@ SFACE_INLINE void store_pairs(uint8_t* to, I32 low, I32 high) {
   store_int(reinterpret_cast<int32_t*>(to), pairs(low, high));
 }
 
-// One pair of parts: sums in the tiles 0 … 5, [kRowTiles][2], += a · b.
-template <int kRowTiles>
-SFACE_INLINE void multiply_parts(const uint8_t* a, const uint8_t* b) {
-  _tile_loadd(6, a, 64);
-  _tile_loadd(7, b, 64);
-  _tile_dpbf16ps(0, 6, 7);
-  _tile_loadd(7, b + kTileBytes, 64);
-  _tile_dpbf16ps(1, 6, 7);
-  _tile_loadd(6, a + kTileBytes, 64);
-  _tile_dpbf16ps(3, 6, 7);
-  _tile_loadd(7, b, 64);
-  _tile_dpbf16ps(2, 6, 7);
-  if constexpr (kRowTiles == 3) {
-    _tile_loadd(6, a + 2 * kTileBytes, 64);
-    _tile_dpbf16ps(4, 6, 7);
-    _tile_loadd(7, b + kTileBytes, 64);
-    _tile_dpbf16ps(5, 6, 7);
-  }
-}
-
 // Which of the products of parts: those of the first two parts, the three that make up for the others, or all.
 enum class Which { kFirst, kRest, kAll };
+
+// 16 columns of c = a · b, as multiply_floats; b from the first of their tiles on. Tiles 0, 1, 2: sums; 3: b; 4: a.
+template <int kRowTiles, bool kAdd>
+SFACE_INLINE void multiply_columns(Which which, const uint8_t* a, const uint8_t* b, int steps, float* c, int64_t bytes,
+                                   Ahead* ahead) {
+  static_assert(kRowTiles == 2 || kRowTiles == 3);
+  constexpr int kA = kRowTiles * kTileBytes, kB = kPanelTiles * kTileBytes;
+  const int64_t words = bytes / static_cast<int64_t>(sizeof(float));
+  float* const second = c + kTileRows * words;
+  float* const third = second + kTileRows * words;
+  if constexpr (kAdd) {
+    _tile_loadd(0, c, bytes);
+    _tile_loadd(1, second, bytes);
+    if constexpr (kRowTiles == 3) _tile_loadd(2, third, bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kRowTiles == 3) _tile_zero(2);
+  }
+  const auto load_part = [&](int q) __attribute__((always_inline)) { _tile_loadd(3, b + q * kB, 64); };
+  const auto add_part = [&](int p) __attribute__((always_inline)) {  // of a, times the part of b that was loaded
+    const uint8_t* const rows = a + p * kA;
+    _tile_loadd(4, rows, 64);
+    _tile_dpbf16ps(0, 4, 3);
+    _tile_loadd(4, rows + kTileBytes, 64);
+    _tile_dpbf16ps(1, 4, 3);
+    if constexpr (kRowTiles == 3) {
+      _tile_loadd(4, rows + 2 * kTileBytes, 64);
+      _tile_dpbf16ps(2, 4, 3);
+    }
+    if (ahead) ahead->step();
+  };
+  for (int step = 0; step < steps; ++step, a += kParts * kA, b += kParts * kB) {
+    if (which != Which::kFirst) {
+      load_part(2);
+      add_part(0);
+      load_part(1);
+      add_part(1);
+      load_part(0);
+      add_part(2);
+    }
+    if (which != Which::kRest) {
+      if (which == Which::kFirst) load_part(0);
+      add_part(1);
+      add_part(0);
+      load_part(1);
+      add_part(0);
+    }
+  }
+  _tile_stored(0, c, bytes);
+  _tile_stored(1, second, bytes);
+  if constexpr (kRowTiles == 3) _tile_stored(2, third, bytes);
+}
 
 // c[16·kRowTiles][32] = a · b over `steps` of 32 terms, added to what is there with kAdd; a [steps][part][kRowTiles], b
 // [steps][part][2].
@@ -64,50 +97,8 @@ template <int kRowTiles, bool kAdd>
 inline void multiply_floats(Which which, const uint8_t* a, const uint8_t* b, int steps, float* c, int64_t stride,
                             Ahead* ahead) {
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
-  float* const second = c + kTileRows * stride;
-  float* const third = second + kTileRows * stride;
   finish_writing();
-  if constexpr (kAdd) {
-    _tile_loadd(0, c, bytes);
-    _tile_loadd(1, c + kTileRows, bytes);
-    _tile_loadd(2, second, bytes);
-    _tile_loadd(3, second + kTileRows, bytes);
-    if constexpr (kRowTiles == 3) {
-      _tile_loadd(4, third, bytes);
-      _tile_loadd(5, third + kTileRows, bytes);
-    }
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
-  }
-  constexpr int kA = kRowTiles * kTileBytes, kB = kPanelTiles * kTileBytes;
-  const auto add = [&](int p, int q) __attribute__((always_inline)) {
-    multiply_parts<kRowTiles>(a + p * kA, b + q * kB);
-    if (ahead) ahead->step();
-  };
-  for (int step = 0; step < steps; ++step, a += kParts * kA, b += kParts * kB) {
-    if (which != Which::kFirst) {
-      add(0, 2);
-      add(2, 0);
-      add(1, 1);
-    }
-    if (which != Which::kRest) {
-      add(1, 0);
-      add(0, 0);
-      add(0, 1);
-    }
-  }
-  _tile_stored(0, c, bytes);
-  _tile_stored(1, c + kTileRows, bytes);
-  _tile_stored(2, second, bytes);
-  _tile_stored(3, second + kTileRows, bytes);
-  if constexpr (kRowTiles == 3) {
-    _tile_stored(4, third, bytes);
-    _tile_stored(5, third + kTileRows, bytes);
-  }
+  for (int column = 0; column < kPanelTiles; ++column)
+    multiply_columns<kRowTiles, kAdd>(which, a, b + column * kTileBytes, steps, c + column * kTileRows, bytes, ahead);
   finish_writing();
 }

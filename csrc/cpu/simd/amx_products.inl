@@ -90,7 +90,7 @@ template <bool kAdd>
 inline void multiply_cosines(Which which, const Group& group, Workspace& work, Ahead* ahead) {
   const PartsMemory parts(work, group.padded_d);
   const int steps = group.padded_d / kTerms, products = which == Which::kAll ? kProducts : kProducts / 2;
-  if (ahead) ahead->plan(ahead->left, int64_t{steps} * group.panels * products);
+  if (ahead) ahead->plan(ahead->left, int64_t{steps} * group.panels * kPanelTiles * products);
   const TileRegisters registers;
   for (int panel = 0; panel < group.panels; ++panel)
     multiply_floats<kBlockTiles, kAdd>(
@@ -271,7 +271,8 @@ void add_dense(const Rules& rules, const float* tile, int tile_stride, const flo
     }
   }
   const Which which = largest_lane(largest_weight) < rules.two_parts_share ? Which::kFirst : Which::kAll;
-  ahead.plan(ahead.left, int64_t{padded_d} / kTerms * steps * (which == Which::kAll ? kProducts : kProducts / 2));
+  ahead.plan(ahead.left,
+             int64_t{padded_d} / kTerms * kPanelTiles * steps * (which == Which::kAll ? kProducts : kProducts / 2));
   alignas(64) float sums[kBlockClasses * kTerms];
   const TileRegisters registers;
   for (int k = 0; k < padded_d; k += kTerms) {
