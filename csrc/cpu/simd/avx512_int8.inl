@@ -170,14 +170,18 @@ class Int8Sums {
 
   // The best of the block among the task's.
   void end(const Block& block, RowSums& sums) const {
-    for (int i = 0; i < group_.count; ++i) {
-      if (!(work_.best[i] > kNone)) continue;
-      const int32_t tagged = bit_cast<int32_t>(work_.best[i]);
-      const float cosine = bit_cast<float>(tagged & ~kRowBits);  // equal in equal classes of other blocks too
-      const int32_t product = static_cast<int32_t>(cosine * (kScale * kScale));
-      if (product <= sums.best[i]) continue;
-      sums.best[i] = product;
-      sums.best_class[i] = static_cast<int32_t>(block.first) + (kRowBits - (tagged & kRowBits));
+    const __m512i row_bits = _mm512_set1_epi32(kRowBits),
+                  last = _mm512_set1_epi32(static_cast<int>(block.first) + kRowBits);
+    for (int i = 0; i < group_.panels * kPanel; i += kLanes) {
+      const __m512 best = _mm512_loadu_ps(work_.best.data() + i);
+      const __m512i tagged = _mm512_castps_si512(best);
+      // without its tag it is equal in equal classes of other blocks too
+      const __m512 cosine = _mm512_castsi512_ps(_mm512_andnot_si512(row_bits, tagged));
+      const __m512i product = _mm512_cvttps_epi32(_mm512_mul_ps(cosine, _mm512_set1_ps(kScale * kScale)));
+      const __mmask16 better = _mm512_cmp_ps_mask(best, _mm512_set1_ps(kNone), _CMP_GT_OQ) &
+                               _mm512_cmpgt_epi32_mask(product, _mm512_loadu_si512(sums.best + i));
+      _mm512_mask_storeu_epi32(sums.best + i, better, product);
+      _mm512_mask_storeu_epi32(sums.best_class + i, better, _mm512_sub_epi32(last, _mm512_and_si512(tagged, row_bits)));
     }
   }
 
