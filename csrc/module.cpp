@@ -12,13 +12,14 @@ std::vector<std::string> native_instruction_sets() {
   return names;
 }
 
-std::tuple<int64_t, int64_t, int64_t, int64_t, double, double> native_constants() {
-  return {kBlockClasses, kGroupSamples, kIgnored, kInvalid, kNormEps, kCandidateShare};
+std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double, double> native_constants() {
+  return {kBlockClasses, kGroupSamples, kNoTarget, kIgnored, kInvalid, kNormEps, kCandidateShare};
 }
 
 }  // namespace sface
 
 STABLE_TORCH_LIBRARY_IMPL(sface, CPU, m) {
+  m.impl("native_labels", TORCH_BOX(&sface::native_labels));
   m.impl("native_forward", TORCH_BOX(&sface::native_forward));
   m.impl("native_grad_weight", TORCH_BOX(&sface::native_grad_weight));
   m.impl("native_sgd_step", TORCH_BOX(&sface::native_sgd_step));

@@ -57,9 +57,13 @@ _HYPER = "float s, float k_intra, float k_inter, float a, float b, float filter_
 
 define("prepare_labels(Tensor labels, int num_classes, int ignore_index, bool check, int first, int count) -> Tensor")
 define(
+    "native_labels(Tensor labels, int num_classes, int ignore_index, int first, int count)"
+    " -> (Tensor target, int first_invalid)"
+)
+define(
     f"native_forward(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, bool need_grad_w, int arena_words)"
     " -> (Tensor row_loss, Tensor row_stats, Tensor hardest_class, Tensor counts, Tensor row_grad_x, Tensor inv_norm,"
-    " Tensor target_weight, Tensor arena, Tensor segments)"
+    " Tensor target_weight, Tensor arena, Tensor segments, Tensor counted)"
 )
 define(
     f"native_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, Tensor inv_norm,"
@@ -78,8 +82,8 @@ define(
 define("native_empty_gradient(Tensor w) -> Tensor")
 define("native_instruction_sets() -> str[]")
 define(
-    "native_constants() -> (int classes_per_segment, int samples_per_group, int ignored, int invalid, float norm_eps,"
-    " float candidate_share)"
+    "native_constants() -> (int classes_per_segment, int samples_per_group, int no_target, int ignored, int invalid,"
+    " float norm_eps, float candidate_share)"
 )
 define("native_release_memory() -> ()")
 define(
@@ -97,11 +101,6 @@ prepare_labels_op = torch.ops.sface.prepare_labels.default
 
 def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int, count: int) -> Tensor:
     target = labels.reshape(-1).to(torch.int64)
-    whole = (first, count) == (0, num_classes)
-    if check and whole and target.numel() > 0 and not 0 <= ignore_index < num_classes:
-        lowest, highest = (int(value) for value in target.aminmax())
-        if lowest >= 0 and highest < num_classes:  # the rule, in one operation
-            return target.clone()
     # few operations: on a GPU each is a launch, and `where` with a number two
     ignored = target == ignore_index
     place = target.clamp(0, num_classes - 1)
@@ -114,7 +113,7 @@ def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: 
                 f"labels: expected values in [0, {num_classes}) or ignore_index={ignore_index}, "
                 f"got {int(target[row])} in row {row} ({int(invalid.sum())} such rows)"
             )
-    if not whole:
+    if (first, count) != (0, num_classes):
         place = torch.where((target >= first) & (target < first + count), target - first, NO_TARGET)
     return place.masked_fill_(outside, INVALID).masked_fill_(ignored, IGNORED)
 
@@ -122,9 +121,17 @@ def _prepare_labels(labels: Tensor, num_classes: int, ignore_index: int, check: 
 implement("prepare_labels", _prepare_labels)
 
 
+@fake("native_labels")
+def _(labels: Tensor, num_classes: int, ignore_index: int, first: int, count: int) -> tuple[Tensor, int]:
+    return labels.new_empty([labels.numel()], dtype=torch.int64), -1
+
+
 @fake("prepare_labels")
 def _(labels: Tensor, num_classes: int, ignore_index: int, check: bool, first: int, count: int) -> Tensor:
     return labels.new_empty([labels.numel()], dtype=torch.int64)
+
+
+native_labels: Callable[..., tuple[Tensor, int]] | None = None  # the native backend's, where it is there
 
 
 def prepare_labels(
@@ -137,7 +144,12 @@ def prepare_labels(
 
     With `check`, an out-of-range label raises ValueError, which reads the data (a synchronisation on a GPU).
     """
-    return prepare_labels_op(labels, num_classes, ignore_index, check, first, num_classes if count is None else count)
+    count = num_classes if count is None else count
+    if native_labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        target, first_invalid = native_labels(labels.reshape(-1).contiguous(), num_classes, ignore_index, first, count)
+        if first_invalid < 0 or not check:
+            return target
+    return prepare_labels_op(labels, num_classes, ignore_index, check, first, count)
 
 
 # What one record of the native backend's segments covers. The fake must know it without the extension; a test compares
@@ -166,6 +178,7 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
         x.new_empty([torch.sym_min(arena_words, n * w.shape[0]) if need_grad_w else 0], dtype=torch.int32),
         # flat: a dimension that is 1 for some N only would be a guard on N
         x.new_empty([2 * native_segments(n, w.shape[0]) if need_grad_w else 0], dtype=torch.int64),
+        x.new_empty([], dtype=torch.int64),
     )
 
 

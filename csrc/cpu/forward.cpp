@@ -276,14 +276,16 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
     kernels.finish_stores();
   });
 
-  Tensor counts = empty({2}, ScalarType::Long);
+  Tensor counts = empty({2}, ScalarType::Long), counted = empty({}, ScalarType::Long);
   int64_t* totals = counts.mutable_data_ptr<int64_t>();
   totals[0] = totals[1] = 0;
+  const int64_t ignored = std::count(problem.codes(), problem.codes() + problem.n, kIgnored);
+  *counted.mutable_data_ptr<int64_t>() = std::max<int64_t>(problem.n - ignored, 1);  // 1 avoids 0/0
   for (const Tally& tally : partials.tallies) {
     totals[0] += tally.active;
     totals[1] += tally.dense_pairs;
   }
-  return {row_loss, row_stats, hardest_class, counts, row_grad_x, inv_norm, target_weight, arena, segments};
+  return {row_loss, row_stats, hardest_class, counts, row_grad_x, inv_norm, target_weight, arena, segments, counted};
 }
 
 }  // namespace sface

@@ -47,6 +47,7 @@ constexpr double kCandidateShare = 1.0 / 1024;
 constexpr float kLongestRow = 0x1p60f, kShortening = 0x1p-96f;
 
 // Codes in `target`. sface_kernels/types.py has them too, and a test compares what native_constants() returns.
+constexpr int64_t kNoTarget = -1;
 constexpr int64_t kIgnored = -2;
 constexpr int64_t kInvalid = -3;
 

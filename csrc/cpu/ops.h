@@ -34,7 +34,12 @@ void check(bool condition, const Parts&... parts) {
   if (__builtin_expect(!condition, 0)) fail(parts...);
 }
 
-using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ForwardTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Labels [N] of any integer type as codes for a weight that holds the classes [first, first + count) of num_classes,
+// and the first row whose label is out of range, or -1.
+std::tuple<Tensor, int64_t> native_labels(const Tensor& labels, int64_t num_classes, int64_t ignore_index,
+                                          int64_t first, int64_t count);
 
 ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& target, double s, double k_intra,
                               double k_inter, double a, double b, double filter_eps, bool need_grad_x, bool need_grad_w,

@@ -33,6 +33,8 @@ def _load() -> str | None:
 
 
 missing = _load()
+if missing is None:
+    ops.native_labels = torch.ops.sface.native_labels.default
 
 ARENA_WORDS = 12 << 20  # at most 48 MiB: active pairs take 2 words each, entries of dense blocks 1, N·C in all suffice
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,11 +56,10 @@ def _inner_contiguous(w: Tensor) -> Tensor:
 
 
 def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
-    return Forward.of(
-        torch.ops.sface.native_forward(
-            x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, ARENA_WORDS
-        )
+    *outputs, counted = torch.ops.sface.native_forward(
+        x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, ARENA_WORDS
     )
+    return Forward.of(outputs)._replace(counted=counted)
 
 
 def grad_weight(

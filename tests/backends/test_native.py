@@ -13,9 +13,10 @@ import sys
 import pytest
 import torch
 
-from sface_kernels import SFaceLoss, sface_loss, types
+from sface_kernels import SFaceLoss, ops, sface_loss, types
 from sface_kernels.backends import native as backend
 from sface_kernels.types import Request
+from sface_kernels.validation import LABEL_DTYPES
 from tests.support.cases import ROOT, bf16, f32
 from tests.support.checks import Judge, assert_rows_within, run
 from tests.support.oracle import truth
@@ -71,12 +72,32 @@ def defined(name: str) -> dict[str, float]:
 def test_constants_are_those_of_python(native):
     """What two languages must know, compared: C++ says what it was built with."""
     there = torch.ops.sface.native_constants()
-    names = ["CLASSES_PER_SEGMENT", "SAMPLES_PER_GROUP", "IGNORED", "INVALID", "NORM_EPS", "CANDIDATE_SHARE"]
+    names = [
+        "CLASSES_PER_SEGMENT",
+        "SAMPLES_PER_GROUP",
+        "NO_TARGET",
+        "IGNORED",
+        "INVALID",
+        "NORM_EPS",
+        "CANDIDATE_SHARE",
+    ]
     for name, value in zip(names, there, strict=True):
         here = defined(name)
         assert here, f"no file defines {name}"
         for file, expected in here.items():
             assert value == pytest.approx(expected, rel=1e-7, abs=0), f"{name} in {file}"
+
+
+@pytest.mark.parametrize("dtype", LABEL_DTYPES)
+@pytest.mark.parametrize("ignore_index", [-100, 3, 200, 2**40])
+@pytest.mark.parametrize("part", [(0, 250), (0, 7), (5, 100), (249, 1)])
+def test_codes_of_labels_are_those_of_pytorch(native, dtype, ignore_index, part):
+    values = [7, 3, 0, 249, -100, 250, 5, 104, 105, -1, 200, 2**40, -(2**63), 2**63 - 1]
+    for labels in (torch.tensor(values[start:]).to(dtype) for start in range(len(values) + 1)):
+        expected = ops.prepare_labels_op(labels, 250, ignore_index, False, *part)
+        code, first_invalid = torch.ops.sface.native_labels(labels, 250, ignore_index, *part)
+        assert torch.equal(code, expected)
+        assert first_invalid == next((i for i, c in enumerate(expected.tolist()) if c == types.INVALID), -1)
 
 
 class TestInstructionSets:
@@ -128,7 +149,7 @@ class TestListOfActivePairs:
         """Without room every block with an active pair must be marked for recomputation (−2)."""
         problem = GEOMETRIES["collapsed"](300, 331, 96)
         arguments = (problem.x, problem.w, problem.labels, 64.0, 80.0, 80.0, 0.8, 1.23, 2.0**-12, True, True)
-        segments = torch.ops.sface.native_forward(*arguments, words)[-1]
+        segments = torch.ops.sface.native_forward(*arguments, words)[-2]
         assert (segments.view(-1, 2)[:, 1] == -2).all()
 
 
@@ -163,6 +184,11 @@ class TestOperators:
         with pytest.raises(RuntimeError, match=message):
             self.forward(*change(x, w, labels))
 
+    @pytest.mark.parametrize("labels", [torch.zeros(3, 1).long(), torch.zeros(6).int()[::2], torch.zeros(3)])
+    def test_labels_refuses(self, native, labels):
+        with pytest.raises(RuntimeError, match="labels: expected"):
+            torch.ops.sface.native_labels(labels, 10, -100, 0, 10)
+
     def test_target_out_of_range(self, native):
         x, w, _, _ = trained_problem(3, 10, 8)
         for code in (10, 2**40):
@@ -172,8 +198,8 @@ class TestOperators:
     def test_no_samples(self, native):
         x, w, labels, upstream = trained_problem(3, 10, 8)
         x, labels, upstream = x[:0], labels[:0], upstream[:0]
-        row_loss, _, _, counts, row_grad_x, *saved = self.forward(x, w, labels)
-        assert row_loss.shape == (0,) and row_grad_x.shape == (0, 8) and counts.tolist() == [0, 0]
+        row_loss, _, _, counts, row_grad_x, *saved, counted = self.forward(x, w, labels)
+        assert row_loss.shape == (0,) and row_grad_x.shape == (0, 8) and counts.tolist() == [0, 0] and counted == 1
         grad = torch.ops.sface.native_grad_weight(x, w, labels, upstream, *self.HYPER, *saved)
         assert torch.equal(grad, torch.zeros(10, 8))
 
@@ -182,7 +208,7 @@ class TestOperators:
         """What the forward saved, but short, of another dtype, with other strides, or another shape."""
         x, w, labels, upstream = trained_problem(300, 100, 16)
         names = ["grad_row", "inv_norm", "target_weight", "arena", "segments"]
-        saved = dict(zip(names, (upstream, *self.forward(x, w, labels)[5:]), strict=True))
+        saved = dict(zip(names, (upstream, *self.forward(x, w, labels)[5:-1]), strict=True))
 
         def backward(value: torch.Tensor) -> torch.Tensor:
             grad_row, *rest = {**saved, which: value}.values()
@@ -198,7 +224,7 @@ class TestOperators:
     @pytest.mark.parametrize("record", [(-1, 1), (0, 2**62), (2**62, 1), (0, -3), (10_000, -1)])
     def test_records_that_point_out_of_the_arena(self, native, record):
         x, w, labels, upstream = trained_problem(30, 100, 16)
-        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[5:]
+        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[5:-1]
         segments.view(-1, 2)[1] = torch.tensor(record)
         with pytest.raises(RuntimeError, match="segments: expected a part of an arena"):
             torch.ops.sface.native_grad_weight(
@@ -208,7 +234,7 @@ class TestOperators:
     @pytest.mark.parametrize("word", [-1, 48 << 16, 30, 0xFFFF])
     def test_pairs_outside_their_block(self, native, word):
         x, w, labels, upstream = trained_problem(30, 100, 16)
-        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[5:]
+        inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[5:-1]
         segments.view(-1, 2)[1] = torch.tensor([0, 1])
         arena[0] = word
         with pytest.raises(RuntimeError, match="arena: expected a pair of 48 classes and 30 samples"):

@@ -247,6 +247,10 @@ def test_opcheck_prepare_labels(shape, dtype):
     opcheck("prepare_labels", (labels, 7, -100, True, 0, 7), (*CHECKS, "test_aot_dispatch_dynamic"))
 
 
+def test_opcheck_native_labels(native):
+    opcheck("native_labels", (torch.zeros(5, dtype=torch.uint8), 7, -100, 0, 7))
+
+
 @pytest.mark.parametrize("shape", OP_SHAPES)
 @pytest.mark.parametrize("dtypes", [(f32, f32), (f16, f32), (f64, f64)], ids=["fp32", "fp16 and fp32", "fp64"])
 @pytest.mark.parametrize("filter_eps", [0.0, 2.0**-16])
@@ -267,7 +271,7 @@ def test_opcheck_native(shape, weight_dtype, filter_eps, native):
     hyper, words = (*HYPER[:5], filter_eps), min(shape[0] * shape[1], native_backend.ARENA_WORDS)
     for need_x, need_w in itertools.product((True, False), repeat=2):
         opcheck("native_forward", (x, w, target, *hyper, need_x, need_w, words))
-    saved = torch.ops.sface.native_forward(x, w, target, *hyper, True, True, words)[5:]
+    saved = torch.ops.sface.native_forward(x, w, target, *hyper, True, True, words)[5:-1]
     opcheck("native_grad_weight", (x, w, target, upstream, *hyper, *saved))
     if weight_dtype == f32:
         backwards, state = [x, target, upstream, *saved], torch.zeros_like(w)
@@ -299,6 +303,7 @@ def test_every_operator_is_checked():
     on_tensors = {n for n in names if "Tensor" in str(torch._C._get_schema(n, ""))}
     assert {name.removeprefix("sface::") for name in on_tensors} == {
         "prepare_labels",
+        "native_labels",
         "chunked_forward",
         "chunked_grad_weight",
         "native_forward",

@@ -17,7 +17,7 @@ ADAMW = (0.1, 0.9, 0.999, 1e-8, 1e-2, 1.0, False)
 
 def backward(problem):
     x, w, labels, upstream = problem
-    result = Forward.of(torch.ops.sface.native_forward(x, w, labels, *HYPER, True, True, 10_000))
+    result = Forward.of(torch.ops.sface.native_forward(x, w, labels, *HYPER, True, True, 10_000)[:-1])
     return WeightGradient("native", HYPER, x, w, labels, upstream, result.saved)
 
 
