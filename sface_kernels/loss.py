@@ -15,6 +15,7 @@ from .dispatch import check_name, select
 from .growing import replace_parameter
 from .histograms import AngleCounter
 from .ops import prepare_labels
+from .pages import in_huge_pages
 from .summary import describe_rows, row_weights, summarise
 from .types import DEFAULTS, Request, RowStats, SFaceRowStats, SFaceStats
 
@@ -235,7 +236,7 @@ class SFaceLoss(nn.Module):
         self.filter_eps = None if filter_eps is None else hp.filter_eps
         self.sparse_grad, self.backend = sparse_grad, backend
         self.init_std = None if init_std is None else validation.positive("init_std", init_std)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(in_huge_pages(torch.empty(out_features, in_features, device=device, dtype=dtype)))
         self.angle_counter = AngleCounter(device=device) if angle_histogram else None
         self.reset_parameters()
 
@@ -260,7 +261,8 @@ class SFaceLoss(nn.Module):
         validation.check_parameter(self.weight)
         old, total = self.weight, self.out_features + count
         rows = nn.init.normal_(old.new_empty(count, self.in_features), std=initial_std(total, self.init_std))
-        new = nn.Parameter(torch.cat([old, rows]), requires_grad=old.requires_grad)
+        both = in_huge_pages(old.new_empty(total, self.in_features))
+        new = nn.Parameter(torch.cat([old, rows], out=both), requires_grad=old.requires_grad)
         if optimizer is not None:
             replace_parameter(optimizer, old, new, lambda t: torch.cat([t, t.new_zeros(count, *t.shape[1:])]))
         self.weight, self.out_features = new, total

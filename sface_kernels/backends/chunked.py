@@ -7,22 +7,20 @@ with too many of them, or past the list's capacity, takes matrix products instea
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
-import mmap
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..pages import in_huge_pages
 from ..precision import full_precision
 from ..types import IGNORED, INVALID, NORM_EPS, Forward, HyperParameters, Request
 
 CHUNK_ELEMENTS = 1 << 18  # chunk·N: 1 MiB of fp32 cosines stays in a CPU's cache
 DENSE_FRACTION = 0.25  # active share of a block above which products beat lists (measured at D=512 and 128)
-HUGE_BYTES = 32 << 20
 COSINE_SLACK = 1e-5  # far more than rounding moves a cosine across the filter
 DENSE = -1  # in chunk_pairs: this block is recomputed with products
 
@@ -137,20 +135,6 @@ class _Block:
         return kept
 
 
-def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; large ones on a Linux CPU in huge pages, whose faults cost a quarter of small pages' (measured), and all
-    written now: every thread faults pages then, where scattered rows would leave the faults to one."""
-    zeros = torch.empty(shape, dtype=dtype, device=device)
-    size = zeros.nbytes
-    if device.type == "cpu" and size >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        begin = -zeros.data_ptr() % mmap.PAGESIZE  # advice, whole pages only: a kernel without huge pages ignores it
-        length = (size - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(zeros.data_ptr() + begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
-        )
-    return zeros.zero_()
-
-
 def _counted_rows(target: Tensor) -> Tensor:
     """Numbers of the rows that are not ignored; the others take part in nothing, whatever they hold."""
     return (target != IGNORED).nonzero().squeeze(1)
@@ -231,7 +215,8 @@ def _grad_weight(  # type: ignore[no-untyped-def]
     target, n = target[counted], len(counted)
     x_unit, _ = _unit_rows(x[counted].to(dtype))
     u = grad_row[counted].to(dtype) * hp.s
-    grad = _zeros(w.shape, w.dtype, w.device)
+    # all written now: every thread faults pages then, where scattered rows would leave the faults to one
+    grad = in_huge_pages(torch.empty(w.shape, dtype=w.dtype, device=w.device)).zero_()
     used = 0
 
     for index, (count, own) in enumerate(zip(chunk_pairs.tolist(), _own_pairs(target, w.shape[0], chunk), strict=True)):

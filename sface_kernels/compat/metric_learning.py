@@ -42,6 +42,7 @@ from .. import validation
 from ..dispatch import check_name
 from ..loss import initial_std, sface_loss
 from ..ops import compute_dtype
+from ..pages import in_huge_pages
 from ..types import DEFAULTS
 
 
@@ -100,7 +101,7 @@ class SFaceLoss(WeightRegularizerMixin, BaseMetricLossFunction):
         self.filter_eps, self.backend = filter_eps, backend
         self.add_to_recordable_attributes(list_of_names=["num_classes", "s", "k", "a", "b"], is_stat=False)
         self.add_to_recordable_attributes(list_of_names=["intra", "inter", "cos_target"], is_stat=True)
-        self.W = nn.Parameter(torch.empty(self.num_classes, self.embedding_size).t())
+        self.W = nn.Parameter(in_huge_pages(torch.empty(self.num_classes, self.embedding_size)).t())
         self.weight_init_func(self.W)
 
     def get_default_distance(self) -> CosineSimilarity:

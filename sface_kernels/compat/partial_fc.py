@@ -18,6 +18,7 @@ from ..distributed.layout import fill_normal, partial_fc_range, shared_seed
 from ..distributed.parallel import Options, Shard, class_parallel_loss
 from ..distributed.sampling import Sampling, check_sample_rate
 from ..loss import initial_std
+from ..pages import in_huge_pages
 from ..types import DEFAULTS
 
 
@@ -78,7 +79,7 @@ class PartialFCSFace(nn.Module):
         self.class_start, self.num_local = partial_fc_range(
             num_classes, group_size(process_group), group_rank(process_group)
         )
-        self.weight = nn.Parameter(torch.empty(self.num_local, embedding_size))
+        self.weight = nn.Parameter(in_huge_pages(torch.empty(self.num_local, embedding_size)))
         alike = {
             **self._shard().settings(self.options),
             "sample_rate": sample_rate,

@@ -18,6 +18,7 @@ from ..dispatch import check_name
 from ..growing import replace_parameter
 from ..loss import initial_std
 from ..ops import prepare_labels
+from ..pages import in_huge_pages
 from ..pending import PendingGradient, pending_of
 from ..types import DEFAULTS, SFaceRowStats, SFaceStats
 from .collectives import check_agreement, current_gpu, uses_nccl
@@ -104,7 +105,7 @@ class ClassParallelSFaceLoss(nn.Module):
         check_name(backend)
         mesh, device = _mesh_and_device(mesh, process_group, device)
         first, count = class_range(num_classes, mesh.size(), mesh.get_local_rank())
-        local = torch.empty(count, in_features, device=device, dtype=dtype)
+        local = in_huge_pages(torch.empty(count, in_features, device=device, dtype=dtype))
         shard = Shard(local, first, num_classes, mesh.get_group())
         self.init_std = None if init_std is None else validation.positive("init_std", init_std)
         alike = {"uneven_batches": uneven_batches, "sample_rate": sample_rate, "init_std": self.init_std}

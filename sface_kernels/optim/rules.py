@@ -9,8 +9,13 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from ..pages import in_huge_pages
 from ..pending import WeightGradient
 from .base import HeadOptimizer, native_arguments, weight_of
+
+
+def _zeros_like(weight: Tensor) -> Tensor:
+    return in_huge_pages(torch.empty_like(weight)).zero_()
 
 
 class HeadSGD(HeadOptimizer, torch.optim.SGD):  # type: ignore[override]
@@ -47,7 +52,7 @@ class HeadSGD(HeadOptimizer, torch.optim.SGD):  # type: ignore[override]
         if group["momentum"] != 0:
             state = self.state[weight]
             if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(weight)
+                state["momentum_buffer"] = _zeros_like(weight)
                 dampening = 0  # the first gradient becomes the buffer
             buffer = self._state_rows("momentum_buffer")
         rule: dict[str, Any] = {
@@ -113,7 +118,7 @@ class HeadAdamW(HeadOptimizer, torch.optim.AdamW):  # type: ignore[override]
         weight, rows, state = self._weight, self._rows, self.state[self._weight]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+            state["exp_avg"], state["exp_avg_sq"] = _zeros_like(weight), _zeros_like(weight)
         mean, square = self._state_rows("exp_avg"), self._state_rows("exp_avg_sq")
         rule: dict[str, Any] = {
             "lr": float(group["lr"]),

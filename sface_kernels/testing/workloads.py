@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..pages import in_huge_pages
 from ..types import DEFAULTS
 
 GEOMETRIES = ("random", "trained", "dense")
@@ -77,7 +78,7 @@ def make_workload(case: Case, device: torch.device | str = "cpu", dtype: torch.d
         x, w = _dense(case.shape, y, 0.05 if case.density is None else case.density, generator)
     else:
         raise ValueError(f"geometry: expected one of {GEOMETRIES}, got {case.geometry!r}")
-    x = x.to(dtype)
+    x, w = x.to(dtype), in_huge_pages(torch.empty_like(w)).copy_(w)  # w as the one of a head lies in memory
     step = _class_step(n, c, MAX_PAIRS)
     return Workload(case, x, w, y, _active_share(x.float(), w[::step], y, step))
 

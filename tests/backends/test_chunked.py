@@ -10,7 +10,7 @@ from sface_kernels.backends import chunked
 from tests.support.cases import Case, f32
 from tests.support.checks import Judge, run
 from tests.support.oracle import truth
-from tests.support.problems import GEOMETRIES, Problem
+from tests.support.problems import GEOMETRIES
 
 CASE = Case("chunked", "cpu", f32, f32)
 
@@ -58,11 +58,3 @@ def test_many_and_few_pairs(monkeypatch, filter_eps, many):
     active = int(result.stats.active_pairs)
     assert active > 100 and (active + 65 > 331) == many and float(result.stats.dense_share) == 0
     Judge(problem, filter_eps=filter_eps).check(result, "chunked")
-
-
-def test_large_gradients_in_huge_pages(monkeypatch):
-    """Past HUGE_BYTES the memory of ∂w gets other pages: as zero where nothing was added, as right where something was."""
-    problem: Problem = GEOMETRIES["trained"](9, 331, 96)
-    expected = run(CASE, problem, filter_eps=2.0**-12).grad_w
-    monkeypatch.setattr(chunked, "HUGE_BYTES", 1)
-    assert torch.equal(run(CASE, problem, filter_eps=2.0**-12).grad_w, expected)
