@@ -37,10 +37,9 @@ inline float int8_error(const Int8Row& row, float square, int d) {
 
 // Rounds, and adds to `square` what was taken away.
 SFACE_INLINE I32 round_lanes(F32 v, F32& square) {
-  const I32 whole = I32(_mm512_cvtps_epi32(__m512(v)));
-  const F32 rest = v - __builtin_convertvector(whole, F32);
+  const F32 rest = F32(_mm512_reduce_ps(__m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));  // v − round(v)
   square += rest * rest;
-  return whole;
+  return I32(_mm512_cvtps_epi32(__m512(v)));
 }
 
 // 64 features as bytes from −128 or from 0, in the order that costs the fewest instructions: a product does not see it.
@@ -95,9 +94,9 @@ inline void prepare_int8_rows(const float* const rows[kRowsAtOnce], const float 
     F32 total[4];
     if constexpr (kSum)
       for (int q = 0; q < 4; ++q) total[q] = load(sum + k + q * kLanes);
+    ahead.step(kRowsAtOnce);
 #pragma GCC unroll 4
     for (int r = 0; r < kRowsAtOnce; ++r) {
-      ahead.step();
       I32 whole[4];
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) {
