@@ -22,12 +22,10 @@ class SampleGrads {
     uint8_t* touched;
   };
 
-  // `memory` holds words(problem) floats.
-  SampleGrads(const Problem& problem, const Kernels& kernels, Tensor memory)
+  SampleGrads(const Problem& problem, const Kernels& kernels)
       : problem_(problem),
         kernels_(kernels),
-        memory_(std::move(memory)),
-        parts_(memory_.mutable_data_ptr<float>()),
+        homes_(problem.ranges * problem.groups),
         touched_(problem.ranges * problem.n, 0),
         total_(problem.n * problem.padded_d),
         total_touched_(problem.n, 0),
@@ -36,13 +34,14 @@ class SampleGrads {
     for (Queue& queue : queues_) queue.homes.assign(problem.ranges, kNone);
   }
 
-  static int64_t words(const Problem& problem) { return problem.ranges * problem.n * problem.padded_d; }
-
   // For a task that begins.
   Part take(int64_t range, int64_t group) {
     Queue& queue = queues_[group];
     const std::lock_guard<std::mutex> lock(queue.mutex);
-    if (queue.free.empty()) return part(range, group);
+    if (queue.free.empty()) {
+      homes_[range * problem_.groups + group] = Uninitialised<float>(problem_.group_count(group) * problem_.padded_d);
+      return part(range, group);
+    }
     const int64_t home = queue.free.back();
     queue.free.pop_back();
     return part(home, group);
@@ -89,8 +88,8 @@ class SampleGrads {
   };
 
   Part part(int64_t home, int64_t group) {
-    const int64_t at = home * problem_.n + problem_.group_first(group);
-    return {home, parts_ + at * problem_.padded_d, &touched_[at]};
+    return {home, homes_[home * problem_.groups + group].data.get(),
+            &touched_[home * problem_.n + problem_.group_first(group)]};
   }
 
   float* total(int64_t sample) { return total_.data.get() + sample * problem_.padded_d; }
@@ -107,10 +106,9 @@ class SampleGrads {
 
   const Problem& problem_;
   const Kernels& kernels_;
-  Tensor memory_;
-  float* parts_;                  // [ranges][N][padded D]
-  std::vector<uint8_t> touched_;  // [ranges][N]
-  Uninitialised<float> total_;    // [N][padded D]
+  std::vector<Uninitialised<float>> homes_;  // [ranges][groups] of [group][padded D], those that tasks took
+  std::vector<uint8_t> touched_;             // [ranges][N]
+  Uninitialised<float> total_;               // [N][padded D]
   std::vector<uint8_t> total_touched_;
   std::vector<Queue> queues_;
   bool at_once_;
@@ -136,10 +134,7 @@ struct Partials {
         best_class(problem.ranges * stride, -1),
         class_sum(problem.ranges * problem.padded_d, 0.0f),
         tallies(problem.ranges * problem.groups) {
-    // memory that is kept from step to step, as its page faults would cost a twentieth of the call
-    if (need_grad)
-      grads.emplace(problem, kernels,
-                    empty_kept(torch::stable::empty({SampleGrads::words(problem)}, ScalarType::Float)));
+    if (need_grad) grads.emplace(problem, kernels);
   }
 
   // Those of one range, from a sample on, but for its gradient.

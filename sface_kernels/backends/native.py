@@ -82,14 +82,14 @@ def narrow(saved: tuple[Tensor, ...], rows: int, first: int, end: int) -> tuple[
 
 
 class GradientMemory:
-    """The memory of large ∂w, of partial sums of ∂x and of exact calls' arenas, kept for the next step: page faults of
-    a fresh block cost more than the whole loss.
+    """The memory of large ∂w and of exact calls' arenas, kept for the next step: page faults of a fresh block cost more
+    than the whole loss.
 
     It holds a tensor on each of the last few storages it gave out, and gives a storage out again once nobody else holds
     it. They are storages like any other, which may be resized or shared.
     """
 
-    BLOCKS = 5  # four heads may take turns, two in exact mode; partial sums are gone before the next head's
+    BLOCKS = 4  # as many heads may take turns, two in exact mode
     PATIENCE = 16  # a free block that this many gradients had no use for goes back
 
     def __init__(self) -> None:
