@@ -38,7 +38,7 @@ Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target
   if (saved.up.poisoned) return torch::stable::fill_(grad, std::numeric_limits<double>::quiet_NaN());
 
   void* const out = grad.mutable_data_ptr();
-  for_each_block(problem.blocks, [&](auto next_block) {
+  for_each_block(problem.blocks, Order::kForwards, [&](auto next_block) {
     Workspace work = make_workspace(problem, saved.kernels);
     RawRows rows(work, problem.padded_d);
     BlockSums sums(saved, work, rows);

@@ -101,15 +101,21 @@ class BlockSums {
   std::vector<OwnClass> own_;
 };
 
-// body(next_block) on each of PyTorch's threads, as for_each_worker; next_block() hands out blocks in stretches.
+enum class Order { kForwards, kBackwards };
+
+// body(next_block) on each of PyTorch's threads, as for_each_worker; next_block() hands out blocks in stretches, the
+// first or the last one first.
 template <typename Body>
-void for_each_block(int64_t blocks, const Body& body) {
+void for_each_block(int64_t blocks, Order order, const Body& body) {
   constexpr int64_t kBlocksPerTask = 16;
-  for_each_worker(ceil_div(blocks, kBlocksPerTask), [&](auto next_task) {
+  const int64_t tasks = ceil_div(blocks, kBlocksPerTask);
+  for_each_worker(tasks, [&](auto next_task) {
     int64_t next = 0, end = 0;
     body([&] {
       if (next == end) {
-        next = std::min(blocks, next_task() * kBlocksPerTask);
+        const int64_t task = next_task();
+        const int64_t stretch = order == Order::kBackwards && task < tasks ? tasks - 1 - task : task;
+        next = std::min(blocks, stretch * kBlocksPerTask);
         end = std::min(blocks, next + kBlocksPerTask);
       }
       return next < end ? next++ : blocks;

@@ -39,7 +39,8 @@ void for_each_row(const Tensor& w, const std::deque<SavedPairs>& backwards, floa
   const int64_t c = w.size(0), d = w.size(1), blocks = ceil_div(c, kBlockClasses);
   const bool poisoned =
       std::any_of(backwards.begin(), backwards.end(), [](const SavedPairs& one) { return one.up.poisoned; });
-  for_each_block(blocks, [&](auto next_block) {
+  // from where the forward ended, whose rows are in the caches still, to where the next one begins
+  for_each_block(blocks, Order::kBackwards, [&](auto next_block) {
     std::vector<float> zeros(d), special(d);
     std::optional<Workspace> work;
     std::optional<RawRows> rows;
