@@ -85,8 +85,9 @@ struct Rules {
   int32_t candidate_min;  // a pair whose screened product is ≥ this is a candidate: it may be active
   bool cheap_below;       // inter_weight_below is accurate for every pair below candidate_min
   bool int8;              // the int8 screen may be used, where there is one
-  // Below these a coefficient, as a share of s, and its cosine may have the errors of products of two parts.
-  float two_parts_share, two_parts_cosine;
+  // Where all pairs of a tile are below these, a coefficient as a share of s and its cosine, they may have the errors
+  // of fewer parts: two of each number in cosines, one in the products with coefficients.
+  float far_share, far_cosine;
   float active_cosine;  // no pair whose cosine is below this is active: what the int8 screen's own bound comes off
 };
 
@@ -175,11 +176,11 @@ struct Workspace {
   std::vector<float> packed;         // [block][panel] a part of the unit rows for Σ g ŵ
   Uninitialised<float> dense_grad;   // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
   bool has_dense_grad = false;
-  Uninitialised<uint8_t> parts;  // operands of products that take numbers apart, Kernels::parts_bytes of them
-  int pending = 0;               // blocks among them whose Σ g ŵ is still to be added
-  bool all_parts = false, pending_all_parts = false;  // whether the block needs, and any of those, all its parts
-  std::vector<float> scaled;                          // [block][group] u_i g_ij / s
-  int skip_screens = 0;                               // blocks still taken to be dense, as the one before was
+  Uninitialised<uint8_t> parts;            // operands of products that take numbers apart, Kernels::parts_bytes of them
+  int pending = 0;                         // blocks among them whose Σ g ŵ is still to be added
+  bool far = false, pending_far = true;    // whether all pairs of the block are, and of all those
+  std::vector<float> scaled;               // [block][group] u_i g_ij / s
+  int skip_screens = 0;                    // blocks still taken to be dense, as the one before was
   std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task; as long as an int8 row is padded
   std::vector<uint32_t> candidates;        // [block][panels] bits
   std::vector<uint8_t> own_tiles;          // [strips][panels] tiles that hold an own class

@@ -228,15 +228,14 @@ Rules make_rules(const Hyper& hyper, int64_t d, float smallest_own) {
   rules.active_cosine = static_cast<float>(std::cos(std::max(angle, 0.0)) - rounding_slack(d) - 1e-6);
   rules.int8 =
       rules.screen && rules.cheap_below && d >= kInt8MinFeatures && d <= kInt8MaxFeatures && k <= kInt8Steepest;
-  // Two parts of each number and three products lose 3·2⁻¹⁶ of a product at most, and so move a cosine by as much and a
-  // coefficient by (1 + k) times that. The shares below which this is no more than 2⁻²⁴ of any sample's own class
+  // Two parts of each number lose 3·2⁻¹⁶ of a product at most, and so move a cosine by as much and a coefficient by k
+  // times that; one part loses 2⁻⁸ + 2⁻¹⁸. The share below which this is no more than 2⁻²⁴ of any sample's own class
   // (docs/math.md, 3).
-  constexpr double kTwoParts = 3.0 / 65536;
-  const double two_parts = rules.screen ? 0 : smallest_own * 0x1p-24 / (kTwoParts * (1 + k));
-  const double two_parts_angle = two_parts > 0 ? b + std::log((1 - two_parts) / two_parts) / k : M_PI;
-  rules.two_parts_share = static_cast<float>(two_parts);
-  rules.two_parts_cosine =
-      two_parts_angle < M_PI ? static_cast<float>(std::cos(std::max(two_parts_angle, 0.0)) - kTwoParts) : -2.0f;
+  constexpr double kTwoParts = 3.0 / 65536, kOnePart = 1.0 / 256 + 1.0 / 262144;
+  const double far = rules.screen ? 0 : smallest_own * 0x1p-24 / (kTwoParts * (1 + k) + kOnePart);
+  const double far_angle = far > 0 ? b + std::log((1 - far) / far) / k : M_PI;
+  rules.far_share = static_cast<float>(far);
+  rules.far_cosine = far_angle < M_PI ? static_cast<float>(std::cos(std::max(far_angle, 0.0)) - kTwoParts) : -2.0f;
   return rules;
 }
 

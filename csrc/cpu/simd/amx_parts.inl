@@ -8,7 +8,7 @@
 // added in fp32; a tile does 16 of them while a vector unit does one of fp32. Operands lie in memory as tiles of
 // 1 KB in the order in which they are read: for every 32 terms of the sum [part][tile]. Included after vectors.inl.
 
-constexpr int kParts = 3, kProducts = 6;
+constexpr int kParts = 3;
 constexpr int kColumnWords = kParts * kPanel / 2;
 constexpr int kTileRows = 16, kTileBytes = 1024;
 constexpr int kTerms = 32;                              // of a sum, in a tile
@@ -35,8 +35,11 @@ SFACE_INLINE void store_pairs(uint8_t* to, I32 low, I32 high) {
   store_int(reinterpret_cast<int32_t*>(to), pairs(low, high));
 }
 
-// Which of the products of parts: those of the first two parts, the three that make up for the others, or all.
-enum class Which { kFirst, kRest, kAll };
+// Which of the products of parts: that of the first ones, the three of the first two, the three that these lack, or
+// all.
+enum class Which { kOne, kFirst, kRest, kAll };
+
+inline int products_of(Which which) { return which == Which::kOne ? 1 : which == Which::kAll ? 6 : 3; }
 
 // 16 columns of c = a · b, as multiply_floats; b from the first of their tiles on. Tiles 0, 1, 2: sums; 3: b; 4: a.
 template <int kRowTiles, bool kAdd>
@@ -70,18 +73,17 @@ SFACE_INLINE void multiply_columns(Which which, const uint8_t* a, const uint8_t*
     if (ahead) ahead->step();
   };
   for (int step = 0; step < steps; ++step, a += kParts * kA, b += kParts * kB) {
-    if (which != Which::kFirst) {
+    if (which == Which::kAll || which == Which::kRest) {
       load_part(2);
       add_part(0);
       load_part(1);
       add_part(1);
-      load_part(0);
-      add_part(2);
     }
-    if (which != Which::kRest) {
-      if (which == Which::kFirst) load_part(0);
-      add_part(1);
-      add_part(0);
+    load_part(0);
+    if (which == Which::kAll || which == Which::kRest) add_part(2);
+    if (which == Which::kAll || which == Which::kFirst) add_part(1);
+    if (which != Which::kRest) add_part(0);
+    if (which == Which::kAll || which == Which::kFirst) {
       load_part(1);
       add_part(0);
     }

@@ -89,7 +89,7 @@ inline void pack_classes(const Group& group, const Block& block, Workspace& work
 template <bool kAdd>
 inline void multiply_cosines(Which which, const Group& group, Workspace& work, Ahead* ahead) {
   const PartsMemory parts(work, group.padded_d);
-  const int steps = group.padded_d / kTerms, products = which == Which::kAll ? kProducts : kProducts / 2;
+  const int steps = group.padded_d / kTerms, products = products_of(which);
   if (ahead) ahead->plan(ahead->left, int64_t{steps} * group.panels * kPanelTiles * products);
   const TileRegisters registers;
   for (int panel = 0; panel < group.panels; ++panel)
@@ -111,12 +111,12 @@ inline bool all_below(float cosine, const Group& group, const Block& block, Work
 // (1) for a block: tile[row][panels·kPanel].
 template <bool kPend>
 inline void cosine_tile(const Rules& rules, const Group& group, const Block& block, Workspace& work, Ahead* ahead) {
-  work.all_parts = true;
-  if (rules.two_parts_cosine > -1) {
+  work.far = false;
+  if (rules.far_cosine > -1) {
     pack_classes<0, 2, kPend>(group, block, work, ahead);
     multiply_cosines<false>(Which::kFirst, group, work, ahead);
-    work.all_parts = !all_below(rules.two_parts_cosine, group, block, work);
-    if (!work.all_parts) return;
+    work.far = all_below(rules.far_cosine, group, block, work);
+    if (work.far) return;
     pack_classes<2, 3, false>(group, block, work, nullptr);
     multiply_cosines<true>(Which::kRest, group, work, nullptr);
   } else {
@@ -188,9 +188,9 @@ inline void finish_unit_rows(const Group& group, Workspace& work) {
           std::memset(parts.coefficients + panel * kStride + (steps - 1) * kPanelStep + tile * kTileBytes + i * 64 + 32,
                       0, 32);
     }
-  const Which which = work.pending_all_parts ? Which::kAll : Which::kFirst;
+  const Which which = work.pending_far ? Which::kOne : Which::kAll;
   work.pending = 0;
-  work.pending_all_parts = false;
+  work.pending_far = true;
   const TileRegisters registers;
   for (int k = 0; k < group.padded_d; k += kTerms)
     for (int panel = 0; panel < group.panels; ++panel)
@@ -211,7 +211,7 @@ inline void add_unit_rows(const Group& group, const Block& block, Workspace& wor
       pack_coefficients(work.tile.data(), stride, row, block.count, i,
                         out + i / kPanel * kPendingSteps * kPanelStep + i % kPanel / kTileRows * kTileBytes);
   }
-  work.pending_all_parts |= work.all_parts;
+  work.pending_far &= work.far;
   if (++work.pending == kPendingBlocks) finish_unit_rows(group, work);
 }
 
@@ -270,9 +270,8 @@ void add_dense(const Rules& rules, const float* tile, int tile_stride, const flo
       for (int p = 0; p < kParts; ++p) store_pairs(out + p * kBlockTiles * kTileBytes, low.v[p], high.v[p]);
     }
   }
-  const Which which = largest_lane(largest_weight) < rules.two_parts_share ? Which::kFirst : Which::kAll;
-  ahead.plan(ahead.left,
-             int64_t{padded_d} / kTerms * kPanelTiles * steps * (which == Which::kAll ? kProducts : kProducts / 2));
+  const Which which = largest_lane(largest_weight) < rules.far_share ? Which::kOne : Which::kAll;
+  ahead.plan(ahead.left, int64_t{padded_d} / kTerms * kPanelTiles * steps * products_of(which));
   alignas(64) float sums[kBlockClasses * kTerms];
   const TileRegisters registers;
   for (int k = 0; k < padded_d; k += kTerms) {
