@@ -64,15 +64,18 @@ def test_rows_down_to_the_smallest_numbers(exact, d):
 
 
 def test_a_single_near_class_among_far_ones(native):
-    """A tile of far pairs may have coarser products; one near pair in it, whatever its place, may not."""
-    n, c, d = 64, 96, 256
+    """A tile of far pairs may have coarser products; one near pair in it, whatever its place, may not. Two blocks of 48
+    classes are added together, far and near ones not."""
+    n, c, d = 64, 240, 256
     problem = GEOMETRIES["random"](n, c, d)
-    problem = problem._replace(labels=(torch.arange(n) + 5) % c)
-    for sample, cls in ((0, 0), (31, 47), (32, 48), (63, 95), (17, 90)):
+    problem = problem._replace(labels=(torch.arange(n) + 5) % c, upstream=torch.full((n,), 1 / n))
+    for sample, cls in ((0, 0), (31, 47), (32, 48), (63, 95), (17, 90), (5, 100), (40, 191), (1, 239)):
         w = problem.w.clone()
         w[cls] = F.normalize(F.normalize(problem.x[sample], dim=0) + 1.5 * F.normalize(w[cls], dim=0), dim=0)
         near = problem._replace(w=w)
-        Judge(near, filter_eps=0.0).check(run(native, near, filter_eps=0.0), "native")
+        result = run(native, near, filter_eps=0.0)
+        Judge(near, filter_eps=0.0).check(result, "native")
+        assert_each_row(result, near)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -47,9 +47,9 @@ void pack_columns(const float* rows, int count, int, int padded_d, float* column
   }
 }
 
-// The parts kFirst … kEnd − 1 of a block of ŵ, in the order of pack_columns; with kPend all three as tiles of classes
-// by features too, in the place of the next pending block.
-template <int kFirst, int kEnd, bool kPend>
+// The parts kFirst … kEnd − 1 of a block of ŵ, in the order of pack_columns; and kPend … kPendEnd − 1 as tiles of
+// classes by features, in the place of the next pending block.
+template <int kFirst, int kEnd, int kPend, int kPendEnd>
 inline void pack_classes(const Group& group, const Block& block, Workspace& work, Ahead* ahead) {
   const PartsMemory to(work, group.padded_d);
   // half of the next block here: all of it would take longer than the products
@@ -78,10 +78,9 @@ inline void pack_classes(const Group& group, const Block& block, Workspace& work
         store_pairs(tile, first[0].v[p], first[1].v[p]);
         store_pairs(tile + 64, second[0].v[p], second[1].v[p]);
       }
-      if constexpr (kPend)
-        for (int p = 0; p < kParts; ++p)
-          for (int half = 0; half < 2; ++half)
-            store_pairs(pending + (p * kPanelTiles + half) * kTileBytes, first[half].v[p], second[half].v[p]);
+      for (int p = kPend; p < kPendEnd; ++p)
+        for (int half = 0; half < 2; ++half)
+          store_pairs(pending + (p * kPanelTiles + half) * kTileBytes, first[half].v[p], second[half].v[p]);
     }
   }
 }
@@ -108,21 +107,28 @@ inline bool all_below(float cosine, const Group& group, const Block& block, Work
   return largest_lane(largest) < cosine;
 }
 
-// (1) for a block: tile[row][panels·kPanel].
+inline void finish_unit_rows(const Group& group, Workspace& work);
+
+// (1) for a block: tile[row][panels·kPanel]. With kPend ŵ is left for add_unit_rows: of far blocks the first part, as
+// long as all that are pending are far.
 template <bool kPend>
 inline void cosine_tile(const Rules& rules, const Group& group, const Block& block, Workspace& work, Ahead* ahead) {
+  constexpr int kOne = kPend ? 1 : 0, kAll = kPend ? kParts : 0;
   work.far = false;
-  if (rules.far_cosine > -1) {
-    pack_classes<0, 2, kPend>(group, block, work, ahead);
-    multiply_cosines<false>(Which::kFirst, group, work, ahead);
-    work.far = all_below(rules.far_cosine, group, block, work);
-    if (work.far) return;
-    pack_classes<2, 3, false>(group, block, work, nullptr);
-    multiply_cosines<true>(Which::kRest, group, work, nullptr);
-  } else {
-    pack_classes<0, 3, kPend>(group, block, work, ahead);
-    multiply_cosines<false>(Which::kAll, group, work, ahead);
+  if (rules.far_cosine <= -1) {
+    pack_classes<0, 3, 0, kAll>(group, block, work, ahead);
+    return multiply_cosines<false>(Which::kAll, group, work, ahead);
   }
+  pack_classes<0, 2, 0, kOne>(group, block, work, ahead);
+  multiply_cosines<false>(Which::kFirst, group, work, ahead);
+  work.far = all_below(rules.far_cosine, group, block, work);
+  if (work.far) {
+    if (!work.pending_far) pack_classes<0, 0, kOne, kAll>(group, block, work, nullptr);
+    return;
+  }
+  if (kPend && work.pending_far) finish_unit_rows(group, work);
+  pack_classes<2, 3, 0, kAll>(group, block, work, nullptr);
+  multiply_cosines<true>(Which::kRest, group, work, nullptr);
 }
 
 // rows[i][lane l] becomes rows[l][lane i].
