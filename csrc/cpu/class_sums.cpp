@@ -103,13 +103,8 @@ void BlockSums::add(const Block& block, int row, int64_t sample, float scale, Ru
 void BlockSums::add(const Block& block, Run& run) {
   if (run.count == 0) return;
   if (!rows_.row(run.row)) saved_.problem.fetch_row(block.first + run.row);  // that row_gradient reads soon
-  float* const sum = rows_.touch(run.row);
-  const int d = static_cast<int>(saved_.problem.padded_d);
-  if (run.count == Run::kMost) {
-    saved_.kernels.axpy4(run.scale, run.x, sum, d);
-  } else {
-    for (int i = 0; i < run.count; ++i) saved_.kernels.axpy(run.scale[i], run.x[i], sum, d);
-  }
+  const auto [raw, first] = rows_.touch(run.row);
+  saved_.kernels.add_rows(run.count, run.scale, run.x, first, raw, static_cast<int>(saved_.problem.padded_d));
   run.count = 0;
 }
 
@@ -128,13 +123,12 @@ void BlockSums::add_pairs(const Group& group, const Block& block, const int32_t*
 }
 
 void BlockSums::add_tile(const Group& group, Block& block, const void* tile, int64_t stride) {
-  for (int row = 0; row < block.count; ++row) rows_.touch(row);
   // what write_row reads next; rows of another dtype are converted one by one
   if (saved_.problem.float_weight())
     block.next = saved_.problem.weight_rows(block.first, block.count, work_.converted, &block.row_stride);
   saved_.kernels.add_dense(saved_.rules, static_cast<const float*>(tile), static_cast<int>(stride),
                            &saved_.up.u[group.first], block, saved_.columns_of(group), group.count, group.padded_d,
-                           rows_.memory(), work_);
+                           rows_.touch_all(), work_);
 }
 
 void BlockSums::recompute(const Group& group, Block& block) {

@@ -2,6 +2,8 @@
 // left. backward.cpp makes rows of ∂w of them, head_step.cpp steps of an optimizer.
 #pragma once
 
+#include <utility>
+
 #include "ops.h"
 #include "problem.h"
 
@@ -54,15 +56,19 @@ class RawRows {
   // The sum of one row `[padded D]`, null where nothing was added.
   const float* row(int row) const { return touched_[row] ? memory_ + row * padded_d_ : nullptr; }
 
-  // The same to add to, zeros at first.
-  float* touch(int row) {
-    float* raw = memory_ + row * padded_d_;
-    if (!touched_[row]) std::memset(raw, 0, sizeof(float) * padded_d_);
-    touched_[row] = true;
-    return raw;
-  }
+  // Where it is to be added to, for whoever does; `first`: nothing was added, and it holds nothing yet.
+  struct Sum {
+    float* raw;
+    bool first;
+  };
+  Sum touch(int row) { return {memory_ + row * padded_d_, !std::exchange(touched_[row], true)}; }
 
-  float* memory() { return memory_; }
+  // All rows, zeros where nothing was added, to add to.
+  float* touch_all() {
+    for (int row = 0; row < kBlockClasses; ++row)
+      if (const auto [raw, first] = touch(row); first) std::memset(raw, 0, sizeof(float) * padded_d_);
+    return memory_;
+  }
 
  private:
   float* memory_;

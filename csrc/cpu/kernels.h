@@ -183,6 +183,7 @@ struct Workspace {
   int skip_screens = 0;                    // blocks still taken to be dense, as the one before was
   std::vector<float> class_sum;            // [padded D] Σ ŵ_j of the task; as long as an int8 row is padded
   std::vector<uint32_t> candidates;        // [block][panels] bits
+  Uninitialised<int32_t> pairs;            // [block][group] and a few more: the candidates as a list
   std::vector<uint8_t> own_tiles;          // [strips][panels] tiles that hold an own class
   std::vector<float> below, below_weight;  // [group] sums of one block, before they go to double
   std::vector<float> best;                 // [group] the best screened cosine of one block, its row in the low bits
@@ -250,8 +251,8 @@ struct Kernels {
 
   float (*dot)(const float*, const float*, int d);
   void (*axpy)(float scale, const float* x, float* y, int d);  // y += scale·x
-  // Four of them in turn, y read and written once.
-  void (*axpy4)(const float scale[4], const float* const x[4], float* y, int d);
+  // y += Σ scale·x of one to four rows in turn, y read and written once; `first`: y holds nothing yet.
+  void (*add_rows)(int count, const float* scale, const float* const* x, bool first, float* y, int padded_d);
   // out = scale·raw + along·w, the tangent of (8)
   void (*combine)(float scale, const float* raw, float along, const float* w, float* out, int d);
   void (*zero)(float* out, int d);  // like combine, past the caches where that is possible

@@ -256,6 +256,7 @@ Workspace make_workspace(const Problem& problem, const Kernels& kernels) {
   work.parts = Uninitialised<uint8_t>(kernels.parts_bytes(padded));
   work.class_sum.assign(ceil_div(problem.d, kInt8Pad) * kInt8Pad, 0);
   work.candidates.resize(kBlockClasses * panels);
+  work.pairs = Uninitialised<int32_t>((kBlockClasses + 1) * kGroupSamples);
   work.own_tiles.assign(kBlockClasses / kernels.strip_rows * panels, 0);
   work.below.resize(kGroupSamples);
   work.below_weight.resize(kGroupSamples);

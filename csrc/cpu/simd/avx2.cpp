@@ -44,6 +44,9 @@ SFACE_INLINE float sum_lanes(F32 v) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
+SFACE_INLINE void sum_lanes4(const F32 v[4], float out[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = sum_lanes(v[i]);
+}
 SFACE_INLINE float largest_lane(F32 v) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(__m256(v)), _mm256_extractf128_ps(__m256(v), 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));

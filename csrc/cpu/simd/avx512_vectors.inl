@@ -19,6 +19,17 @@ SFACE_INLINE F32 larger(F32 a, F32 b) { return F32(_mm512_max_ps(__m512(a), __m5
 SFACE_INLINE F32 smaller(F32 a, F32 b) { return F32(_mm512_min_ps(__m512(a), __m512(b))); }
 // Halves on halves, in the same order on every instruction set.
 SFACE_INLINE float sum_lanes(F32 v) { return _mm512_reduce_add_ps(__m512(v)); }
+// Of four vectors together, the same additions.
+SFACE_INLINE void sum_lanes4(const F32 v[4], float out[4]) {
+  const auto halves = [](__m512 a, __m512 b) __attribute__((always_inline)) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const __m512 a = halves(__m512(v[0]), __m512(v[1])), b = halves(__m512(v[2]), __m512(v[3]));  // 8 lanes of each
+  __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e));
+  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sum)));
+}
 SFACE_INLINE float largest_lane(F32 v) { return _mm512_reduce_max_ps(__m512(v)); }
 // The first `count` lanes, the others 0 and not read.
 SFACE_INLINE F32 load_first(const float* p, int count) {

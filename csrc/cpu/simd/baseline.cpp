@@ -29,6 +29,9 @@ SFACE_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 SFACE_INLINE F32 smaller(F32 a, F32 b) { return a < b ? a : b; }
 // Halves on halves, in the same order on every instruction set.
 SFACE_INLINE float sum_lanes(F32 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+SFACE_INLINE void sum_lanes4(const F32 v[4], float out[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = sum_lanes(v[i]);
+}
 SFACE_INLINE float largest_lane(F32 v) {
   const float even = v[0] > v[2] ? v[0] : v[2], odd = v[1] > v[3] ? v[1] : v[3];
   return even > odd ? even : odd;

@@ -72,14 +72,6 @@ inline void prepare_rows(const Group& group, Block& block, Screening screening, 
   }
 }
 
-inline int64_t count_candidates(const Group& group, const Block& block, const Workspace& work) {
-  int64_t found = 0;
-  for (int row = 0; row < block.count; ++row)
-    for (int panel = 0; panel < group.panels; ++panel)
-      found += __builtin_popcount(work.candidates[row * group.panels + panel] & group.participates[panel]);
-  return found;
-}
-
 inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, Task& task, Ahead& ahead,
                            Workspace& work) {
   Arena& arena = task.arena;
@@ -134,8 +126,9 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
   } else {
     screen_block(Int16Screen<false>(rules, group, work), group, block, ahead, task.sums, work);
   }
-  const int64_t candidates = count_candidates(group, block, work), before = task.tally.active;
-  if (candidates > kDenseShare * block.count * group.count) {
+  const int64_t pairs = int64_t{block.count} * group.count, before = task.tally.active;
+  const int candidates = list_candidates(group, block, static_cast<int64_t>(kDenseShare * pairs), work);
+  if (candidates < 0) {
     work.skip_screens = kBlindBlocks;
     return dense_block(rules, group, block, task, ahead, work);
   }
@@ -145,9 +138,9 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
     task.sums.dropped[i] += work.below_weight[i];
   }
   const int64_t begin = task.arena.used;
-  const bool listed = rescore_block(rules, group, block, task, work);
+  const bool listed = rescore_block(rules, group, block, candidates, task, work);
   const int64_t wasted = candidates - (task.tally.active - before);
-  if (screening == Screening::kInt8 && wasted > Int8::kWaste * block.count * group.count) work.skip_int8 = kInt16Blocks;
+  if (screening == Screening::kInt8 && wasted > Int8::kWaste * pairs) work.skip_int8 = kInt16Blocks;
   if (listed) return (task.arena.used - begin) / 2;
   task.arena.used = begin;
   return kRecompute;
@@ -169,7 +162,7 @@ const Kernels kTable = {
     .pack_features = pack_features,
     .dot = dot,
     .axpy = axpy,
-    .axpy4 = axpy4,
+    .add_rows = add_rows,
     .combine = combine,
     .zero = zero,
     .finish_stores = finish_stores,

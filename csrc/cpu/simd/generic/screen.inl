@@ -184,112 +184,128 @@ inline void screen_block(Screen&& screen, const Group& group, const Block& block
   screen.end(block, sums);
 }
 
-// Some candidates of a block, class by class.
+// The candidates of a block but its own classes, class by class, as row << 16 | sample in Workspace::pairs, and how
+// many; −1 where there are more than `most`.
+//
+// Nothing branches on a bit, or on whether a word has any: where 5 % of the pairs are candidates, a core would guess
+// wrong at every second word.
+constexpr int kPairsAtOnce = 4;
+inline int list_candidates(const Group& group, const Block& block, int64_t most, Workspace& work) {
+  for (int i = 0; i < block.own_count; ++i)
+    work.candidates[block.own[i].row * group.panels + block.own[i].sample / kPanel] &=
+        ~(1u << block.own[i].sample % kPanel);
+  int32_t first[kBlockClasses * (kGroupSamples / kPanel)];  // pair of the lowest bit of each word that has any
+  int words = 0;
+  for (int row = 0; row < block.count; ++row)
+    if (is_finite(work.inv_norm[row]))  // else the drivers turn every loss into NaN
+      for (int panel = 0; panel < group.panels; ++panel) {
+        uint32_t& found = work.candidates[row * group.panels + panel];
+        found &= group.participates[panel];
+        first[words] = row << 16 | panel * kPanel;
+        words += found != 0;
+      }
+  int32_t* const pairs = work.pairs.data.get();
+  int count = 0;
+  for (int word = 0; word < words; ++word) {
+    uint32_t found = work.candidates[(first[word] >> 16) * group.panels + (first[word] & 0xffff) / kPanel];
+    const int end = count + __builtin_popcount(found);
+    if (end > most) return -1;
+    do {
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairsAtOnce; ++i, found &= found - 1)
+        pairs[count + i] = first[word] + __builtin_ctz(found | 1u << 31);  // past the last bit: overwritten later
+      count += kPairsAtOnce;
+    } while (count < end);
+    count = end;
+  }
+  for (int i = 0; count > 0 && i < kPairsAtOnce; ++i)
+    pairs[count + i] = pairs[count - 1];  // they are rescored together
+  return count;
+}
+
+// Some candidates of a block.
 struct Candidates {
   static constexpr int kMost = 64;  // their rows of w and x stay in the L1 and L2 caches
-  int count = 0;
-  int row[kMost], sample[kMost];
+  int count;
+  const int32_t* pairs;
   float cosine[kMost], weight[kMost];
-  static_assert(kMost % 4 == 0 && kMost % kLanes == 0);
+  static_assert(kMost % kPairsAtOnce == 0 && kMost % kLanes == 0);
+
+  SFACE_INLINE int row(int n) const { return pairs[n] >> 16; }
+  SFACE_INLINE int sample(int n) const { return pairs[n] & 0xffff; }
 };
 
 // Cosines in fp32 from the original rows, then (4). Many at a time: most classes have a candidate or none.
 inline void rescore(const Rules& rules, const Group& group, const Block& block, const Workspace& work,
                     Candidates& list) {
-  const int count = list.count;
-  const auto pair = [count](int n) { return n < count ? n : count - 1; };
-  for (int n = 0; n < count; n += 4) {
-    const float *x[4], *w[4];
-    for (int i = 0; i < 4; ++i) {
-      x[i] = group.rows + static_cast<int64_t>(list.sample[pair(n + i)]) * group.padded_d;
-      w[i] = block.w + list.row[pair(n + i)] * block.row_stride;
+  float inv_norm[Candidates::kMost];
+  int n = 0;
+  for (; n < list.count; n += kPairsAtOnce) {
+    const float *x[kPairsAtOnce], *w[kPairsAtOnce];
+    for (int i = 0; i < kPairsAtOnce; ++i) {
+      const int row = list.row(n + i);
+      x[i] = group.rows + static_cast<int64_t>(list.sample(n + i)) * group.padded_d;
+      w[i] = block.w + row * block.row_stride;
+      inv_norm[n + i] = work.inv_norm[row];
     }
-    float product[4];
-    dot4(w, x, group.d, product);
-    for (int i = 0; i < 4; ++i) {
-      const float c = product[i] * work.inv_norm[list.row[pair(n + i)]];
-      list.cosine[n + i] = c < -1 ? -1 : c > 1 ? 1 : c;
-    }
+    dot4(x, w, group.d, list.cosine + n);
   }
-  for (int n = (count + 3) / 4 * 4; n % kLanes; ++n) list.cosine[n] = 0;
-  for (int n = 0; n < count; n += kLanes)
-    store(list.weight + n, sigmoid_of_angle(arccos(load(list.cosine + n)), rules.slope_log2, rules.hyper.b));
+  for (; n % kLanes; ++n) list.cosine[n] = inv_norm[n] = 0;
+  for (n = 0; n < list.count; n += kLanes) {
+    const F32 cosine = clamp(load(list.cosine + n) * load(inv_norm + n), -1.0f, 1.0f);
+    store(list.cosine + n, cosine);
+    store(list.weight + n, sigmoid_of_angle(arccos(cosine), rules.slope_log2, rules.hyper.b));
+  }
 }
 
-// Rescores the candidates of a block, and lists the active ones.
-class Rescoring {
- public:
-  Rescoring(const Rules& rules, const Group& group, const Block& block, Task& task, Workspace& work)
-      : rules_(rules), group_(group), block_(block), task_(task), work_(work) {}
-
-  void add(int row, int sample) {
-    list_.row[list_.count] = row;
-    list_.sample[list_.count++] = sample;
-    if (list_.count == Candidates::kMost) take();
-  }
-
-  // False where the arena was too small for the list.
-  bool finish() {
-    if (list_.count > 0) take();
-    return listed_;
-  }
-
- private:
-  void take() {
-    rescore(rules_, group_, block_, work_, list_);
-    for (int n = 0; n < list_.count; ++n) take(list_.row[n], list_.sample[n], list_.cosine[n], list_.weight[n]);
-    list_.count = 0;
-  }
-
-  void take(int row, int i, float cosine, float weight) {
-    RowSums& sums = task_.sums;
+// Adds some rescored candidates to the sums, the active ones to Σ g ŵ and to the list in the arena. False where that
+// had no room.
+inline bool take(const Rules& rules, const Group& group, const Block& block, const Candidates& list, Task& task,
+                 const Workspace& work) {
+  RowSums& sums = task.sums;
+  int active[Candidates::kMost], actives = 0;
+  for (int n = 0; n < list.count; ++n) {
+    const int i = list.sample(n);
+    const float cosine = list.cosine[n], weight = list.weight[n];
+    const bool kept = weight >= rules.keep_above;
     sums.inter[i] += static_cast<double>(weight) * cosine;
+    sums.dropped[i] += kept ? 0.0f : weight;
     if (cosine > sums.hardest[i]) {
       sums.hardest[i] = cosine;
-      sums.hardest_class[i] = static_cast<int32_t>(block_.first) + row;
+      sums.hardest_class[i] = static_cast<int32_t>(block.first) + list.row(n);
     }
-    if (weight < rules_.keep_above) {
-      sums.dropped[i] += weight;
-      return;
-    }
-    ++task_.tally.active;
-    if (sums.grad) {
-      float* grad = sums.grad + static_cast<int64_t>(i) * group_.padded_d;
-      if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * group_.padded_d);
+    active[actives] = n;
+    actives += kept;
+  }
+  task.tally.active += actives;
+  if (sums.grad)
+    for (int k = 0; k < actives; ++k) {
+      const int n = active[k], row = list.row(n), i = list.sample(n);
+      float* grad = sums.grad + static_cast<int64_t>(i) * group.padded_d;
+      if (!sums.touched[i]) std::memset(grad, 0, sizeof(float) * group.padded_d);
       sums.touched[i] = 1;
-      axpy(weight * work_.inv_norm[row], block_.w + row * block_.row_stride, grad, group_.d);
+      axpy(list.weight[n] * work.inv_norm[row], block.w + row * block.row_stride, grad, group.d);
     }
-    Arena& arena = task_.arena;
-    if (!arena.wanted) return;
-    if (arena.used + 2 <= arena.capacity) {
-      arena.words[arena.used++] = row << 16 | i;
-      std::memcpy(arena.words + arena.used++, &weight, sizeof(weight));
-    } else {
-      listed_ = false;
-    }
+  Arena& arena = task.arena;
+  if (!arena.wanted) return true;
+  if (arena.used + 2 * actives > arena.capacity) return false;
+  for (int k = 0; k < actives; ++k, arena.used += 2) {
+    arena.words[arena.used] = list.pairs[active[k]];
+    std::memcpy(arena.words + arena.used + 1, &list.weight[active[k]], sizeof(float));
   }
+  return true;
+}
 
-  const Rules& rules_;
-  const Group& group_;
-  const Block& block_;
-  Task& task_;
-  Workspace& work_;
-  Candidates list_;
-  bool listed_ = true;
-};
-
-// Every candidate of the block but the own classes. False where the arena was too small for the list.
-inline bool rescore_block(const Rules& rules, const Group& group, const Block& block, Task& task, Workspace& work) {
-  for (int i = 0; i < block.own_count; ++i)
-    work.candidates[block.own[i].row * group.panels + block.own[i].sample / kPanel] &=
-        ~(1u << block.own[i].sample % kPanel);
-  Rescoring rescoring(rules, group, block, task, work);
-  for (int row = 0; row < block.count; ++row) {
-    if (!is_finite(work.inv_norm[row])) continue;  // the drivers turn every loss into NaN
-    for (int panel = 0; panel < group.panels; ++panel) {
-      uint32_t found = work.candidates[row * group.panels + panel] & group.participates[panel];
-      for (; found; found &= found - 1) rescoring.add(row, panel * kPanel + __builtin_ctz(found));
-    }
+// What list_candidates found. False where the arena was too small for the active ones.
+inline bool rescore_block(const Rules& rules, const Group& group, const Block& block, int count, Task& task,
+                          Workspace& work) {
+  bool listed = true;
+  Candidates list;
+  for (int first = 0; first < count; first += Candidates::kMost) {
+    list.count = count - first < Candidates::kMost ? count - first : Candidates::kMost;
+    list.pairs = work.pairs.data.get() + first;
+    rescore(rules, group, block, work, list);
+    listed &= take(rules, group, block, list, task, work);
   }
-  return rescoring.finish();
+  return listed;
 }

@@ -46,21 +46,32 @@ float dot(const float* x, const float* y, int d) {
   return total;
 }
 
+// The features of dot4 that fill no vector; by itself, or its code would stand in every caller's way.
+__attribute__((noinline, cold)) void add_rest(const float* const x[4], const float* const w[4], int64_t k, int d,
+                                              float out[4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int64_t r = k; r < d; ++r) out[i] += x[i][r] * w[i][r];
+}
+
 // Four dot products: each waits for its own additions only.
-inline void dot4(const float* const w[4], const float* const x[4], int d, float out[4]) {
+SFACE_INLINE void dot4(const float* const x[4], const float* const w[4], int d, float out[4]) {
   F32 sum[4] = {}, more[4] = {};
-  int k = 0;
+  int64_t k = 0;
   for (; k + 2 * kLanes <= d; k += 2 * kLanes)
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       sum[i] += load(x[i] + k) * load(w[i] + k);
       more[i] += load(x[i] + k + kLanes) * load(w[i] + k + kLanes);
     }
-  for (; k + kLanes <= d; k += kLanes)
+  if (k + kLanes <= d) {
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) sum[i] += load(x[i] + k) * load(w[i] + k);
-  for (int i = 0; i < 4; ++i) {
-    out[i] = sum_lanes(sum[i] + more[i]);
-    for (int r = k; r < d; ++r) out[i] += x[i][r] * w[i][r];
+    k += kLanes;
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) sum[i] += more[i];
+  sum_lanes4(sum, out);
+  if (__builtin_expect(k < d, 0)) add_rest(x, w, k, d, out);
 }
 
 void axpy(float scale, const float* x, float* y, int d) {
@@ -69,15 +80,19 @@ void axpy(float scale, const float* x, float* y, int d) {
   for (; k < d; ++k) y[k] += scale * x[k];
 }
 
-void axpy4(const float scale[4], const float* const x[4], float* y, int d) {
-  int k = 0;
-  for (; k + kLanes <= d; k += kLanes) {
-    F32 sum = load(y + k);
-    for (int i = 0; i < 4; ++i) sum += scale[i] * load(x[i] + k);
+template <int kRows>
+inline void add_rows(const float* scale, const float* const* x, bool first, float* y, int padded_d) {
+  for (int64_t k = 0; k < padded_d; k += kLanes) {
+    F32 sum = first ? F32{} : load(y + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) sum += scale[i] * load(x[i] + k);
     store(y + k, sum);
   }
-  for (; k < d; ++k)
-    for (int i = 0; i < 4; ++i) y[k] += scale[i] * x[i][k];
+}
+
+void add_rows(int count, const float* scale, const float* const* x, bool first, float* y, int padded_d) {
+  const auto add = count == 1 ? add_rows<1> : count == 2 ? add_rows<2> : count == 3 ? add_rows<3> : add_rows<4>;
+  add(scale, x, first, y, padded_d);
 }
 
 void combine(float scale, const float* raw, float along, const float* w, float* out, int d) {
