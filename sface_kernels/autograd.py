@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +75,36 @@ class _Options(NamedTuple):
     made: list[Tensor] | None  # where a forward may leave ∂w of an upstream gradient of 1, for the first backward
 
 
+def _forward(embeddings: Tensor, weight: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, ...]:
+    """A backend's `types.Forward` as a flat tuple: reduced row losses, which have a gradient, and the rest as it is."""
+    backend, hp, need_x, need_w, *_, reduction, labels, made = options
+    raw: dict[str, Any] = {}
+    if labels is not None:
+        if BACKENDS[backend].takes_labels and not labels.check:
+            target, raw = target.reshape(-1).contiguous(), {"ignore_index": labels.ignore_index}
+        else:
+            target = prepare_labels(target, weight.shape[0], *labels)
+    if made is not None and BACKENDS[backend].scale is not None:
+        raw["reduction"] = reduction
+    result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w, **raw)
+    loss, *others, saved, counted, prepared, grad_w, _ = result
+    if made is not None and grad_w is not None:
+        made.append(grad_w)
+    if prepared is not None:
+        target = prepared
+    elif labels is None:
+        target = target.view_as(target)  # an output that is no input
+    if counted is None:
+        counted = (target != IGNORED).sum().clamp_min(1)  # 1 avoids 0/0 where all are ignored
+    if reduction != "none":
+        loss = loss.sum()
+        if reduction == "mean":
+            loss = loss / counted
+    return (loss, counted, target, *others, *saved)
+
+
 class _RowLoss(torch.autograd.Function):
-    """A backend's `types.Forward` as a flat tuple: reduced row losses, which are differentiable, and the rest as it is.
+    """`_forward` and its gradient.
 
     A backend's forward leaves ∂l_i/∂x_i complete, as the coefficients of (6) are constants; the upstream gradient
     u_i enters only in the backward, per row, so any reduction and any number of backward calls are right. The mean is
@@ -88,34 +115,13 @@ class _RowLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(embeddings: Tensor, weight: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, ...]:
-        backend, hp, need_x, need_w, *_, reduction, labels, made = options
-        raw: dict[str, Any] = {}
-        if labels is not None:
-            if BACKENDS[backend].takes_labels and not labels.check:
-                target, raw = target.reshape(-1).contiguous(), {"ignore_index": labels.ignore_index}
-            else:
-                target = prepare_labels(target, weight.shape[0], *labels)
-        if made is not None and BACKENDS[backend].scale is not None:
-            raw["reduction"] = reduction
-        result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w, **raw)
-        loss, *others, saved, counted, prepared, grad_w, _ = result
-        if made is not None and grad_w is not None:
-            made.append(grad_w)
-        if prepared is not None:
-            target = prepared
-        elif labels is None:
-            target = target.view_as(target)  # an output that is no input
-        if counted is None:
-            counted = (target != IGNORED).sum().clamp_min(1)  # 1 avoids 0/0 where all are ignored
-        if reduction != "none":
-            loss = loss.sum()
-            if reduction == "mean":
-                loss = loss / counted
-        return (loss, counted, target, *others, *saved)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs = _forward(*inputs)
+        _RowLoss._keep(ctx, inputs, outputs)
+        return outputs
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         embeddings, weight, _, ctx.options = inputs
         _, counted, target, _, _, _, row_grad_x, *saved = output
         for_weight = (weight, *saved) if ctx.options.need_w else (None,)
@@ -180,23 +186,15 @@ class _RowLoss(torch.autograd.Function):
         )
 
 
-class _AllGiven(inspect.Signature):
-    """Of a function that is called with all of its arguments, in order. PyTorch looks a signature up in every call to
-    fill in defaults, a tenth of the host's time of a small step."""
+class _Transformable(_RowLoss):
+    """The same for compilers and torch.func, which want forward without a context. For each call of such a Function
+    PyTorch looks its signature up, a twentieth of the host's time of a small step."""
 
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        return _Bound(args, kwargs)
+    forward = staticmethod(_forward)  # type: ignore[assignment]
 
-
-class _Bound(NamedTuple):
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def apply_defaults(self) -> None:
-        pass
-
-
-_RowLoss.forward.__signature__ = _AllGiven.from_callable(_RowLoss.forward)  # type: ignore[attr-defined]
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _RowLoss._keep(ctx, inputs, output)
 
 
 def row_losses(
@@ -305,16 +303,16 @@ def _apply(
     if pending is not None:
         found = []
         weight = _LetWait.apply(weight, pending, found)
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    function = _Transformable if transformed else _RowLoss
     may_make = need_w and pending is None and not sparse and reduction != "none"
     # compilers and transforms would not see what is kept in a list
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        may_make = False
-    made: list[Tensor] | None = [] if may_make else None
+    made: list[Tensor] | None = [] if may_make and not transformed else None
     options = _Options(backend, hp, need_x, need_w, sparse, found, strict, reduction, labels, made)
     try:
-        return _RowLoss.apply(embeddings, weight, target, options)
+        return function.apply(embeddings, weight, target, options)
     except verify.WrongResult as error:
         if strict:
             raise
         verify.distrust(backend, error)
-        return _RowLoss.apply(embeddings, weight, target, options._replace(backend="chunked"))
+        return function.apply(embeddings, weight, target, options._replace(backend="chunked"))
