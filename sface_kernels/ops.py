@@ -6,7 +6,6 @@ C++ and PyTorch only register implementations of what is declared here. The Trit
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +35,9 @@ def implement(name: str, function: Callable[..., Any]) -> None:
         return
 
     def run(*arguments: Any) -> Any:
-        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+        if not torch.is_grad_enabled():  # as in an autograd Function
+            return function(*arguments)
+        with torch.no_grad():
             return function(*arguments)
 
     _library.impl(name, run, "CompositeExplicitAutograd")

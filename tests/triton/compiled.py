@@ -45,11 +45,11 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     sys.path.append(str(FOLDER))
     emulator = importlib.import_module("emulator").install(GPU)
     emulator.options.noise_ulps = int(os.environ.get("PTXEMU_NOISE", "0"))
-    from sface_kernels.backends.triton import device, launch, tiles
+    from sface_kernels.backends.triton import device, kinds, tiles
 
     if not _multiplies_int8():
         tiles.INT8_SCREEN = ()
-    launch.COMPILE_OPTIONS["enable_fp_fusion"] = os.environ.get("SFACE_PTX_FUSION") != "0"
+    kinds.COMPILE_OPTIONS["enable_fp_fusion"] = os.environ.get("SFACE_PTX_FUSION") != "0"
     capability = int(GPU[3:-1]), int(GPU[-1])
     pretence = device.pretend(capability, allocated=_undefined)
     pretence.__enter__()

@@ -14,8 +14,8 @@ from sface_kernels.types import HyperParameters
 def forget_kinds() -> None:
     """What calls have worked out from constants that a test has changed, or has left changed."""
     plan.screens_int8.cache_clear()
-    if launch := sys.modules.get("sface_kernels.backends.triton.launch"):
-        launch._kind.cache_clear()
+    if kinds := sys.modules.get("sface_kernels.backends.triton.kinds"):
+        kinds._kind.cache_clear()
 
 
 def int8_where_it_may(x: torch.Tensor, w: torch.Tensor, hp: HyperParameters, family: str) -> plan.Way:
@@ -34,8 +34,10 @@ def poisoned(monkeypatch):
     """Every buffer that a launch gets starts as NaN (or a wild integer): what is not written shows."""
     before = buffers.empty
 
-    def filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return before(shape, dtype, device).fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max >> 1)
+    def filled(shape, stride, dtype, device) -> torch.Tensor:
+        made = before(shape, stride, dtype, device)
+        wild = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max >> 1
+        return made if stride == (0,) else made.fill_(wild)
 
     monkeypatch.setattr(buffers, "empty", filled)
 

@@ -46,6 +46,12 @@ compiles = pytest.mark.skipif(
 )
 
 
+def reachable(held: object) -> list[object]:
+    """What containers hold, at any depth."""
+    inside = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
+    return [held, *(each for one in inside for each in reachable(one))]
+
+
 class TestTiles:
     @pytest.mark.parametrize(
         "text", ["{", "[]", '{"scren": {}}', '{"screen": {"block": 1}}', '{"screen": {"warps": "8"}}', '{"screen": {"warps": 0}}', '{"screen": {"block_c": 256}}']
@@ -201,28 +207,26 @@ class TestLaunches:
 
     def test_a_second_call_of_a_kind_works_nothing_out(self, monkeypatch):
         """What does not depend on the tensors' contents is kept, but no tensor is."""
-        from sface_kernels.backends.triton import launch
+        from sface_kernels.backends.triton import kinds
 
         self.launches((100, 1009, 100), dense=False)
         monkeypatch.setattr(tiles, "tile", lambda *_: pytest.fail("worked out again"))
         assert len(self.launches((100, 1009, 100), dense=False)) == 5
-        kept = [value for held in gc.get_objects() if type(held) is launch.Kind for value in vars(held).values()]
+        kept = [value for held in gc.get_objects() if type(held) is kinds.Kind for value in vars(held).values()]
         kept += [value for held in kept if isinstance(held, dict) for value in held.values()]
         assert kept and not any(isinstance(value, torch.Tensor) for value in kept)
 
     def test_what_was_compiled_is_launched_without_asking_triton_again(self):
         """Until a tensor has another alignment, which is compiled otherwise. Triton would work it out at each launch."""
-        from sface_kernels.backends.triton import launch
+        from sface_kernels.backends.triton import kinds, launch
 
         made = []
 
         class Launched:  # as kernel[grid] and as what it compiles
+            arg_names = ("n", "x_ptr", "BLOCK_D", "w_ptr", "sums_ptr", "unit_x_ptr", "part_ptr", "tiles")
+
             def __init__(self, compiles: bool):
-                self.compiles = compiles
-                self.fn, self.arg_names = (
-                    types.SimpleNamespace(__name__="finish_samples"),
-                    ["n", "x_ptr", "BLOCK_D", "w_ptr"],
-                )
+                self.compiles, self.fn = compiles, types.SimpleNamespace(__name__="finish_samples")
 
             def __getitem__(self, grid):
                 def run(*values, **named):
@@ -231,43 +235,85 @@ class TestLaunches:
 
                 return run
 
+        def steps(call):
+            call.make("sums_ptr", 3, 5)
+            unit = call.make("unit_x_ptr", 4, 8, dtype=torch.float16)
+            call.also("part_ptr", "unit_x_ptr", unit.view(-1).view(f32))
+            call.launch(Launched(compiles=True), 7, tiles=2)
+
         x, w = torch.zeros(5, 16), torch.zeros(9, 16)
         odd = torch.zeros(81)[1:].view(5, 16)
         with device.pretend((9, 0)):
-            kind = launch.kind_of(x, w, FAST, False, False, 132)
+            kind = kinds.kind_of(x, w, FAST, False, False, 132)
             for tensor in (x, x, odd, odd, x):
-                launch.Call(kind, x.device, x_ptr=tensor).launch(Launched(compiles=True), 7)
+                launch.Call(kind, x.device, {"DENSE": False}, {"x_ptr": tensor}).run(steps, tensor)
         assert [compiles for compiles, *_ in made] == [True, False, True, False, False]
         (_, grid, values, named), (_, again, in_order, unnamed) = made[:2]
         assert grid == (7,) and not values and named.pop("enable_fp_fusion") and named.pop("num_warps") == 4
-        assert named == {"n": 5, "x_ptr": x, "BLOCK_D": 64, "w_ptr": None}
-        assert again == (7, 1, 1) and in_order == tuple(named.values()) and not unnamed
+        fixed = {"n": 5, "x_ptr": x, "BLOCK_D": 64, "w_ptr": None, "tiles": 2}
+        assert {name: value for name, value in named.items() if name in fixed} == fixed
+        assert named["part_ptr"].data_ptr() == named["unit_x_ptr"].data_ptr() and named["sums_ptr"].shape == (3, 5)
+        repeated = dict(zip(named, in_order, strict=True))
+        assert again == (7, 1, 1) and not unnamed and {name: repeated[name] for name in fixed} == fixed
+        # by address, in one piece of memory
+        sums, unit, part = (repeated[name] for name in ("sums_ptr", "unit_x_ptr", "part_ptr"))
+        assert unit == part == sums + launch.ALIGNMENT
+        assert len(kind.steps) == 2 and not any(isinstance(held, torch.Tensor) for held in reachable(kind.steps))
+
+    def test_a_small_step_allocates_little(self, monkeypatch):
+        """As a launch does, each allocation takes the host microseconds."""
+        from triton.runtime.jit import JITFunction
+
+        monkeypatch.setenv("SFACE_VERIFY", "0")
+        monkeypatch.setattr(validation, "checks_labels", lambda _: False)
+        launched = []
+
+        class Compiled:
+            def __getitem__(self, grid):
+                return lambda *values: launched.append(values)
+
+        monkeypatch.setattr(JITFunction, "run", lambda *_, **__: Compiled())
+        y = torch.arange(128)
+        x, w = (torch.zeros(size, 512, dtype=t, requires_grad=True) for size, t in ((128, bf16), (10_575, f32)))
+        for repeated in (False, True):
+            with device.pretend((9, 0)), torch.profiler.profile() as profile:
+                sface_loss(x, w, y, backend="triton", filter_eps=FAST.filter_eps).backward()
+            assert len(launched) == (5 if repeated else 0)
+        made = [event.name for event in profile.events() if event.name in ("aten::empty", "aten::empty_strided")]
+        # 16 outputs, scratch and unit rows with descriptors; ∂w; 7 operations of PyTorch
+        assert len(made) <= 28, made
 
     def test_calls_that_share_compiled_kernels_have_the_same_constants(self, monkeypatch):
-        """What was compiled for one of them is launched for all. Those that are set after a call has begun were missed."""
+        """What was launched for one of them is launched for all, with their own tensors. Constants that are set after a
+        call has begun were missed."""
         from sface_kernels.backends.triton import launch
 
         monkeypatch.setenv("SFACE_VERIFY", "0")
         monkeypatch.setattr(validation, "checks_labels", lambda _: False)
-        begin, calls, shared = launch.Call.__init__, [], set()
-        seen: dict[tuple[int, str], dict] = {}
+        run, shared = launch.Call.run, set()
+        calls: list[tuple] = []
+        seen: dict[tuple, tuple] = {}
 
-        def noted(call, *arguments, **named):
-            begin(call, *arguments, **named)
-            calls.append(call.ready)  # kept: another's must not have its id
+        def noted(call, steps, *given):
+            calls.append((call, call.variant(steps, given), []))
+            run(call, steps, *given)
 
-        def run(kernel, grid, arguments):
-            constants = {name: value for name, value in arguments.items() if name.isupper() or value is None}
-            key = id(calls[-1]), kernel.fn.__name__
+        def record(kernel, grid, arguments):
+            if kernel.fn.__name__ == "scale":  # belongs to no call
+                return
+            call, variant, made = calls[-1]
+            made.append(kernel)
+            fixed = kernel, grid, {name: value for name, value in arguments.items() if name not in call.own}
+            key = call.kind, variant, len(made)
             if key in seen:
                 shared.add(key)
-            assert seen.setdefault(key, constants) == constants, key
+            assert seen.setdefault(key, fixed) == fixed
 
-        monkeypatch.setattr(launch.Call, "__init__", noted)
+        monkeypatch.setattr(launch.Call, "run", noted)
         y, (x, w) = torch.arange(16), (torch.zeros(size, 16, requires_grad=True) for size in (16, 300))
         head = SFaceLoss(16, 300, backend="triton", filter_eps=FAST.filter_eps)
         stepped = HeadSGD(head)
-        with device.pretend((9, 0), run=run):
+        with device.pretend((9, 0), run=record):
             for filter_eps, reduction in itertools.product((0.0, FAST.filter_eps), ("none", "mean", "sum", "none")):
                 for rows, weight in ((x, w), (x, w.detach()), (x.detach(), w)):
                     options = {"reduction": reduction, "backend": "triton", "filter_eps": filter_eps}
@@ -288,7 +334,7 @@ class TestLaunches:
     @pytest.mark.parametrize("dense", [False, True], ids=["lists", "dense"])
     def test_nothing_is_worked_out_again_for_every_chunk(self, monkeypatch, dense):
         """At a million classes a call has hundreds of launches, which the host must make faster than the GPU runs them."""
-        from sface_kernels.backends.triton import launch
+        from sface_kernels.backends.triton import kinds
 
         asked = []
         tile = tiles.tile
@@ -301,7 +347,7 @@ class TestLaunches:
         counts = []
         for classes in (20_000, 1_000_000):
             asked.clear()
-            launch._kind.cache_clear()
+            kinds._kind.cache_clear()
             launches = len(self.launches((1024, classes, 512), dense))
             counts.append((launches, len(asked)))
         (few, asked_few), (many, asked_many) = counts

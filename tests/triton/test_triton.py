@@ -84,7 +84,7 @@ def test_candidates_in_parts(poisoned, monkeypatch, geometry, dtype):
     monkeypatch.setattr(tiles, "CLASSES_OF_PARTS", 1)
     monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 16)
     forget_kinds()
-    kind_of = importlib.import_module("sface_kernels.backends.triton.launch").kind_of
+    kind_of = importlib.import_module("sface_kernels.backends.triton.kinds").kind_of
     assert kind_of(*given[:2], given[3], False, False, device.MULTIPROCESSORS).list_parts > 1
     Judge(problem, filter_eps=FAST).check(run(CASE, problem, filter_eps=FAST), "triton")
     parts = backend.forward(*given, ignore_index=-100)

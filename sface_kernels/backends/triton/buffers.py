@@ -1,4 +1,4 @@
-"""The Triton backend's operators, and every buffer that they return: schemas, fakes, sizes, one `allocate`.
+"""The Triton backend's operators, and every buffer that they return: schemas, fakes, sizes.
 
 Torch only: the operators can be traced where there is no Triton and no GPU. What implements them is registered by the
 package itself.
@@ -6,6 +6,7 @@ package itself.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -95,48 +96,48 @@ def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple
     return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE, MOST_CAPACITY))
 
 
-def allocate(
-    x: Tensor,
-    w: Tensor,
-    need_grad_x: bool,
-    need_grad_w: bool,
-    dense: bool,
-    stripes: int,
-    capacity: int,
-    reduction: str,
-) -> tuple[Tensor, ...]:
-    """Everything that the forward returns, without contents, in the operator's order."""
-    (n, d), c, device = x.shape, w.shape[0], x.device
-    rows = padded(n)
+Buffer = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # its shape and strides
+
+
+def whole(*shape: int, dtype: torch.dtype = torch.float32) -> Buffer:
+    """A contiguous one."""
+    return shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), dtype
+
+
+def outputs(
+    n: int, c: int, d: int, need_x: bool, need_w: bool, dense: bool, stripes: int, capacity: int, makes_grad_w: bool
+) -> tuple[Buffer, ...]:
+    """What the forward returns, in the operator's order."""
+    rows, i32, i64 = padded(n), torch.int32, torch.int64
     slots = rows * stripes * capacity + n
-    f32, i32, i64 = torch.float32, torch.int32, torch.int64
+    dense = dense and n > 0
 
-    def listed(size: int, dtype: torch.dtype, unused: bool = dense) -> Tensor:
-        if unused and n > 0:
-            return torch.empty_strided((size,), (0,), dtype=dtype, device=device)
-        return empty((size,), dtype, device)
+    def listed(size: int, dtype: torch.dtype, unused: bool = dense) -> Buffer:
+        return ((size,), (0,), dtype) if unused else whole(size, dtype=dtype)
 
-    saved = Saved(
-        norm=empty((rows,), f32, device),
-        inv_norm=empty((c,), f32, device),
-        flags=empty((2,), i32, device),
-        overflowed=empty((n,), i32, device),
-        head=listed(c, i32, unused=dense or not need_grad_w),
-        links=listed(slots, i32),
-        list_sample=listed(slots, i32),
-        list_cos=listed(slots, f32),
-    )
     return (
-        empty((n,), f32, device),
-        empty((6, n), f32, device),
-        empty((n,), i64, device),
-        empty((2,), i64, device),
-        empty((n if need_grad_x else 0, d), f32, device),
-        *saved,
-        empty((), i64, device),
-        empty((n,), i64, device),
-        empty((c if reduction else 0, d), f32, device),
+        whole(n),  # row_loss
+        whole(6, n),  # row_stats
+        whole(n, dtype=i64),  # hardest_class
+        whole(2, dtype=i64),  # counts
+        whole(n if need_x else 0, d),  # row_grad_x
+        whole(rows),  # what is Saved: norm
+        whole(c),  # inv_norm
+        whole(2, dtype=i32),  # flags
+        whole(n, dtype=i32),  # overflowed
+        listed(c, i32, unused=dense or (n > 0 and not need_w)),  # head
+        listed(slots, i32),  # links
+        listed(slots, i32),  # list_sample
+        listed(slots, torch.float32),  # list_cos
+        whole(dtype=i64),  # counted
+        whole(n, dtype=i64),  # target
+        whole(c if makes_grad_w else 0, d),  # grad_w
     )
+
+
+def allocate(wanted: tuple[Buffer, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Buffers without contents."""
+    return tuple([empty(*buffer, device) for buffer in wanted])
 
 
 def went_dense(saved: tuple[Tensor, ...]) -> bool:
@@ -147,7 +148,8 @@ def went_dense(saved: tuple[Tensor, ...]) -> bool:
 @ops.fake("triton_forward")
 def _(x, w, labels, ignore_index, no_target, hyper, need_x, need_w, dense, multiprocessors, int8=False, reduction=""):  # type: ignore[no-untyped-def]
     (n, d), c = x.shape, w.shape[0]
-    return allocate(x, w, need_x, need_w, dense, *lists(n, c, d, multiprocessors), reduction)
+    of_lists = lists(n, c, d, multiprocessors)
+    return allocate(outputs(n, c, d, need_x, need_w, dense, *of_lists, reduction != ""), x.device)
 
 
 @ops.fake("triton_grad_weight")

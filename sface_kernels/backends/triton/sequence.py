@@ -5,6 +5,7 @@ Which of the two is the caller's to say; nothing waits for a count.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...types import IGNORED, NO_TARGET, HyperParameters
-from . import tiles
-from .buffers import OUTPUTS, SAVED, allocate, cdiv, lists
-from .device import gpu_of
+from . import buffers, tiles
+from .buffers import OUTPUTS, SAVED, cdiv
+from .device import empty, gpu_of
 from .kernels.coefficients import coefficients
 from .kernels.dense import class_gradient, row_gradient, scale
 from .kernels.finish import finish_samples
@@ -22,7 +23,10 @@ from .kernels.regroup import regroup
 from .kernels.rescore import rescore
 from .kernels.scatter import scatter_classes
 from .kernels.screen import screen
-from .launch import SUM_PLANES, Call, kind_of, launched_alone
+from .kinds import KINDS, kind_of
+from .launch import SUM_PLANES, Call, launched_alone
+
+_outputs = functools.lru_cache(maxsize=KINDS)(buffers.outputs)
 
 
 def forward(
@@ -42,38 +46,41 @@ def forward(
     """The operator's outputs. A call that is not `dense` is screened in fp16, or in `int8`. With a `reduction`, "mean"
     or "sum", a dense call makes ∂w of the reduced loss. A row whose label is `ignore_index` is ignored, one whose label
     is `no_target` has its class elsewhere."""
-    if x.shape[0] == 0:
-        sizes = lists(0, w.shape[0], w.shape[1], multiprocessors)
-        outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *sizes, reduction)
+    (n, d), c, makes_grad_w = x.shape, w.shape[0], reduction != ""
+    if n == 0:
+        of_lists = buffers.lists(0, c, d, multiprocessors)
+        layout = buffers.outputs(0, c, d, need_grad_x, need_grad_w, dense, *of_lists, makes_grad_w)
+        outputs = buffers.allocate(layout, x.device)
         for output in outputs:
             output.zero_()
         outputs[-3].fill_(1)  # samples that count, at least 1
         return outputs
-    kind = kind_of(x, w, hp, dense, int8, multiprocessors, reduction != "")
-    outputs = allocate(x, w, need_grad_x, need_grad_w, dense, *kind.lists, reduction)
-    call = Call(
-        kind,
-        x.device,
-        x_ptr=x,
-        w_ptr=w,
-        label_ptr=labels,
-        ignore_index=ignore_index,
-        no_target=no_target,
-        NEED_GRAD=need_grad_x,
-        NEED_GRAD_W=reduction != "",
-        MEAN=reduction == "mean",
-        LINKS=need_grad_w and not dense,
-        BACKWARD=False,
-        OWN_U=False,
-        **dict(zip(OUTPUTS, outputs, strict=True)),
-    )
-    # unit rows and sums over classes, in chunks, then every sample's results
+    kind = kind_of(x, w, hp, dense, int8, multiprocessors, makes_grad_w)
+    layout = _outputs(n, c, d, need_grad_x, need_grad_w, dense, *kind.lists, makes_grad_w)
+    outputs = buffers.allocate(layout, x.device)
+    common = {
+        "ignore_index": ignore_index,
+        "no_target": no_target,
+        "NEED_GRAD": need_grad_x,
+        "NEED_GRAD_W": makes_grad_w,
+        "MEAN": reduction == "mean",
+        "LINKS": need_grad_w and not dense,
+        "BACKWARD": False,
+        "OWN_U": False,
+    }
+    own = {"x_ptr": x, "w_ptr": w, "label_ptr": labels, **dict(zip(OUTPUTS, outputs, strict=True))}
+    Call(kind, x.device, common, own).run(_forward, x, w, labels)
+    return outputs
+
+
+def _forward(call: Call) -> None:
+    """Unit rows and sums over classes, in chunks, then every sample's results."""
+    kind = call.kind
     call.make("sums_ptr", SUM_PLANES, kind.stripes, kind.padded_n)
     call.make("best_class_ptr", kind.stripes, kind.padded_n, dtype=torch.int32)
     call.make("count_ptr", kind.stripes, kind.padded_n, dtype=torch.int32)
-    (_products if dense else _screen)(call)
+    (_products if kind.dense else _screen)(call)
     call.launch(finish_samples, kind.n)
-    return outputs
 
 
 def _screen(call: Call) -> None:
@@ -86,25 +93,24 @@ def _screen(call: Call) -> None:
     call.launch(regroup, own["row_blocks"] * stripes)
     if (parts := call.kind.list_parts) > 1:
         # the chunk's unit rows are no longer needed
-        call.arguments["part_ptr"] = call.arguments["unit_w_ptr"].view(-1).view(torch.float32)
+        call.also("part_ptr", "unit_w_ptr", call.own["unit_w_ptr"].view(-1).view(torch.float32))
         call.launch(rescore, call.kind.n, parts)
 
 
 def _products(call: Call) -> None:
     """The sums over all classes, ∂x in parts and ∂w, as far as they are asked for."""
-    kind, need_x, need_w = call.kind, call.arguments["NEED_GRAD"], call.arguments["NEED_GRAD_W"]
+    kind, need_x, need_w = call.kind, call.common["NEED_GRAD"], call.common["NEED_GRAD_W"]
     own, rows_of, classes_of = (kind.own[name] for name in ("coefficients", "row_gradient", "class_gradient"))
-    chunk = call.unit_rows(own)
+    call.unit_rows(own)
     if need_x:
-        call.make("row_coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
+        call.make("row_coefficient_ptr", kind.padded_n, kind.parts * kind.chunk, dtype=kind.unit_dtype)
         call.make("grad_ptr", rows_of["splits"], kind.padded_n, kind.d)
         if kind.parts == 2:
-            call.make("row_shift_ptr", chunk // own["BLOCK_C"], kind.padded_n, dtype=torch.int32)
+            call.make("row_shift_ptr", kind.chunk // own["BLOCK_C"], kind.padded_n, dtype=torch.int32)
     if need_w:
-        call.make("class_coefficient_ptr", kind.padded_n, kind.parts * chunk, dtype=kind.unit_dtype)
-        call.make("along_ptr", own["row_blocks"], chunk)
-        call.make("class_shift_ptr", own["row_blocks"], chunk, dtype=torch.int32)
-    call.arguments["splits"] = rows_of["splits"]
+        call.make("class_coefficient_ptr", kind.padded_n, kind.parts * kind.chunk, dtype=kind.unit_dtype)
+        call.make("along_ptr", own["row_blocks"], kind.chunk)
+        call.make("class_shift_ptr", own["row_blocks"], kind.chunk, dtype=torch.int32)
     for rows in call.chunks():
         call.launch(coefficients, own["row_blocks"] * kind.stripes, tiles=cdiv(rows, own["BLOCK_C"]))
         if need_x:
@@ -156,37 +162,49 @@ def grad_weight(
     else:
         grad_row = grad_row.contiguous()
         largest = torch.linalg.vector_norm(grad_row, math.inf)  # NaN where an element is
-    given: dict[str, Any] = dict(zip(SAVED, saved, strict=True))
-    given |= {"x_ptr": x, "w_ptr": w, "target_ptr": target, "grad_row_ptr": grad_row, "largest_ptr": largest}
-    if dense:
-        given |= {"BACKWARD": True, "OWN_U": own_u, "MEAN": False}
-        given |= {"NEED_GRAD": False, "NEED_GRAD_W": True, "LINKS": False}
+    own: dict[str, Any] = {"x_ptr": x, "w_ptr": w, "grad_row_ptr": grad_row, "largest_ptr": largest}
     if move is None:
-        call = Call(kind, x.device, **given, RULE="")
         # the interpreter cuts off what a cast to bf16 should round
         stored = torch.float32 if gpu.family == "interpreter" else w.dtype
-        grad = call.make("grad_w_ptr", kind.c, kind.d, dtype=stored)
+        grad = empty((kind.c, kind.d), (kind.d, 1), stored, x.device)
+        own["grad_w_ptr"] = grad
     else:
-        call = Call(kind, x.device, **given, RULE=move.rule, first_ptr=move.first, second_ptr=move.second)
-        call.arguments |= move._asdict() | {"s": hp.s * move.sign}
         grad = w
+        own |= {**move._asdict(), "first_ptr": move.first, "second_ptr": move.second, "s": hp.s * move.sign}
     if dense:
-        _products_again(call)
+        own["label_ptr"] = target
+        common: dict[str, Any] = {
+            "BACKWARD": True,
+            "OWN_U": own_u,
+            "MEAN": False,
+            "NEED_GRAD": False,
+            "NEED_GRAD_W": True,
+        }
+        common |= {"LINKS": False, "ignore_index": IGNORED, "no_target": NO_TARGET}
+        Call(kind, x.device, common, own).run(_products_again, x, w, target, grad_row)
     else:
-        block_c, block_d = (kind.own["scatter_classes"][name] for name in ("BLOCK_C", "BLOCK_D"))
-        if move is not None:  # whole rows: of a sample without a list a program reads the row that another would move
-            block_c, block_d = max(1, block_c * block_d // kind.block_d), kind.block_d
-        blocks, d_blocks = cdiv(kind.c, block_c), cdiv(kind.d, block_d)
-        rounds = max(1, min(tiles.SCATTER_ROUNDS, blocks * d_blocks // (8 * gpu.multiprocessors)))
-        grid, slots = (cdiv(blocks, rounds), d_blocks), call.arguments["links_ptr"].shape[0] - kind.n
-        call.arguments |= {"slots": slots, "rounds": rounds, "grad_row_step": grad_row.stride(0)}
-        call.launch(scatter_classes, *grid, BLOCK_C=block_c, BLOCK_D=block_d)
+        lists = dict(zip(SAVED, saved, strict=True))
+        own |= {**lists, "target_ptr": target, "slots": len(lists["links_ptr"]) - kind.n}
+        own["grad_row_step"] = grad_row.stride(0)
+        common = {"RULE": "" if move is None else move.rule}
+        Call(kind, x.device, common, own).run(_scatter, x, w, target, grad_row, *saved)
     return grad.to(w.dtype)
+
+
+def _scatter(call: Call) -> None:
+    """∂w of the links, or w moved by it."""
+    kind, own = call.kind, call.kind.own["scatter_classes"]
+    block_c, block_d = own["BLOCK_C"], own["BLOCK_D"]
+    if call.common["RULE"]:  # whole rows: of a sample without a list a program reads the row that another would move
+        block_c, block_d = max(1, block_c * block_d // kind.block_d), kind.block_d
+    blocks, d_blocks = cdiv(kind.c, block_c), cdiv(kind.d, block_d)
+    rounds = max(1, min(tiles.SCATTER_ROUNDS, blocks * d_blocks // (8 * gpu_of(call.device).multiprocessors)))
+    call.launch(scatter_classes, cdiv(blocks, rounds), d_blocks, BLOCK_C=block_c, BLOCK_D=block_d, rounds=rounds)
 
 
 def _products_again(call: Call) -> None:
     """∂w by dense products; what else `prepare` writes is not looked at."""
-    kind, target = call.kind, call.arguments["target_ptr"]
+    kind = call.kind
     call.make("norm_ptr", kind.padded_n)
     call.make("inv_norm_ptr", kind.c)
     call.make("counts_ptr", 2, dtype=torch.int64)
@@ -194,7 +212,6 @@ def _products_again(call: Call) -> None:
     call.make("flags_ptr", 2, dtype=torch.int32)
     call.make("head_ptr", 2, dtype=torch.int32)
     call.make("target_ptr", kind.n, dtype=torch.int64)
-    call.arguments |= {"label_ptr": target, "ignore_index": IGNORED, "no_target": NO_TARGET}
     _products(call)
 
 

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from ....types import HyperParameters
-from .. import launch, sequence, tiles
+from .. import kinds, sequence, tiles
 from ..device import gpu_of
 from ..plan import screens_int8
 
@@ -137,7 +137,7 @@ def main() -> int:
     chosen: Overrides = json.loads(os.environ.get("SFACE_TILES", "{}"))
     for way in ways:
         step = Step((n, c, d), DTYPES[options.dtype], DTYPES[options.weight_dtype], way == "dense")
-        kind = launch.kind_of(step.x, step.w, step.hp, step.dense, step.int8, step.gpu.multiprocessors)
+        kind = kinds.kind_of(step.x, step.w, step.hp, step.dense, step.int8, step.gpu.multiprocessors)
         for kernel in WAYS[way]:
             chosen = search(kernel, kind.tile(kernel), chosen, step.measure, _log)
         del step
