@@ -34,10 +34,12 @@ def poisoned(monkeypatch):
     """Every buffer that a launch gets starts as NaN (or a wild integer): what is not written shows."""
     before = buffers.empty
 
-    def filled(shape, stride, dtype, device) -> torch.Tensor:
-        made = before(shape, stride, dtype, device)
-        wild = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max >> 1
-        return made if stride == (0,) else made.fill_(wild)
+    def filled(wanted, device) -> list[torch.Tensor]:
+        made = before(wanted, device)
+        for buffer in made:
+            if buffer.stride() != (0,):
+                buffer.fill_(torch.nan if buffer.dtype.is_floating_point else torch.iinfo(buffer.dtype).max >> 1)
+        return made
 
     monkeypatch.setattr(buffers, "empty", filled)
 

@@ -36,6 +36,7 @@ FREE = {
     "empty_like",
     "empty_strided",
     "expand",
+    "flatten",
     "reshape",
     "to",
     "unsqueeze",
@@ -237,8 +238,8 @@ class TestLaunches:
 
         def steps(call):
             call.make("sums_ptr", 3, 5)
-            unit = call.make("unit_x_ptr", 4, 8, dtype=torch.float16)
-            call.also("part_ptr", "unit_x_ptr", unit.view(-1).view(f32))
+            call.make("unit_x_ptr", 4, 8, dtype=torch.float16)
+            call.also("part_ptr", "unit_x_ptr", call.own["unit_x_ptr"].view(-1).view(f32))
             call.launch(Launched(compiles=True), 7, tiles=2)
 
         x, w = torch.zeros(5, 16), torch.zeros(9, 16)
@@ -246,7 +247,7 @@ class TestLaunches:
         with device.pretend((9, 0)):
             kind = kinds.kind_of(x, w, FAST, False, False, 132)
             for tensor in (x, x, odd, odd, x):
-                launch.Call(kind, x.device, {"DENSE": False}, {"x_ptr": tensor}).run(steps, tensor)
+                launch.Call(kind, x.device, {"DENSE": False}, {"x_ptr": tensor}).run(steps, [tensor])
         assert [compiles for compiles, *_ in made] == [True, False, True, False, False]
         (_, grid, values, named), (_, again, in_order, unnamed) = made[:2]
         assert grid == (7,) and not values and named.pop("enable_fp_fusion") and named.pop("num_warps") == 4
@@ -294,9 +295,9 @@ class TestLaunches:
         calls: list[tuple] = []
         seen: dict[tuple, tuple] = {}
 
-        def noted(call, steps, *given):
+        def noted(call, steps, given):
             calls.append((call, call.variant(steps, given), []))
-            run(call, steps, *given)
+            run(call, steps, given)
 
         def record(kernel, grid, arguments):
             if kernel.fn.__name__ == "scale":  # belongs to no call

@@ -18,6 +18,7 @@ from tests.support.cases import bf16, f16, f32
 from tests.support.checks import Judge, run
 from tests.support.oracle import truth
 from tests.support.problems import GEOMETRIES
+from tests.triton.conftest import forget_kinds
 from tests.triton.test_triton import CASE, DEVICE, FAST, SMALL, pytestmark  # noqa: F401
 
 
@@ -81,6 +82,22 @@ def test_lists_and_dense_products_agree(screen, monkeypatch, dtype):
         difference = (ours - theirs).abs() if ours.dim() == 1 else (ours - theirs).norm(dim=1)
         size = ours.abs() if ours.dim() == 1 else ours.norm(dim=1)
         assert (difference <= 2 * bound + stored * size).all(), name
+
+
+@pytest.mark.parametrize("way", ["lists", "parts", "dense"])
+def test_alike_calls_are_right_with_other_tensors(poisoned, screen, monkeypatch, way):
+    """After the first they are launched from a list, in which nothing of the first may be left."""
+    if way == "parts":
+        monkeypatch.setattr(tiles, "CLASSES_OF_PARTS", 1)
+    forget_kinds()
+    filter_eps = 0.0 if way == "dense" else FAST
+    results = []
+    for seed in range(3):
+        problem = GEOMETRIES["trained"](21, 300, 24, seed=seed).to(DEVICE, bf16, f32)
+        results.append(run(CASE, problem, filter_eps=filter_eps))
+        Judge(problem, filter_eps=filter_eps).check(results[-1], "triton")
+    again = run(CASE, problem, filter_eps=filter_eps)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again[2:], results[-1][2:], strict=True))
 
 
 @pytest.mark.parametrize("geometry", ["random", "trained"])

@@ -86,7 +86,7 @@ def forward(
     way = plan.way_of(x, w, hp, gpu.family)
     # of raw labels none says that its class is elsewhere: what ignore_index means comes first
     codes = (IGNORED, NO_TARGET) if ignore_index is None else (ignore_index, ignore_index)
-    if not way.dense or w.dtype != torch.float32 or len(x) == 0:
+    if not way.dense or w.dtype != torch.float32 or x.shape[0] == 0:
         reduction = ""
     which = need_x, need_w, way.dense, gpu.multiprocessors, way.int8, reduction
     outputs = _forward_op(x, w, labels, *codes, hp, *which)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import ops
 from ...types import Forward
-from .device import empty
+from .device import Buffer, empty
 from .tiles import GRANULE
 
 # Sizes follow from the shapes and the GPU's number of multiprocessors, an argument, so that fakes know them.
@@ -47,6 +47,7 @@ class Saved(NamedTuple):
     list_cos: Tensor  # [slots + N]
 
 
+_LINKS = Saved._fields.index("links")
 _OUTPUTS = (*Forward._fields[:5], *Saved._fields, "counted", "target", "grad_w")  # of the forward, in order
 OUTPUTS, SAVED = (tuple(f"{name}_ptr" for name in names) for names in (_OUTPUTS, Saved._fields))  # to kernels
 
@@ -96,9 +97,6 @@ def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple
     return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE, MOST_CAPACITY))
 
 
-Buffer = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # its shape and strides
-
-
 def whole(*shape: int, dtype: torch.dtype = torch.float32) -> Buffer:
     """A contiguous one."""
     return shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), dtype
@@ -135,21 +133,16 @@ def outputs(
     )
 
 
-def allocate(wanted: tuple[Buffer, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Buffers without contents."""
-    return tuple([empty(*buffer, device) for buffer in wanted])
-
-
 def went_dense(saved: tuple[Tensor, ...]) -> bool:
     """Whether a forward went by dense products. False where its lists have been copied, which is right too but slow."""
-    return Saved(*saved).links.stride() == (0,)
+    return saved[_LINKS].stride() == (0,)
 
 
 @ops.fake("triton_forward")
 def _(x, w, labels, ignore_index, no_target, hyper, need_x, need_w, dense, multiprocessors, int8=False, reduction=""):  # type: ignore[no-untyped-def]
     (n, d), c = x.shape, w.shape[0]
     of_lists = lists(n, c, d, multiprocessors)
-    return allocate(outputs(n, c, d, need_x, need_w, dense, *of_lists, reduction != ""), x.device)
+    return tuple(empty(outputs(n, c, d, need_x, need_w, dense, *of_lists, reduction != ""), x.device))
 
 
 @ops.fake("triton_grad_weight")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import tiles
 
+Buffer = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # its shape and strides
 # An H100's or H200's; for tensors that are on no GPU.
 MULTIPROCESSORS = 132
 
@@ -85,9 +86,10 @@ def _asked(device: torch.device) -> Gpu:
 _known = functools.cache(_asked)  # of few devices; asking takes the host as long as an allocation
 
 
-def empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new buffer for a launch."""
-    buffer = torch.empty_strided(shape, stride, dtype=dtype, device=device)  # takes less of the host than torch.empty
-    if _pretence is None or _pretence.allocated is None or stride == (0,):  # nothing is written to one of stride 0
-        return buffer
-    return _pretence.allocated(buffer)
+def empty(buffers: Iterable[Buffer], device: torch.device) -> list[Tensor]:
+    """New buffers for launches."""
+    # takes the host two thirds of what torch.empty takes
+    made = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in buffers]
+    if _pretence is None or (allocated := _pretence.allocated) is None:
+        return made
+    return [each if each.stride() == (0,) else allocated(each) for each in made]  # those hold nothing

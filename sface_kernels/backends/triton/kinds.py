@@ -17,7 +17,7 @@ from torch import Tensor
 from ...types import HyperParameters
 from . import buffers, tiles
 from .buffers import cdiv, padded
-from .device import gpu_of
+from .device import Buffer, gpu_of
 from .kernels.rescore import MOST_LIST_PARTS, PART_PLANES
 from .kernels.screen import LANES
 from .plan import threshold_of
@@ -41,14 +41,6 @@ def block_parts(count: int) -> int:
     return next(size for size in (64, 256, next_power_of_2(count)) if size >= count)
 
 
-class Scratch(NamedTuple):
-    """A buffer that only the launches of one call look at."""
-
-    name: str
-    buffer: buffers.Buffer
-    block: list[int] | None  # of the descriptor by which kernels read it too, if they do
-
-
 class Launch(NamedTuple):
     """One that Triton has compiled."""
 
@@ -61,9 +53,9 @@ class Steps(NamedTuple):
     """What alike calls launch, without their tensors."""
 
     launches: list[Launch]
-    described: list[Scratch]  # with a descriptor
-    offsets: list[tuple[str, int]]  # of other scratch in one piece of memory, in bytes
-    words: int  # of that memory
+    buffers: list[Buffer]  # one piece of memory, then what has a descriptor
+    offsets: list[tuple[str, int]]  # of scratch in that memory, in bytes, by name
+    described: list[tuple[str, dict[str, Any]]]  # attributes of a descriptor but for its buffer, by name
     same: list[tuple[str, str]]  # names of one buffer
 
 

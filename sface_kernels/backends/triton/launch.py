@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import buffers, tiles
 from .buffers import cdiv
-from .device import pretence
+from .device import Buffer, pretence
 from .kernels.prepare import prepare
-from .kinds import COMPILE_OPTIONS, Kind, Launch, Scratch, Steps
+from .kinds import COMPILE_OPTIONS, Kind, Launch, Steps
 from .tiles import GRANULE
 
 SUM_PLANES = 4  # per sample: Σ weight·cosine, Σ dropped weight, Σ cosine, the largest cosine
@@ -52,11 +52,12 @@ class Call:
         """`common` is what alike calls have in common beside their kind, such as constants of the compiled code; `own`
         are this one's tensors, and numbers that are compiled alike."""
         self.kind, self.device, self.common, self.own = kind, device, common, own
-        self.scratch: list[Scratch] = []
+        self.scratch: dict[str, Buffer] = {}
+        self.units: dict[str, Buffer] = {}  # with descriptors
         self.same: list[tuple[str, str]] = []
         self.launches: list[Launch] = []
 
-    def run(self, steps: Callable[[Call], None], *given: Tensor) -> None:
+    def run(self, steps: Callable[[Call], None], given: Sequence[Tensor]) -> None:
         """Makes the launches of `steps`. After the first of alike calls they are made from a list: to work them out and
         to ask Triton takes the host longer than a small step takes the GPU.
 
@@ -71,30 +72,31 @@ class Call:
         if self.launches:  # in the interpreter nothing is compiled
             self.kind.steps[variant] = self._noted()
 
-    def variant(self, steps: Callable[[Call], None], given: tuple[Tensor, ...]) -> tuple[object, ...]:
+    def variant(self, steps: Callable[[Call], None], given: Sequence[Tensor]) -> tuple[object, ...]:
         """Of its kind: alike calls have the same, and the same compiled code."""
         return steps, self.device, *self.common.values(), *[(t.dtype, t.data_ptr() % 16) for t in given]
 
     def _noted(self) -> Steps:
-        described, offsets, size = [], [], 0
-        for scratch in self.scratch:
-            if scratch.block is not None:
-                described.append(scratch)
-                continue
-            offsets.append((scratch.name, size))
-            shape, _, dtype = scratch.buffer
+        offsets, size = [], 0
+        for name, (shape, _, dtype) in self.scratch.items():
+            offsets.append((name, size))
             size += cdiv(math.prod(shape) * dtype.itemsize, ALIGNMENT) * ALIGNMENT
-        return Steps(self.launches, described, offsets, size // 4, self.same)
+        memory = buffers.whole(size // 4, dtype=torch.int32)
+        described = [(name, vars(self.own[name]) | {"base": None}) for name in self.units]
+        return Steps(self.launches, [memory, *self.units.values()] if offsets else [], offsets, described, self.same)
 
     def _repeat(self, steps: Steps) -> None:
         own = self.own
-        if steps.words:  # compiled code takes addresses; every allocation takes the host as long as half a launch
-            memory = buffers.empty((steps.words,), (1,), torch.int32, self.device)
+        if steps.buffers:  # compiled code takes addresses, and an allocation takes the host half as long as a launch
+            memory, *units = buffers.empty(steps.buffers, self.device)
             start = memory.data_ptr()
             for name, offset in steps.offsets:
                 own[name] = start + offset
-        for scratch in steps.described:
-            self._allocate(scratch)
+            for (name, known), unit in zip(steps.described, units, strict=True):
+                # without Triton's checks, which those of the first call passed: they too take as long as an allocation
+                described = object.__new__(TensorDescriptor)
+                vars(described).update(known, base=unit)
+                own[name], own[f"{name}_ptr"] = described, unit
         for name, other in steps.same:
             own[name] = own[other]
         for run, values, places in steps.launches:
@@ -103,19 +105,15 @@ class Call:
                 values[place] = own[name]
             run(*values)
 
-    def _allocate(self, scratch: Scratch) -> Tensor:
-        name, buffer, block = scratch
-        made = self.own[name] = buffers.empty(*buffer, self.device)
-        if block is not None:
-            self.own[name.removesuffix("_ptr")] = TensorDescriptor.from_tensor(made, block)
-        return made
+    def make(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        """A buffer that is an argument of the launches to come."""
+        self.scratch[name] = buffer = buffers.whole(*shape, dtype=dtype)
+        (self.own[name],) = buffers.empty([buffer], self.device)
 
-    def make(
-        self, name: str, *shape: int, dtype: torch.dtype = torch.float32, block: list[int] | None = None
-    ) -> Tensor:
-        """A buffer that is an argument of the launches to come; with a `block` there is a descriptor of it too."""
-        self.scratch.append(Scratch(name, buffers.whole(*shape, dtype=dtype), block))
-        return self._allocate(self.scratch[-1])
+    def describe(self, name: str, block: list[int]) -> None:
+        """A descriptor of a buffer that was made, by which kernels read blocks of it."""
+        self.units[name] = self.scratch.pop(f"{name}_ptr")
+        self.own[name] = TensorDescriptor.from_tensor(self.own[f"{name}_ptr"], block)
 
     def also(self, name: str, other: str, buffer: Tensor) -> None:
         """Another name for a `buffer` in the same memory."""
@@ -143,10 +141,11 @@ class Call:
         for name, rows, block in (("x", kind.padded_n, own["BLOCK_N"]), ("w", kind.chunk, own["BLOCK_C"])):
             blocks = cdiv(rows, kind.row_block)
             size = blocks * kind.row_block, kind.parts * kind.padded_d
-            described = [block, own["BLOCK_K"]] if kind.arguments["TMA"] else None
-            unit = self.make(f"unit_{name}_ptr", *size, dtype=kind.unit_dtype, block=described)
-            if described is None:
-                self.also(f"unit_{name}", f"unit_{name}_ptr", unit)
+            self.make(f"unit_{name}_ptr", *size, dtype=kind.unit_dtype)
+            if kind.arguments["TMA"]:
+                self.describe(f"unit_{name}", [block, own["BLOCK_K"]])
+            else:
+                self.also(f"unit_{name}", f"unit_{name}_ptr", self.own[f"unit_{name}_ptr"])
             if kind.int8:
                 self.make(f"step_{name}_ptr", blocks * kind.row_block)
                 self.make(f"moved_{name}_ptr", blocks)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...types import IGNORED, NO_TARGET, HyperParameters
 from . import buffers, tiles
 from .buffers import OUTPUTS, SAVED, cdiv
-from .device import empty, gpu_of
+from .device import gpu_of
 from .kernels.coefficients import coefficients
 from .kernels.dense import class_gradient, row_gradient, scale
 from .kernels.finish import finish_samples
@@ -50,14 +50,14 @@ def forward(
     if n == 0:
         of_lists = buffers.lists(0, c, d, multiprocessors)
         layout = buffers.outputs(0, c, d, need_grad_x, need_grad_w, dense, *of_lists, makes_grad_w)
-        outputs = buffers.allocate(layout, x.device)
+        outputs = buffers.empty(layout, x.device)
         for output in outputs:
             output.zero_()
         outputs[-3].fill_(1)  # samples that count, at least 1
-        return outputs
+        return tuple(outputs)
     kind = kind_of(x, w, hp, dense, int8, multiprocessors, makes_grad_w)
     layout = _outputs(n, c, d, need_grad_x, need_grad_w, dense, *kind.lists, makes_grad_w)
-    outputs = buffers.allocate(layout, x.device)
+    outputs = buffers.empty(layout, x.device)
     common = {
         "ignore_index": ignore_index,
         "no_target": no_target,
@@ -69,8 +69,8 @@ def forward(
         "OWN_U": False,
     }
     own = {"x_ptr": x, "w_ptr": w, "label_ptr": labels, **dict(zip(OUTPUTS, outputs, strict=True))}
-    Call(kind, x.device, common, own).run(_forward, x, w, labels)
-    return outputs
+    Call(kind, x.device, common, own).run(_forward, [x, w, labels])
+    return tuple(outputs)
 
 
 def _forward(call: Call) -> None:
@@ -163,31 +163,25 @@ def grad_weight(
         grad_row = grad_row.contiguous()
         largest = torch.linalg.vector_norm(grad_row, math.inf)  # NaN where an element is
     own: dict[str, Any] = {"x_ptr": x, "w_ptr": w, "grad_row_ptr": grad_row, "largest_ptr": largest}
+    given = [x, w, target, grad_row, *saved]
     if move is None:
         # the interpreter cuts off what a cast to bf16 should round
         stored = torch.float32 if gpu.family == "interpreter" else w.dtype
-        grad = empty((kind.c, kind.d), (kind.d, 1), stored, x.device)
+        (grad,) = buffers.empty([((kind.c, kind.d), (kind.d, 1), stored)], x.device)
         own["grad_w_ptr"] = grad
     else:
         grad = w
         own |= {**move._asdict(), "first_ptr": move.first, "second_ptr": move.second, "s": hp.s * move.sign}
+        given += [state for state in (move.first, move.second) if state is not None]
     if dense:
         own["label_ptr"] = target
-        common: dict[str, Any] = {
-            "BACKWARD": True,
-            "OWN_U": own_u,
-            "MEAN": False,
-            "NEED_GRAD": False,
-            "NEED_GRAD_W": True,
-        }
-        common |= {"LINKS": False, "ignore_index": IGNORED, "no_target": NO_TARGET}
-        Call(kind, x.device, common, own).run(_products_again, x, w, target, grad_row)
+        common: dict[str, Any] = {"BACKWARD": True, "OWN_U": own_u, "MEAN": False, "LINKS": False}
+        common |= {"NEED_GRAD": False, "NEED_GRAD_W": True, "ignore_index": IGNORED, "no_target": NO_TARGET}
+        Call(kind, x.device, common, own).run(_products_again, given)
     else:
-        lists = dict(zip(SAVED, saved, strict=True))
-        own |= {**lists, "target_ptr": target, "slots": len(lists["links_ptr"]) - kind.n}
-        own["grad_row_step"] = grad_row.stride(0)
-        common = {"RULE": "" if move is None else move.rule}
-        Call(kind, x.device, common, own).run(_scatter, x, w, target, grad_row, *saved)
+        own |= zip(SAVED, saved, strict=True)
+        own |= {"target_ptr": target, "grad_row_step": grad_row.stride(0), "slots": own["links_ptr"].shape[0] - kind.n}
+        Call(kind, x.device, {"RULE": "" if move is None else move.rule}, own).run(_scatter, given)
     return grad.to(w.dtype)
 
 
