@@ -75,13 +75,16 @@ class _Options(NamedTuple):
     made: list[Tensor] | None  # where a forward may leave ∂w of an upstream gradient of 1, for the first backward
 
 
+RETURNED = 7  # of the outputs of `_forward`; the others are saved alone
+
+
 def _forward(embeddings: Tensor, weight: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, ...]:
     """A backend's `types.Forward` as a flat tuple: reduced row losses, which have a gradient, and the rest as it is."""
     backend, hp, need_x, need_w, *_, reduction, labels, made = options
     raw: dict[str, Any] = {}
     if labels is not None:
         if BACKENDS[backend].takes_labels and not labels.check:
-            target, raw = target.reshape(-1).contiguous(), {"ignore_index": labels.ignore_index}
+            target, raw = target.flatten().contiguous(), {"ignore_index": labels.ignore_index}
         else:
             target = prepare_labels(target, weight.shape[0], *labels)
     if made is not None and BACKENDS[backend].scale is not None:
@@ -118,7 +121,8 @@ class _RowLoss(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         outputs = _forward(*inputs)
         _RowLoss._keep(ctx, inputs, outputs)
-        return outputs
+        ctx.mark_non_differentiable(*outputs[1:RETURNED])
+        return outputs[:RETURNED]
 
     @staticmethod
     def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -127,7 +131,6 @@ class _RowLoss(torch.autograd.Function):
         for_weight = (weight, *saved) if ctx.options.need_w else (None,)
         for_embeddings = row_grad_x if ctx.options.need_x and ctx.needs_input_grad[0] else None
         ctx.save_for_backward(target, counted, embeddings, for_embeddings, *for_weight)
-        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -195,6 +198,7 @@ class _Transformable(_RowLoss):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _RowLoss._keep(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
 
 
 def row_losses(
@@ -291,7 +295,8 @@ def _apply(
     labels: Labels | None = None,
     pending: PendingGradient | None = None,
 ) -> tuple[Tensor, ...]:
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    compiling, in_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    if compiling and in_transform:
         # PyTorch issue 193279: the compiler would differentiate what is in _RowLoss.forward, which gives zeros
         raise RuntimeError(
             "sface_loss: torch.compile loses its gradient inside torch.func.grad, vjp and other transforms; leave out "
@@ -303,11 +308,10 @@ def _apply(
     if pending is not None:
         found = []
         weight = _LetWait.apply(weight, pending, found)
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    function = _Transformable if transformed else _RowLoss
+    function = _Transformable if compiling or in_transform else _RowLoss
     may_make = need_w and pending is None and not sparse and reduction != "none"
     # compilers and transforms would not see what is kept in a list
-    made: list[Tensor] | None = [] if may_make and not transformed else None
+    made: list[Tensor] | None = [] if may_make and function is _RowLoss else None
     options = _Options(backend, hp, need_x, need_w, sparse, found, strict, reduction, labels, made)
     try:
         return function.apply(embeddings, weight, target, options)

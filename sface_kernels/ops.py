@@ -147,7 +147,7 @@ def prepare_labels(
     """
     count = num_classes if count is None else count
     if native_labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        target, first_invalid = native_labels(labels.reshape(-1).contiguous(), num_classes, ignore_index, first, count)
+        target, first_invalid = native_labels(labels.flatten().contiguous(), num_classes, ignore_index, first, count)
         if first_invalid < 0 or not check:
             return target
     return prepare_labels_op(labels, num_classes, ignore_index, check, first, count)

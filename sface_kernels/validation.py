@@ -149,6 +149,8 @@ def integer(name: str, value: Any, positive: bool = False) -> int:
 
 def _number(name: str, value: Any) -> float:
     """Whatever `float` takes (numpy's numbers too), but no bool, no text and no tensor: its gradient would be lost."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):  # what torch.compile can trace, first
         refused = isinstance(value, (bool, str, bytes, Tensor))
         if refused or not (hasattr(value, "__float__") or hasattr(value, "__index__")):

@@ -147,7 +147,7 @@ def forward(
         WrongResult: it is off, or failed in the first call of its kind.
     """
     entry = BACKENDS[backend]
-    if entry.way is None or not _can_wait(x) or len(x) == 0 or (period := _period()) == 0:
+    if entry.way is None or not _can_wait(x) or x.shape[0] == 0 or (period := _period()) == 0:
         return entry.forward(x, w, target, hp, need_x, need_w, **options)
     kind = _kind(backend, x, w, hp)
     try:
@@ -187,7 +187,7 @@ def grad_weight(
         entry.scale(made, upstream)
         return made
 
-    can_wait = len(x) > 0 and _can_wait(x) and not is_batched(grad_row)
+    can_wait = x.shape[0] > 0 and _can_wait(x) and not is_batched(grad_row)
     way = entry.way(x, saved) if entry.way is not None and can_wait else None
     period = _period() if way is not None else 0
     if way is None or period == 0 or not _due((*_kind(backend, x, w, hp), way, made is None, "backward"), period):
