@@ -308,10 +308,11 @@ def _apply(
     if pending is not None:
         found = []
         weight = _LetWait.apply(weight, pending, found)
-    function = _Transformable if compiling or in_transform else _RowLoss
+    eager = not (compiling or in_transform)
+    function = _RowLoss if eager else _Transformable
     may_make = need_w and pending is None and not sparse and reduction != "none"
     # compilers and transforms would not see what is kept in a list
-    made: list[Tensor] | None = [] if may_make and function is _RowLoss else None
+    made: list[Tensor] | None = [] if may_make and eager else None
     options = _Options(backend, hp, need_x, need_w, sparse, found, strict, reduction, labels, made)
     try:
         return function.apply(embeddings, weight, target, options)

@@ -56,12 +56,20 @@ def unavailable(request: Request) -> str | None:
     if TRITON_VERSION < OLDEST_TRITON:
         return f"it needs Triton ≥ {'.'.join(map(str, OLDEST_TRITON))}, found {'.'.join(map(str, TRITON_VERSION))}"
     if device.type == "cuda" and not pretended:
-        if not torch.cuda.is_available():
-            return "PyTorch finds no GPU"
-        capability = torch.cuda.get_device_capability(device)
-        if torch.version.hip is None and capability < OLDEST_CAPABILITY:
-            return f"it needs compute capability ≥ 8.0, this GPU has {capability[0]}.{capability[1]}"
+        return _too_old(device) if device.index is None else _known_too_old(device)
     return None
+
+
+def _too_old(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
+        return f"it needs compute capability ≥ 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+_known_too_old = functools.cache(_too_old)  # of few devices; a call asks each time
 
 
 def forward(
