@@ -126,10 +126,11 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        embeddings, weight, _, ctx.options = inputs
+        embeddings, weight, _, options = inputs
         _, counted, target, _, _, _, row_grad_x, *saved = output
-        for_weight = (weight, *saved) if ctx.options.need_w else (None,)
-        for_embeddings = row_grad_x if ctx.options.need_x and ctx.needs_input_grad[0] else None
+        for_weight = (weight, *saved) if options.need_w else (None,)
+        for_embeddings = row_grad_x if options.need_x and ctx.needs_input_grad[0] else None
+        ctx.options = options
         ctx.save_for_backward(target, counted, embeddings, for_embeddings, *for_weight)
         ctx.set_materialize_grads(False)
 

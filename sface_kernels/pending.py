@@ -76,7 +76,7 @@ class WeightGradient(NamedTuple):
 
     def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...], *made: Tensor | None) -> Tensor:
         grad = verify.grad_weight(self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict, *made)
-        return grad.to(w.dtype)
+        return grad if grad.dtype == w.dtype else grad.to(w.dtype)
 
 
 def class_ranges(w: Tensor, block: int) -> Iterator[tuple[int, int]]:

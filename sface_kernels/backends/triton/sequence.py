@@ -182,7 +182,7 @@ def grad_weight(
         own |= zip(SAVED, saved, strict=True)
         own |= {"target_ptr": target, "grad_row_step": grad_row.stride(0), "slots": own["links_ptr"].shape[0] - kind.n}
         Call(kind, x.device, {"RULE": "" if move is None else move.rule}, own).run(_scatter, given)
-    return grad.to(w.dtype)
+    return grad if grad.dtype == w.dtype else grad.to(w.dtype)
 
 
 def _scatter(call: Call) -> None:
