@@ -86,7 +86,8 @@ $(OTHER)/installed: $(VENV)/requirements
 	touch $@
 
 test-triton36: build $(OTHER)/installed
-	PYTHONPATH=$(CURDIR)/$(OTHER) $(BIN)/python -m pytest tests/triton/test_triton_compile.py tests/triton/test_launch.py
+	PYTHONPATH=$(CURDIR)/$(OTHER) $(BIN)/python -m pytest tests/triton/test_triton_compile.py tests/triton/test_launch.py \
+		tests/triton/test_gpu_choice.py
 	PYTHONPATH=$(CURDIR)/$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
 		$(KERNELS) tests/triton/test_triton_memory.py
 

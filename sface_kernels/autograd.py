@@ -298,7 +298,7 @@ def _apply(
 ) -> tuple[Tensor, ...]:
     compiling, in_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     if compiling and in_transform:
-        # PyTorch issue 193279: the compiler would differentiate what is in _RowLoss.forward, which gives zeros
+        # PyTorch issue 193279: the compiler would differentiate what is in its forward, which gives zeros
         raise RuntimeError(
             "sface_loss: torch.compile loses its gradient inside torch.func.grad, vjp and other transforms; leave out "
             "the compiler there, or use autograd (loss.backward(), torch.autograd.grad) with it"
