@@ -21,7 +21,9 @@ std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double, double> native_c
 STABLE_TORCH_LIBRARY_IMPL(sface, CPU, m) {
   m.impl("native_labels", TORCH_BOX(&sface::native_labels));
   m.impl("native_forward", TORCH_BOX(&sface::native_forward));
+  m.impl("native_forward_early", TORCH_BOX(&sface::native_forward_early));
   m.impl("native_grad_weight", TORCH_BOX(&sface::native_grad_weight));
+  m.impl("native_grad_weight_rest", TORCH_BOX(&sface::native_grad_weight_rest));
   m.impl("native_sgd_step", TORCH_BOX(&sface::native_sgd_step));
   m.impl("native_adamw_step", TORCH_BOX(&sface::native_adamw_step));
 }

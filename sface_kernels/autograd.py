@@ -72,7 +72,7 @@ class _Options(NamedTuple):
     strict: bool
     reduction: str
     labels: Labels | None  # what the target is made of; None where it is given
-    made: list[Tensor] | None  # where a forward may leave ∂w of an upstream gradient of 1, for the first backward
+    made: list[Any] | None  # where a forward may leave what it has made of ∂w, for the first backward
 
 
 RETURNED = 7  # of the outputs of `_forward`; the others are saved alone
@@ -87,12 +87,12 @@ def _forward(embeddings: Tensor, weight: Tensor, target: Tensor, options: _Optio
             target, raw = target.flatten().contiguous(), {"ignore_index": labels.ignore_index}
         else:
             target = prepare_labels(target, weight.shape[0], *labels)
-    if made is not None and BACKENDS[backend].scale is not None:
+    if made is not None and BACKENDS[backend].finish is not None:
         raw["reduction"] = reduction
     result = verify.forward(backend, embeddings, weight, target, hp, need_x, need_w, **raw)
-    loss, *others, saved, counted, prepared, grad_w, _ = result
-    if made is not None and grad_w is not None:
-        made.append(grad_w)
+    loss, *others, saved, counted, prepared, of_weight, _ = result
+    if made is not None and of_weight is not None:
+        made.append(of_weight)
     if prepared is not None:
         target = prepared
     elif labels is None:
@@ -113,8 +113,8 @@ class _RowLoss(torch.autograd.Function):
     u_i enters only in the backward, per row, so any reduction and any number of backward calls are right. The mean is
     taken here: on a GPU every operation, and every one of its gradient, is a launch.
 
-    ∂w may be complete too but for the one u of a mean or a sum. It is no saved tensor: the first backward takes it, to
-    scale it in place and give it away, and any other computes ∂w from what is saved.
+    Of ∂w of a mean or a sum a forward may make a part, or all but for the one u. That is no saved tensor: the first
+    backward takes it, to finish it in place and give it away, and any other computes ∂w from what is saved.
     """
 
     @staticmethod
@@ -158,9 +158,9 @@ class _RowLoss(torch.autograd.Function):
         *saved: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
         backend, hp, _, need_w, sparse, found, strict, reduction, _, made = ctx.options
-        whole = made.pop() if made and not torch.compiler.is_compiling() else None
-        if whole is not None and verify.is_batched(upstream):  # not one number: it is of no use
-            whole = None
+        early = made.pop() if made and not torch.compiler.is_compiling() else None
+        # compiled, or a batch: the backward may not look at it
+        one = upstream if made is not None and not verify.is_batched(upstream) else None
         grad_row = (upstream / counted if reduction == "mean" else upstream).expand(target.shape)  # [N]
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         counting = grad_row.masked_fill(target == IGNORED, 0)
@@ -179,7 +179,7 @@ class _RowLoss(torch.autograd.Function):
             if found is not None:  # what waits must not keep the graph
                 found[:] = [gradient._replace(x=embeddings.detach(), w=weight.detach())]
             else:
-                grad_w = gradient.sparse() if sparse else gradient.dense(whole, upstream)  # [C, D], (8)
+                grad_w = gradient.sparse() if sparse else gradient.dense(early, one)  # [C, D], (8)
         return grad_x, grad_w
 
     @staticmethod
@@ -313,7 +313,7 @@ def _apply(
     function = _RowLoss if eager else _Transformable
     may_make = need_w and pending is None and not sparse and reduction != "none"
     # compilers and transforms would not see what is kept in a list
-    made: list[Tensor] | None = [] if may_make and eager else None
+    made: list[Any] | None = [] if may_make and eager else None
     options = _Options(backend, hp, need_x, need_w, sparse, found, strict, reduction, labels, made)
     try:
         return function.apply(embeddings, weight, target, options)

@@ -34,8 +34,9 @@ class Backend(NamedTuple):
     # of a step and its numbers
     can_move: Callable[[Tensor, HyperParameters, tuple[Tensor, ...]], bool]
     move: Callable[..., None] | None
-    # of a backend whose forward takes a `reduction` and may make ∂w: multiplies that by an upstream gradient, in place
-    scale: Callable[[Tensor, Tensor], None] | None
+    # of a backend whose forward takes a `reduction` and may make ∂w, or a part of it: ∂w of what it `made`, or None, of
+    # the upstream gradient [] and of grad_weight's arguments
+    finish: Callable[..., Tensor] | None
     takes_labels: bool  # its forward takes labels as they are, with an `ignore_index`, and returns their targets
 
 
@@ -50,7 +51,7 @@ BACKENDS: dict[str, Backend] = {
         getattr(module, "way", None),
         getattr(module, "can_move", lambda *_: False),
         getattr(module, "move", None),
-        getattr(module, "scale", None),
+        getattr(module, "finish", None),
         module is triton,
     )
     for name, summary, module in (

@@ -67,8 +67,18 @@ define(
     " Tensor target_weight, Tensor arena, Tensor segments, Tensor counted)"
 )
 define(
+    f"native_forward_early(Tensor x, Tensor w, Tensor target, {_HYPER}, bool need_grad_x, int arena_words,"
+    " float upstream, bool mean, Tensor(a!) grad_w, Tensor(b!) rows)"
+    " -> (Tensor row_loss, Tensor row_stats, Tensor hardest_class, Tensor counts, Tensor row_grad_x, Tensor inv_norm,"
+    " Tensor target_weight, Tensor arena, Tensor segments, Tensor counted)"
+)
+define(
     f"native_grad_weight(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, Tensor inv_norm,"
     " Tensor target_weight, Tensor arena, Tensor segments) -> Tensor"
+)
+define(
+    f"native_grad_weight_rest(Tensor x, Tensor w, Tensor target, Tensor grad_row, {_HYPER}, Tensor inv_norm,"
+    " Tensor target_weight, Tensor arena, Tensor segments, Tensor(a!) grad_w, Tensor rows) -> ()"
 )
 # `saved` and `hyper`: seven tensors (x, target, grad_row and what the forward saved) and six numbers for each backward
 _BACKWARDS = "Tensor[] saved, float[] hyper"
@@ -166,7 +176,7 @@ def native_segments(rows: int, classes: int) -> int:
 
 
 @fake("native_forward")
-def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, arena_words):  # type: ignore[no-untyped-def]
+def _native_forward(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_grad_w, arena_words):  # type: ignore[no-untyped-def]
     n, d = x.shape
     return (
         x.new_empty([n]),
@@ -183,11 +193,17 @@ def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, need_gra
     )
 
 
+@fake("native_forward_early")
+def _(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, arena_words, upstream, mean, grad_w, rows):  # type: ignore[no-untyped-def]
+    return _native_forward(x, w, target, s, k_intra, k_inter, a, b, filter_eps, need_grad_x, True, arena_words)
+
+
 @fake("native_grad_weight")
 def _(x, w, target, grad_row, s, k_intra, k_inter, a, b, filter_eps, inv_norm, target_weight, arena, segments):  # type: ignore[no-untyped-def]
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
+@fake("native_grad_weight_rest")
 @fake("native_sgd_step")
 @fake("native_adamw_step")
 def _(*_) -> None:  # type: ignore[no-untyped-def]

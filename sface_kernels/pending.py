@@ -35,8 +35,9 @@ class WeightGradient(NamedTuple):
     def class_block(self) -> int:
         return BACKENDS[self.backend].class_block(len(self.x))
 
-    def dense(self, made: Tensor | None = None, upstream: Tensor | None = None) -> Tensor:
-        """`[C, D]`, in the dtype of `w`; where a forward has `made` it, that times `upstream`, in place."""
+    def dense(self, made: Any = None, upstream: Tensor | None = None) -> Tensor:
+        """`[C, D]`, in the dtype of `w`; of a mean or a sum its `upstream` gradient, and what the forward has `made`,
+        may be given."""
         return self._of_all(self.w, self.target, self.saved, made, upstream)
 
     def rows(self, first: int, end: int) -> Tensor:
@@ -74,8 +75,10 @@ class WeightGradient(NamedTuple):
         assert move is not None
         move(self.x, self.w, self.target, self.hp, self.grad_row, self.saved, rule, **numbers)
 
-    def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...], *made: Tensor | None) -> Tensor:
-        grad = verify.grad_weight(self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict, *made)
+    def _of_all(self, w: Tensor, target: Tensor, saved: tuple[Tensor, ...], *of_a_loss: Any) -> Tensor:
+        grad = verify.grad_weight(
+            self.backend, self.x, w, target, self.hp, self.grad_row, saved, self.strict, *of_a_loss
+        )
         return grad if grad.dtype == w.dtype else grad.to(w.dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Forward(NamedTuple):
     saved: tuple[Tensor, ...]  # what the backend's own grad_weight wants back
     counted: Tensor | None = None  # [] int64: rows that are not ignored, at least 1; None where they are not counted
     target: Tensor | None = None  # [N] int64, codes of raw labels; None where those were given
-    grad_w: Tensor | None = None  # [C, D], ∂w of the reduced loss where the forward was asked for it and made it
+    made: Any = None  # what the forward has made of ∂w of the reduced loss, where it was asked for that: for `finish`
     coarse: bool = False  # whether the backend took a coarser screen than usual: to verification another way
 
     @classmethod

@@ -171,21 +171,19 @@ def grad_weight(
     grad_row: Tensor,
     saved: tuple[Tensor, ...],
     strict: bool,
-    made: Tensor | None = None,
+    made: Any = None,
     upstream: Tensor | None = None,
 ) -> Tensor:
     """The backend's ∂w, checked where that is due; what is wrong raises, or unless `strict` `chunked` does it.
 
-    What its forward has `made` is scaled in place by `upstream`, of which `grad_row` was made.
+    Of a mean or a sum `upstream` is the one that `grad_row` was made of, and `made` is `Forward.made`.
     """
     entry = BACKENDS[backend]
 
     def make() -> Tensor:
-        if made is None:
+        if upstream is None or entry.finish is None:
             return entry.grad_weight(x, w, target, hp, grad_row, saved)
-        assert entry.scale is not None and upstream is not None
-        entry.scale(made, upstream)
-        return made
+        return entry.finish(made, upstream, x, w, target, hp, grad_row, saved)
 
     can_wait = x.shape[0] > 0 and _can_wait(x) and not is_batched(grad_row)
     way = entry.way(x, saved) if entry.way is not None and can_wait else None

@@ -3,6 +3,7 @@
 // Writes each row of ∂w once; reads only the rows of w that have a gradient. A task is a range of class blocks, and no
 // two tasks write the same row.
 #include "class_sums.h"
+#include "early_rows.h"
 
 namespace sface {
 
@@ -26,17 +27,9 @@ void write_block(const SavedPairs& saved, int64_t b, const RawRows& sums, Worksp
   }
 }
 
-}  // namespace
-
-Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, double s,
-                          double k_intra, double k_inter, double a, double b, double filter_eps, const Tensor& inv_norm,
-                          const Tensor& target_weight, const Tensor& arena, const Tensor& segments) {
-  const SavedPairs saved(x, w, target, grad_row, make_hyper(s, k_intra, k_inter, a, b, filter_eps), inv_norm,
-                         target_weight, arena, segments, 1);
+// All rows of ∂w, or of blocks that begin with Early::kLater all and of the others the zeros.
+void write_grad(const SavedPairs& saved, const Tensor& grad, const Early* early) {
   const Problem& problem = saved.problem;
-  Tensor grad = empty_kept(w);
-  if (saved.up.poisoned) return torch::stable::fill_(grad, std::numeric_limits<double>::quiet_NaN());
-
   void* const out = grad.mutable_data_ptr();
   for_each_block(problem.blocks, Order::kForwards, [&](auto next_block) {
     Workspace work = make_workspace(problem, saved.kernels);
@@ -44,6 +37,13 @@ Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target
     BlockSums sums(saved, work, rows);
     std::vector<float> row(problem.d);
     for (int64_t b; (b = next_block()) < problem.blocks;) {
+      const int64_t first = b * kBlockClasses;
+      if (early && early[first] != Early::kLater) {
+        for (int64_t cls = first; cls < first + problem.block_rows(b); ++cls)
+          if (early[cls] == Early::kZeros)
+            saved.kernels.zero(static_cast<float*>(out) + cls * problem.d, static_cast<int>(problem.d));
+        continue;
+      }
       rows.begin();
       sums.add_block(b);
       if (problem.float_weight()) {
@@ -56,7 +56,36 @@ Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target
     }
     saved.kernels.finish_stores();
   });
+}
+
+}  // namespace
+
+Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, double s,
+                          double k_intra, double k_inter, double a, double b, double filter_eps, const Tensor& inv_norm,
+                          const Tensor& target_weight, const Tensor& arena, const Tensor& segments) {
+  const SavedPairs saved(x, w, target, grad_row, make_hyper(s, k_intra, k_inter, a, b, filter_eps), inv_norm,
+                         target_weight, arena, segments, 1);
+  Tensor grad = empty_kept(w);
+  if (saved.up.poisoned) return torch::stable::fill_(grad, std::numeric_limits<double>::quiet_NaN());
+  write_grad(saved, grad, nullptr);
   return grad;
+}
+
+void native_grad_weight_rest(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, double s,
+                             double k_intra, double k_inter, double a, double b, double filter_eps,
+                             const Tensor& inv_norm, const Tensor& target_weight, const Tensor& arena,
+                             const Tensor& segments, const Tensor& grad_w, const Tensor& rows) {
+  const SavedPairs saved(x, w, target, grad_row, make_hyper(s, k_intra, k_inter, a, b, filter_eps), inv_norm,
+                         target_weight, arena, segments, 1);
+  const Problem& problem = saved.problem;
+  check_tensor("grad_w", grad_w, problem.weight_type, {problem.c, problem.d});
+  check_tensor("rows", rows, ScalarType::Byte, {problem.c});
+  if (saved.up.poisoned) {
+    Tensor grad = grad_w;
+    torch::stable::fill_(grad, std::numeric_limits<double>::quiet_NaN());
+    return;
+  }
+  write_grad(saved, grad_w, static_cast<const Early*>(rows.const_data_ptr()));
 }
 
 }  // namespace sface

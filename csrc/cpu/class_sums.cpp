@@ -151,14 +151,17 @@ void BlockSums::shorten(Block& block) {
   block.row_stride = d;
 }
 
+RowGradient row_gradient(const Kernels& kernels, const float* raw, const WeightRow& row, int d, float scale) {
+  const float inv = row.inv_norm;
+  // below kNormEps normalize divides by a constant, so nothing is projected away
+  const float along = inv >= 1 / kNormEps ? 0.0f : kernels.dot(raw, row.w, d) * inv;
+  return {scale * inv, raw, -along * inv * inv * scale, row.w, row.factor};
+}
+
 RowGradient row_gradient(const SavedPairs& saved, const float* raw, int64_t cls, float scale,
                          std::vector<float>& converted) {
   const WeightRow row = saved.problem.weight_row(cls, saved.inv_norm[cls], converted);
-  const float inv = row.inv_norm;
-  // below kNormEps normalize divides by a constant, so nothing is projected away
-  const float along =
-      inv >= 1 / kNormEps ? 0.0f : saved.kernels.dot(raw, row.w, static_cast<int>(saved.problem.d)) * inv;
-  return {scale * inv, raw, -along * inv * inv * scale, row.w, row.factor};
+  return row_gradient(saved.kernels, raw, row, static_cast<int>(saved.problem.d), scale);
 }
 
 void write_row(const SavedPairs& saved, const float* raw, int64_t cls, float scale, std::vector<float>& converted,

@@ -76,6 +76,14 @@ class RawRows {
   bool touched_[kBlockClasses];
 };
 
+// Samples that are added to the sum of one row together.
+struct Run {
+  static constexpr int kMost = 4;
+  int row = 0, count = 0;
+  float scale[kMost];
+  const float* x[kMost];
+};
+
 // Adds to the sums of a block what one forward left for it.
 class BlockSums {
  public:
@@ -87,13 +95,6 @@ class BlockSums {
 
  private:
   void add_segment(int64_t g, int64_t b);
-  // Pairs of one row, to be added together.
-  struct Run {
-    static constexpr int kMost = 4;
-    int row = 0, count = 0;
-    float scale[kMost];
-    const float* x[kMost];
-  };
   void add(const Block& block, Run& run);
   void add(const Block& block, int row, int64_t sample, float scale, Run& run);
   void add_pairs(const Group& group, const Block& block, const int32_t* words, int64_t count);
@@ -138,7 +139,8 @@ struct RowGradient {
   float factor;  // of the sum: not 1 where w is the shortened row
 };
 
-// That of a row from its raw sum; `scale` is what the sum lacks.
+// That of a row [D] of w from its raw sum; `scale` is what the sum lacks.
+RowGradient row_gradient(const Kernels& kernels, const float* raw, const WeightRow& row, int d, float scale);
 RowGradient row_gradient(const SavedPairs& saved, const float* raw, int64_t cls, float scale,
                          std::vector<float>& converted);
 

@@ -3,6 +3,7 @@
 // Never materialises N×C; reads w from memory once, and again only the rows of the targets. A task is a range of
 // classes and a group of samples; it owns its partial sums, which are added in a fixed order.
 
+#include "early_rows.h"
 #include "ops.h"
 #include "partials.h"
 #include "problem.h"
@@ -30,8 +31,9 @@ int64_t arena_before(const Problem& p, int64_t group, int64_t first_class, int64
   return static_cast<int64_t>(static_cast<__int128>(pairs) * words / (p.n * p.c));
 }
 
-// Task range·groups + group.
-void run_task(const Call& call, int64_t task_index, Partials& partials, Workspace& work, const Results& out) {
+// Task range·groups + group. `early`: where rows of ∂w are made, or null.
+void run_task(const Call& call, int64_t task_index, Partials& partials, Workspace& work, const Results& out,
+              const EarlyRows* early) {
   const Problem& problem = call.problem;
   const int64_t range = task_index / problem.groups, g = task_index % problem.groups;
   // the range that this thread has next, if all threads keep step
@@ -69,16 +71,16 @@ void run_task(const Call& call, int64_t task_index, Partials& partials, Workspac
       for (int r = 0; r < block.count; ++r)
         out.inv_norm[block.first + r] = work.shortened >> r & 1 ? -work.inv_norm[r] : work.inv_norm[r];
     if (out.segments) out.segments[g * problem.blocks + b] = {arena_begin + used, count};
+    if (early) early->make(block, task.arena.words + used, count, work);
   }
   if (partials.grads) {
     call.kernels.flush_dense_grad(group, task.sums, work);
     partials.grads->give(range, g, grads);
   }
+  if (early) call.kernels.finish_stores();
   if (first_group) std::copy_n(work.class_sum.begin(), problem.padded_d, &partials.class_sum[range * problem.padded_d]);
   partials.tallies[range * problem.groups + g] = task.tally;
 }
-
-float clamp_cosine(float c) { return c < -1 ? -1 : c > 1 ? 1 : c; }
 
 // What all rows need to know of the classes.
 struct ClassTotals {
@@ -227,19 +229,25 @@ float smallest_own(const Problem& problem, const Kernels& kernels, const Hyper& 
   return smallest;
 }
 
-}  // namespace
+// Where rows of ∂w are to be made, and for which upstream gradient.
+struct EarlyGrad {
+  const Tensor &grad, &rows;
+  double upstream;
+  bool mean;
+};
 
-ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& target, double s, double k_intra,
-                              double k_inter, double a, double b, double filter_eps, bool need_grad_x, bool need_grad_w,
-                              int64_t arena_words) {
+ForwardTensors forward(const Tensor& x, const Tensor& w, const Tensor& target, const Hyper& hyper, bool need_grad_x,
+                       bool need_grad_w, int64_t arena_words, const EarlyGrad* early_grad) {
   const Problem problem(x, w, target);
   check(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
   const Kernels& kernels = sface::kernels();
-  Rules rules = make_rules(make_hyper(s, k_intra, k_inter, a, b, filter_eps), problem.d, 0);
+  Rules rules = make_rules(hyper, problem.d, 0);
   const Samples samples(problem, kernels, {.fixed_point = rules.screen, .int8 = rules.int8});
   if (!rules.screen && kernels.parts_bytes(problem.padded_d) > 0)
-    rules = make_rules(rules.hyper, problem.d, smallest_own(problem, kernels, rules.hyper, samples));
+    rules = make_rules(hyper, problem.d, smallest_own(problem, kernels, hyper, samples));
   const Call call{problem, kernels, rules, samples};
+  std::optional<EarlyRows> early;
+  if (early_grad) early.emplace(call, early_grad->grad, early_grad->rows, early_grad->upstream, early_grad->mean);
 
   const int64_t words = need_grad_w ? std::min(arena_words, problem.n * problem.c) : 0;
   const int64_t records = need_grad_w ? problem.groups * problem.blocks : 0;
@@ -266,7 +274,8 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
   if (problem.n == 0) std::fill_n(out.inv_norm, problem.c, 0.0f);
   for_each_worker(tasks, [&](auto next_task) {
     Workspace work = make_workspace(problem, kernels);
-    for (int64_t task; (task = next_task()) < tasks;) run_task(call, task, partials, work, out);
+    for (int64_t task; (task = next_task()) < tasks;)
+      run_task(call, task, partials, work, out, early ? &*early : nullptr);
   });
 
   const ClassTotals classes(call, partials, out.inv_norm);
@@ -279,13 +288,30 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
   Tensor counts = empty({2}, ScalarType::Long), counted = empty({}, ScalarType::Long);
   int64_t* totals = counts.mutable_data_ptr<int64_t>();
   totals[0] = totals[1] = 0;
-  const int64_t ignored = std::count(problem.codes(), problem.codes() + problem.n, kIgnored);
-  *counted.mutable_data_ptr<int64_t>() = std::max<int64_t>(problem.n - ignored, 1);  // 1 avoids 0/0
+  *counted.mutable_data_ptr<int64_t>() = problem.counted();
   for (const Tally& tally : partials.tallies) {
     totals[0] += tally.active;
     totals[1] += tally.dense_pairs;
   }
   return {row_loss, row_stats, hardest_class, counts, row_grad_x, inv_norm, target_weight, arena, segments, counted};
+}
+
+}  // namespace
+
+ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& target, double s, double k_intra,
+                              double k_inter, double a, double b, double filter_eps, bool need_grad_x, bool need_grad_w,
+                              int64_t arena_words) {
+  const Hyper hyper = make_hyper(s, k_intra, k_inter, a, b, filter_eps);
+  return forward(x, w, target, hyper, need_grad_x, need_grad_w, arena_words, nullptr);
+}
+
+ForwardTensors native_forward_early(const Tensor& x, const Tensor& w, const Tensor& target, double s, double k_intra,
+                                    double k_inter, double a, double b, double filter_eps, bool need_grad_x,
+                                    int64_t arena_words, double upstream, bool mean, const Tensor& grad_w,
+                                    const Tensor& rows) {
+  const EarlyGrad early{grad_w, rows, upstream, mean};
+  const Hyper hyper = make_hyper(s, k_intra, k_inter, a, b, filter_eps);
+  return forward(x, w, target, hyper, need_grad_x, true, arena_words, &early);
 }
 
 }  // namespace sface

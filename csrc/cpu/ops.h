@@ -45,9 +45,22 @@ ForwardTensors native_forward(const Tensor& x, const Tensor& w, const Tensor& ta
                               double k_inter, double a, double b, double filter_eps, bool need_grad_x, bool need_grad_w,
                               int64_t arena_words);
 
+// The same for a float32 weight and at most kGroupSamples samples; and rows of ∂w [C, D] of their losses' mean or sum,
+// for that upstream gradient, with what has become of each in `rows` [C] (Early in early_rows.h).
+ForwardTensors native_forward_early(const Tensor& x, const Tensor& w, const Tensor& target, double s, double k_intra,
+                                    double k_inter, double a, double b, double filter_eps, bool need_grad_x,
+                                    int64_t arena_words, double upstream, bool mean, const Tensor& grad_w,
+                                    const Tensor& rows);
+
 Tensor native_grad_weight(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, double s,
                           double k_intra, double k_inter, double a, double b, double filter_eps, const Tensor& inv_norm,
                           const Tensor& target_weight, const Tensor& arena, const Tensor& segments);
+
+// The rows that native_forward_early left.
+void native_grad_weight_rest(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, double s,
+                             double k_intra, double k_inter, double a, double b, double filter_eps,
+                             const Tensor& inv_norm, const Tensor& target_weight, const Tensor& arena,
+                             const Tensor& segments, const Tensor& grad_w, const Tensor& rows);
 
 // Seven tensors in `saved` and six numbers in `hyper` for each backward since the last step, none of them or more:
 // x, target, grad_row, inv_norm, target_weight, arena, segments, and native_forward's s … filter_eps.

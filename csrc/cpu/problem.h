@@ -16,6 +16,7 @@
 namespace sface {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline float clamp_cosine(float c) { return c < -1 ? -1 : c > 1 ? 1 : c; }
 
 // A sample and its class.
 struct Labelled {
@@ -68,6 +69,8 @@ struct Problem {
       __builtin_prefetch(static_cast<const char*>(weight_) + from + byte, 0, 2);
   }
   bool ignored(int64_t sample) const { return codes()[sample] == kIgnored; }
+  // Samples that are not ignored; 1 avoids 0/0.
+  int64_t counted() const { return std::max<int64_t>(n - std::count(codes(), codes() + n, kIgnored), 1); }
 
  private:
   // asked for once: each question to a tensor is a call into PyTorch

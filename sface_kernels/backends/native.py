@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
 from ..types import Forward, HyperParameters, Request
@@ -55,11 +58,67 @@ def _inner_contiguous(w: Tensor) -> Tensor:
     return w if w.stride(1) == 1 else w.contiguous()
 
 
-def forward(x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool) -> Forward:
-    *outputs, counted = torch.ops.sface.native_forward(
-        x.float().contiguous(), _inner_contiguous(w), target, *hp, need_x, need_w, ARENA_WORDS
-    )
-    return Forward.of(outputs)._replace(counted=counted)
+class EarlyRows(NamedTuple):
+    """Rows of ∂w that a forward made for the backward that it expected: it reads the rows of w anyway."""
+
+    grad_w: Tensor  # [C, D]
+    rows: Tensor  # [C] uint8, what has become of each (csrc/cpu/early_rows.h)
+    upstream: float  # that they are of
+
+
+class UpstreamHistory:
+    """The upstream gradients of the last losses of a few weights. That of a backward is expected again where it was the
+    same as the one before, with one forward between the two: what a forward makes for another one, or for a backward
+    that never comes, is lost.
+    """
+
+    WEIGHTS = 64
+
+    def __init__(self) -> None:
+        # by address: the last one, whether it is expected again, forwards since then
+        self._last: dict[int, tuple[float, bool, int]] = {}
+
+    def expect(self, w: Tensor) -> float | None:
+        """Asked by each forward."""
+        upstream, again, forwards = self._last.pop(w.data_ptr(), (math.nan, False, 0))
+        self._set(w, upstream, again, forwards + 1)
+        return upstream if again and forwards == 0 else None
+
+    def learn(self, w: Tensor, upstream: float) -> None:
+        """Told by each backward."""
+        before, _, forwards = self._last.pop(w.data_ptr(), (math.nan, False, 0))
+        self._set(w, upstream, before == upstream and forwards == 1, 0)
+
+    def _set(self, w: Tensor, *state: Any) -> None:
+        if len(self._last) >= self.WEIGHTS:
+            self._last.pop(next(iter(self._last)), None)
+        self._last[w.data_ptr()] = state
+
+
+_upstreams = UpstreamHistory()
+
+
+def forward(
+    x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, need_x: bool, need_w: bool, reduction: str = ""
+) -> Forward:
+    """With a `reduction`, "mean" or "sum", rows of ∂w may be made early."""
+    x, w = x.float().contiguous(), _inner_contiguous(w)
+    early = _early_rows(x, w) if reduction and hp.filter_eps > 0 else None  # with no filter all blocks are dense
+    if early is None:
+        *outputs, counted = torch.ops.sface.native_forward(x, w, target, *hp, need_x, need_w, ARENA_WORDS)
+    else:
+        how = early.upstream, reduction == "mean", early.grad_w, early.rows
+        *outputs, counted = torch.ops.sface.native_forward_early(x, w, target, *hp, need_x, ARENA_WORDS, *how)
+    return Forward.of(outputs)._replace(counted=counted, made=early)
+
+
+def _early_rows(x: Tensor, w: Tensor) -> EarlyRows | None:
+    """Where they are to be made: only in memory that an earlier ∂w has left, so that no call takes more for them."""
+    if w.dtype != torch.float32 or not 0 < x.shape[0] <= ops.SAMPLES_PER_GROUP or isinstance(w, FakeTensor):
+        return None
+    if (upstream := _upstreams.expect(w)) is None or (grad_w := _gradient_memory.left(w)) is None:
+        return None
+    return EarlyRows(grad_w, torch.empty(w.shape[0], dtype=torch.uint8), upstream)
 
 
 def grad_weight(
@@ -68,6 +127,31 @@ def grad_weight(
     return torch.ops.sface.native_grad_weight(
         x.float().contiguous(), _inner_contiguous(w), target, grad_row.contiguous(), *hp, *saved
     )
+
+
+def finish(
+    made: EarlyRows | None,
+    upstream: Tensor,
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    hp: HyperParameters,
+    grad_row: Tensor,
+    saved: tuple[Tensor, ...],
+) -> Tensor:
+    """`grad_weight`, where the upstream gradient `[]` of a mean or a sum is known."""
+    if isinstance(upstream, FakeTensor):
+        return grad_weight(x, w, target, hp, grad_row, saved)
+    value = float(upstream)
+    _upstreams.learn(w, value)
+    if made is None:
+        return grad_weight(x, w, target, hp, grad_row, saved)
+    if made.upstream != value:
+        made.rows.zero_()  # all to be made later
+    torch.ops.sface.native_grad_weight_rest(
+        x.float().contiguous(), _inner_contiguous(w), target, grad_row.contiguous(), *hp, *saved, made.grad_w, made.rows
+    )
+    return made.grad_w
 
 
 def class_block(rows: int) -> int:
@@ -123,15 +207,35 @@ class GradientMemory:
         if not self._counts:
             return torch.empty(w.shape, dtype=w.dtype, device="cpu")
         with self._lock:
-            self._time += 1
-            for index, (block, _) in enumerate(self._blocks):
-                if self._reusable(block, size):
-                    del self._blocks[index]
-                    break
-            else:
+            block = self._take(size)
+            if block is None:
                 self._blocks = [(t, used) for t, used in self._blocks if self._time - used <= self.PATIENCE]
                 block = torch.empty(size, dtype=torch.uint8, device="cpu")
-            self._blocks = [(block, self._time), *self._blocks[: self.BLOCKS - 1]]
+            self._keep(block)
+        return self._as(block, w)
+
+    def left(self, w: Tensor) -> Tensor | None:
+        """The same in memory that is there already, or None."""
+        with self._lock:
+            block = self._take(w.numel() * w.element_size())
+            if block is None:
+                return None
+            self._keep(block)
+        return self._as(block, w)
+
+    def _take(self, size: int) -> Tensor | None:
+        for index, (block, _) in enumerate(self._blocks):
+            if self._reusable(block, size):
+                del self._blocks[index]
+                return block
+        return None
+
+    def _keep(self, block: Tensor) -> None:
+        self._time += 1
+        self._blocks = [(block, self._time), *self._blocks[: self.BLOCKS - 1]]
+
+    @staticmethod
+    def _as(block: Tensor, w: Tensor) -> Tensor:
         return torch.empty(0, dtype=w.dtype, device="cpu").set_(
             block.untyped_storage(), 0, w.shape, w.new_empty(w.shape, device="meta").stride()
         )

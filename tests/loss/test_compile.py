@@ -274,6 +274,9 @@ def test_opcheck_native(shape, weight_dtype, filter_eps, native):
     saved = torch.ops.sface.native_forward(x, w, target, *hyper, True, True, words)[5:-1]
     opcheck("native_grad_weight", (x, w, target, upstream, *hyper, *saved))
     if weight_dtype == f32:
+        made = torch.zeros_like(w), torch.zeros(len(w), dtype=torch.uint8)
+        opcheck("native_forward_early", (x, w, target, *hyper, True, words, 1.0, True, *made))
+        opcheck("native_grad_weight_rest", (x, w, target, upstream, *hyper, *saved, *made))
         backwards, state = [x, target, upstream, *saved], torch.zeros_like(w)
         opcheck("native_sgd_step", (w, state, backwards, hyper, 0.1, 0.9, 0.0, 1e-3, False, False))
         opcheck("native_adamw_step", (w, state, state + 1, backwards, hyper, 0.1, 0.9, 0.99, 1e-8, 0.1, 1.0, False))
@@ -307,7 +310,9 @@ def test_every_operator_is_checked():
         "chunked_forward",
         "chunked_grad_weight",
         "native_forward",
+        "native_forward_early",
         "native_grad_weight",
+        "native_grad_weight_rest",
         "native_empty_gradient",
         "native_sgd_step",
         "native_adamw_step",

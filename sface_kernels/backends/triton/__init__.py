@@ -106,17 +106,20 @@ def forward(
     )
 
 
-def scale(grad_w: Tensor, factor: Tensor) -> None:
-    """Multiplies a ∂w that the forward made by the upstream gradient, one number, in place."""
-    _scale_op(grad_w, factor)
-
-
 def grad_weight(
     x: Tensor, w: Tensor, target: Tensor, hp: HyperParameters, grad_row: Tensor, saved: tuple[Tensor, ...]
 ) -> Tensor:
     # nothing but dense products serves where there is no filter: its lists need not be looked at
     dense = plan.threshold_of(hp, x.shape[1]) is None or went_dense(saved)
     return _grad_weight_op(x, w, target, grad_row.float(), hp, dense, saved)
+
+
+def finish(made: Tensor | None, upstream: Tensor, *arguments: Any) -> Tensor:
+    """`grad_weight` of the `arguments`; a ∂w that the forward made is multiplied by its upstream gradient, in place."""
+    if made is None:
+        return grad_weight(*arguments)
+    _scale_op(made, upstream)
+    return made
 
 
 def can_move(x: Tensor, hp: HyperParameters, saved: tuple[Tensor, ...]) -> bool:
