@@ -207,35 +207,29 @@ class GradientMemory:
         if not self._counts:
             return torch.empty(w.shape, dtype=w.dtype, device="cpu")
         with self._lock:
-            block = self._take(size)
+            block = self._free(size)
             if block is None:
-                self._blocks = [(t, used) for t, used in self._blocks if self._time - used <= self.PATIENCE]
+                self._blocks = [(t, used) for t, used in self._blocks if self._time - used < self.PATIENCE]
                 block = torch.empty(size, dtype=torch.uint8, device="cpu")
-            self._keep(block)
-        return self._as(block, w)
+            return self._give(block, w)
 
     def left(self, w: Tensor) -> Tensor | None:
         """The same in memory that is there already, or None."""
         with self._lock:
-            block = self._take(w.numel() * w.element_size())
-            if block is None:
-                return None
-            self._keep(block)
-        return self._as(block, w)
+            block = self._free(w.numel() * w.element_size())
+            return None if block is None else self._give(block, w)
 
-    def _take(self, size: int) -> Tensor | None:
+    def _free(self, size: int) -> Tensor | None:
         for index, (block, _) in enumerate(self._blocks):
             if self._reusable(block, size):
                 del self._blocks[index]
                 return block
         return None
 
-    def _keep(self, block: Tensor) -> None:
+    def _give(self, block: Tensor, w: Tensor) -> Tensor:
+        """Before the lock opens, or the next thread would find a block that nobody holds."""
         self._time += 1
         self._blocks = [(block, self._time), *self._blocks[: self.BLOCKS - 1]]
-
-    @staticmethod
-    def _as(block: Tensor, w: Tensor) -> Tensor:
         return torch.empty(0, dtype=w.dtype, device="cpu").set_(
             block.untyped_storage(), 0, w.shape, w.new_empty(w.shape, device="meta").stride()
         )

@@ -144,6 +144,25 @@ class TestRecycledMemory:
         del held
         assert memory.empty_like(w).data_ptr() == place
 
+    def test_threads_at_once_get_blocks_of_their_own(self, native, monkeypatch):
+        """Also one that waits for the lock, and asks as soon as the one before it has let it go."""
+        memory, w = GradientMemory(), torch.empty(9_000, 256)
+        lock = memory._lock
+        others: list[torch.Tensor] = []
+
+        class CrowdedLock:
+            def __enter__(self):
+                lock.acquire()
+
+            def __exit__(self, *_):
+                lock.release()
+                monkeypatch.undo()
+                others.append(memory.empty_like(w))
+
+        memory.empty_like(w)  # leaves a free block
+        monkeypatch.setattr(memory, "_lock", CrowdedLock())
+        assert memory.empty_like(w).data_ptr() != others[0].data_ptr()
+
     def test_shared_memory_is_not_given_out(self, native):
         """Another process may still have it."""
         memory, w = GradientMemory(), torch.empty(9_000, 256)
