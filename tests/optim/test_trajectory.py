@@ -9,7 +9,7 @@ from sface_kernels.testing.workloads import Case as Workload
 from sface_kernels.testing.workloads import Shape, make_workload
 from tests.optim.trainings import RULES, batch, make, train
 from tests.support.cases import Case, f32
-from tests.support.problems import GEOMETRIES, Problem, trained_problem
+from tests.support.problems import GEOMETRIES, Problem, random_problem, trained_problem
 
 # Some classes more than whole blocks of 48, an odd number of features; a group of samples and a little.
 SHAPE = (70, 505, 33)
@@ -75,6 +75,15 @@ def test_sgd_options(backend, options):
 @pytest.mark.parametrize("backend", ["native", "chunked"])
 def test_adamw_options(backend, options):
     train(steps(5), trained_problem(*SHAPE), "AdamW", options, backend=backend)
+
+
+@pytest.mark.parametrize("filter_eps", [2.0**-24, 0.0], ids=["default", "exact"])
+@pytest.mark.parametrize("backend", ["native", "chunked"])
+def test_adamw_of_the_last_gradient_alone(backend, filter_eps):
+    """With betas of 0 a row moves by the signs of its gradient, also where that is far below the one before it: a mean
+    that is taken as m + (g − m) has lost it."""
+    options = dict(betas=(0.0, 0.0))
+    train(steps(5), random_problem(*SHAPE), "AdamW", options, backend=backend, filter_eps=filter_eps)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (17, 49, 33), (257, 331, 127)], ids=str)

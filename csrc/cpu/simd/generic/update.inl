@@ -52,7 +52,8 @@ void adamw(const AdamWRule& rule, const StepGradient& gradient, float* w, float*
   float* const rows[] = {w, mean, square};
   for_lanes(rows, gradient.raw, d, [&](F32 raw, F32* row) {
     const F32 g = gradient.scale * raw + gradient.along * row[0];
-    row[1] += rule.new_mean * (g - row[1]);
+    // as torch.lerp: from the nearer end, so that with β₁ = 0 nothing of the mean's rounding stays
+    row[1] = rule.new_mean < 0.5f ? row[1] + rule.new_mean * (g - row[1]) : g - (1 - rule.new_mean) * (g - row[1]);
     row[2] = rule.old_square * row[2] + rule.new_square * (g * g);
     const F32 size = square_root(row[2]) * rule.unbias_root + rule.eps;
     row[0] = rule.keep * row[0] - rule.step_size * row[1] / size;
