@@ -161,6 +161,8 @@ class _RowLoss(torch.autograd.Function):
         early = made.pop() if made and not torch.compiler.is_compiling() else None
         # compiled, or a batch: the backward may not look at it
         one = upstream if made is not None and not verify.is_batched(upstream) else None
+        if found is not None and reduction == "sum":
+            upstream = upstream.clone()  # its owner may write to it before the step; other reductions compute a new one
         grad_row = (upstream / counted if reduction == "mean" else upstream).expand(target.shape)  # [N]
         # 0 · NaN is NaN: an ignored row's upstream gradient must not be multiplied by its zeros
         counting = grad_row.masked_fill(target == IGNORED, 0)

@@ -92,14 +92,15 @@ def class_ranges(w: Tensor, block: int) -> Iterator[tuple[int, int]]:
 
 
 class PendingGradient:
-    """The gradients of a weight that an optimizer has not taken yet, each with the weight's version at its backward.
+    """The gradients of a weight that an optimizer has not taken yet, each with the versions of the embeddings and the
+    weight at its backward.
 
     A weight that is spread over processes has two: operations on the `DTensor` count one, those on this process's rows
     of it the other.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
-        self._waiting: list[tuple[WeightGradient, tuple[int, int]]] = []
+        self._waiting: list[tuple[WeightGradient, tuple[int, int, int]]] = []
         self.watch(weight)
 
     def watch(self, weight: nn.Parameter) -> None:
@@ -109,8 +110,8 @@ class PendingGradient:
         if type(weight) is nn.Parameter:
             weight.__class__ = WatchedParameter
 
-    def _versions(self, gradient: WeightGradient) -> tuple[int, int]:
-        return self._weight._version, gradient.w._version
+    def _versions(self, gradient: WeightGradient) -> tuple[int, int, int]:
+        return gradient.x._version, self._weight._version, gradient.w._version
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -126,12 +127,15 @@ class PendingGradient:
         self._waiting = [(one._replace(grad_row=one.grad_row * factor), versions) for one, versions in self._waiting]
 
     def gradients(self) -> list[WeightGradient]:
-        """Those that wait; raises where the weight was changed after their backward, as autograd does before it."""
+        """Those that wait; raises where the embeddings or the weight were changed after their backward, as autograd
+        does before it."""
         for one, versions in self._waiting:
-            if self._versions(one) != versions:
+            found = self._versions(one)
+            if found != versions:
                 raise RuntimeError(
-                    "weight: modified by an in-place operation between backward() and step(), while its gradient "
-                    f"waited (versions {self._versions(one)}, expected {versions}); step or zero_grad it first"
+                    f"{'weight' if found[1:] != versions[1:] else 'embeddings'}: modified by an in-place operation "
+                    "between backward() and step(), while the weight's gradient waited "
+                    f"(versions {found}, expected {versions}); step or zero_grad it first"
                 )
         return [one for one, _ in self._waiting]
 

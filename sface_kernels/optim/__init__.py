@@ -15,8 +15,9 @@ load one's state into the other to change over at any step (`release()` before t
 - `GradScaler.step` works. `GradScaler.unscale_` has nothing to divide, and the step after it raises: leave it out.
 - Hooks on the weight's gradient are not called, and `torch.autograd.grad` of the weight finds none: what its backward
   came by waits all the same.
-- The gradient is made at the step, of the weight as it is then. An in-place operation in between makes the step raise;
-  writes that PyTorch does not count, to `weight.data` or to a NumPy array of it, must come after the step.
+- The gradient is made at the step, of the weight and the embeddings as they are then. An in-place operation on either
+  in between makes the step raise; writes that PyTorch does not count, to `.data` or to a NumPy array, must come after
+  the step.
 - What waits is in no state dict: save after a step.
 - Of a compiled `SFaceLoss`, with class sampling, or where the weight has other losses too, gradients come as `.grad`,
   dense; the step counts them.

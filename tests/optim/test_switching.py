@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_asked_for_does_not_wait(problem):
 
 
 class TestChanges:
-    """Of the weight between a backward and the step."""
+    """Of the weight, or of what its gradient is made of, between a backward and the step."""
 
     @pytest.mark.parametrize("rule", RULES)
     def test_in_place(self, problem, rule):
@@ -130,6 +130,40 @@ class TestChanges:
             head.weight[0, 0] += 1
         with pytest.raises(RuntimeError, match=r"weight: modified by an in-place operation between backward\(\) and"):
             optimizer.step()
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_embeddings_in_place(self, problem, rule):
+        """As where every batch is written into the same tensor."""
+        head = make_head(problem)
+        optimizer = RULES[rule][0](head, **OPTIONS[rule])
+        x, labels = batch(problem, 0)
+        head(x, labels).backward()
+        x.copy_(batch(problem, 1)[0])
+        head(x, labels).backward()
+        with pytest.raises(RuntimeError, match=r"embeddings: modified by an in-place operation between backward\(\)"):
+            optimizer.step()
+        optimizer.zero_grad()
+        head(x, labels).backward()
+        optimizer.step()
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_upstream_gradient_and_labels_in_place(self, problem, rule, reduction):
+        """They are the caller's, who has no use for them after the backward."""
+        weights = []
+        for changed in (False, True):
+            head = make_head(problem, reduction=reduction)
+            optimizer = RULES[rule][0](head, **OPTIONS[rule])
+            x, labels = batch(problem, 0)
+            loss = head(x, labels)
+            upstream = torch.full_like(loss, 0.5)
+            loss.backward(upstream)
+            if changed:
+                upstream.zero_()
+                labels.zero_()
+            optimizer.step()
+            weights.append(head.weight.detach())
+        assert torch.equal(*weights)
 
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("backend", ["native", "chunked"])
