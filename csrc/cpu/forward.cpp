@@ -1,7 +1,8 @@
 // The forward on a CPU: row losses, statistics, ∂l_i/∂x_i, and what the backward needs for ∂w.
 //
-// Never materialises N×C; reads w from memory once, and again only the rows of the targets. A task is a range of
-// classes and a group of samples; it owns its partial sums, which are added in a fixed order.
+// Never materialises N×C; reads w from memory once, and again only the rows of each sample's own class and the nearest
+// others. A task is a range of classes and a group of samples; it owns its partial sums, which are added in a fixed
+// order.
 
 #include "early_rows.h"
 #include "ops.h"
@@ -122,6 +123,8 @@ class RowFinisher {
     float* row_grad = out_.row_grad_x ? out_.row_grad_x + i * d : nullptr;
     Totals totals = add_partials(i);
     const float s = call_.rules.hyper.s;
+    // again as the own class's: screens and products add up in other orders, and a copy of the own centre must tie
+    if (totals.hardest_class >= 0) totals.hardest = cosine(x, weight_row(totals.hardest_class, converted_));
     // the largest screened product below the threshold may beat what was computed in fp32, up to its rounding
     if (totals.best_class >= 0) totals.take(cosine(x, weight_row(totals.best_class, converted_)), totals.best_class);
     if (row_grad) {

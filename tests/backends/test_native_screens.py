@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sface_kernels import sface_loss
 from sface_kernels.types import NO_TARGET
@@ -86,6 +87,21 @@ def test_equal_cosines_below_the_threshold(native):
     rows = sface_loss(x, w, labels, backend="native", return_stats="rows")[1]
     assert (rows.cos_hardest < 0.09).all() and (rows.cos_hardest > 0.07).all()
     assert rows.hardest_class.tolist() == [copies[0], copies[1]] * (N // 2)
+
+
+@pytest.mark.parametrize("filter_eps", [0.0, 2.0**-16])
+@pytest.mark.parametrize("d", [16, 100, 512])
+def test_a_copy_of_the_own_centre_ties(native, d, filter_eps):
+    """Whichever way its cosine was computed: the sums of screens, of rescoring and of products round in other orders."""
+    w = random_problem(1, 1000, d).w
+    w[100:200] = w[:100]
+    x = 0.6 * F.normalize(w[:100]) + 0.8 * F.normalize(random_problem(100, 1, d, seed=1).x)
+    options = dict(backend="native", filter_eps=filter_eps)
+    stats = sface_loss(x, w, torch.arange(100), return_stats=True, **options)[1]
+    rows = sface_loss(x, w, torch.arange(100), return_stats="rows", **options)[1]
+    assert float(stats.accuracy) == 0
+    nearest = rows.hardest_class == torch.arange(100, 200)
+    assert nearest.any() and torch.equal(rows.cos_hardest[nearest], rows.cos_target[nearest])
 
 
 @pytest.mark.parametrize("n, c", [(3, 1000), (33, 331), (257, 331), (300, 1000)])
