@@ -255,6 +255,22 @@ class TestWatch:
         assert [plan.way_of(self.x, w, FAST, "sm_90").dense for w in weights] == [True] * plan.KINDS + [False] * 3
 
 
+@pytest.mark.parametrize("where", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "device"])
+def test_counts_reach_the_host_wherever_the_first_call_was_made(monkeypatch, where):
+    """An evaluation may come before a training, and tensors may have another default device."""
+    monkeypatch.setattr(plan, "_host", None)
+    monkeypatch.setattr(plan, "_watches", {})
+    empty = torch.empty
+    with where():
+        empty(0)  # PyTorch looks up once which functions take a default device
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **kw: empty(*size, **kw))
+        rows = plan._host_counts(), plan._host_counts()  # the one that allocates them all, and a later one
+        monkeypatch.undo()
+    for host in rows:
+        plan.Watch(host).send(torch.tensor([5, 0]), 1000, plan.Way())
+        assert host.tolist() == [5, 0]
+
+
 def test_the_way_follows_nothing_where_it_must_not_vary():
     on_gpu = SimpleNamespace(is_cuda=True)
     assert plan._varies(on_gpu) and not plan._varies(torch.empty(1))

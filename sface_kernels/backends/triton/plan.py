@@ -162,7 +162,9 @@ def _host_counts() -> Tensor:
     """
     global _host
     if _host is None:
-        _host = torch.empty(KINDS, 2, dtype=torch.int64, pin_memory=True)
+        # an evaluation may come first, and a tensor made in inference mode is never written outside of it
+        with torch.inference_mode(False):
+            _host = torch.empty(KINDS, 2, dtype=torch.int64, device="cpu", pin_memory=True)
     return _host[len(_watches)]
 
 
