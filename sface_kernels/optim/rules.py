@@ -93,6 +93,7 @@ class HeadAdamW(HeadOptimizer, torch.optim.AdamW):  # type: ignore[override]
 
     Raises:
         TypeError, ValueError: an argument is off, or a loaded state has amsgrad.
+        RuntimeError: a step is captured in a CUDA graph.
     """
 
     def __init__(
@@ -116,6 +117,8 @@ class HeadAdamW(HeadOptimizer, torch.optim.AdamW):  # type: ignore[override]
 
     def _move(self, group: dict[str, Any], gradients: list[WeightGradient]) -> None:
         weight, rows, state = self._weight, self._rows, self.state[self._weight]
+        if rows.is_cuda and torch.cuda.is_current_stream_capturing():  # torch.optim.AdamW refuses it too
+            raise RuntimeError("HeadAdamW: a CUDA graph would repeat the bias corrections of the step that it captures")
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = _zeros_like(weight), _zeros_like(weight)

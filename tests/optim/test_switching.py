@@ -351,3 +351,15 @@ class TestSurroundings:
 def test_refused(call, error, message, problem):
     with pytest.raises(error, match=message):
         call(make_head(problem))
+
+
+def test_adamw_in_a_cuda_graph_is_refused(problem, monkeypatch):
+    """Its count of steps is on the host, where a replay does not reach it."""
+    head, optimizer = waiting(problem, "AdamW")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with pytest.raises(RuntimeError, match="HeadAdamW: a CUDA graph would repeat"):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.step()
+    assert optimizer.state[head.weight]["step"] == 1
