@@ -198,7 +198,7 @@ class TestWatch:
     def test_a_capture_takes_the_counts_that_have_arrived(self, monkeypatch):
         """They may have after the last call; and what a graph repeats is no try of lists that overflowed."""
         monkeypatch.setattr(plan, "screens_int8", lambda *_: True)
-        assert self._call(0, arrive=False) == "fp16"
+        assert self._call(0) == "fp16" and self._call(0, arrive=False) == "int8"
         self._arrive()
         self.captured = True
         assert self._call(0) == "int8" == self._call(0)
@@ -211,6 +211,16 @@ class TestWatch:
             pass
         self.captured = True
         assert {self._call(0) for _ in range(3 * FIRST_PAUSE)} == {"dense"}
+
+    @pytest.mark.parametrize("active, way", [(0, "int8"), (5000, "dense")])
+    def test_a_capture_goes_no_way_whose_kernels_are_not_loaded(self, monkeypatch, active, way):
+        """CUDA refuses to load them then, and a capture begins with a wait, in which counts arrive."""
+        monkeypatch.setattr(plan, "screens_int8", lambda *_: True)
+        for expected in ("fp16", way):
+            assert self._call(active) == expected
+            self.captured = True
+            assert self._call(active) == expected
+            self.captured = False
 
     def test_a_capture_keeps_the_way_and_touches_nothing(self):
         """What a graph fixes is what the steps before it asked for; no memory is allocated and no copy is sent."""

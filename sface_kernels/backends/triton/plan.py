@@ -113,6 +113,7 @@ class Watch:
         self.many = False  # whether the last count that arrived was past DENSE_SHARE
         self.few = False  # whether it was up to INT8_ACTIVE
         self.pauses = {False: Pause(), True: Pause()}  # of screens in fp16 and, True, in int8
+        self.taken: set[tuple[bool, bool]] = set()  # dense and int8 of the ways that calls have gone
         self.under_way = False
         self.sent, self.pairs = Way(), 0  # the call whose counts are under way
 
@@ -120,13 +121,17 @@ class Watch:
         """The way of the next call."""
         self._look()
         dense = self.pauses[False].lasts(self.under_way) or self.many
-        return Way(dense, not dense and may_int8 and self.few and not self.pauses[True].lasts(self.under_way), self)
+        int8 = not dense and may_int8 and self.few and not self.pauses[True].lasts(self.under_way)
+        self.taken.add((dense, int8))
+        return Way(dense, int8, self)
 
     def settle(self, may_int8: bool) -> Way:
-        """The way of a call that is captured in a graph, and so repeated: no try of lists that overflowed."""
+        """The way of a call that is captured in a graph, and so repeated: no try of lists that overflowed, and no way
+        that no call has gone, as CUDA refuses to load its kernels then."""
         self._look()
         dense = self.pauses[False].calls > 0 or self.many
-        return Way(dense, not dense and may_int8 and self.few and self.pauses[True].calls == 0)
+        int8 = not dense and may_int8 and self.few and self.pauses[True].calls == 0
+        return Way(dense, int8) if (dense, int8) in self.taken else Way()
 
     def _look(self) -> None:
         """At the counts, if they have arrived."""
