@@ -36,7 +36,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
             kinds.setdefault(mesh, []).append(parameter)
     norms = []
     for group in kinds.values():
-        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None], norm_type)
+        norm = torch.nn.utils.get_total_norm([_with_a_row(p.grad) for p in group if p.grad is not None], norm_type)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not norms:
         return torch.zeros(())
@@ -44,3 +44,14 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     for group in kinds.values():
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total
+
+
+def _with_a_row(grad: Tensor) -> Tensor:
+    """A row of zeros where this process holds none: PyTorch has no largest entry of nothing, and raises on this process
+    while the others wait for it."""
+    if not isinstance(grad, DTensor) or len(grad.to_local()) > 0:
+        return grad
+    row = grad.to_local().new_zeros(1, *grad.shape[1:])
+    return DTensor.from_local(
+        row, grad.device_mesh, grad.placements, run_check=False, shape=grad.shape, stride=grad.stride()
+    )

@@ -99,6 +99,27 @@ def test_clipping_of_backbone_and_head_together(pool):
     pool.run(2, train, "FSDP2", "SGD", "even", 1, 0.5)
 
 
+def clipped_by_any_norm(norm_type):
+    """The last of three processes holds no class."""
+    w = trained_problem(ROWS, 2, FEATURES).w.double()
+    backbone, head, reference, whole = make_backbone(), make_head(w), make_backbone(), single(w)
+    x, labels = data(0)
+    labels, mine = labels % 2, bounds("uneven")
+    averaged = DistributedDataParallel(backbone)
+    head(averaged(x[mine]), labels[mine]).backward()
+    whole(reference(x), labels).backward()
+    parts = [*backbone.parameters(), *head.parameters()], [*reference.parameters(), *whole.parameters()]
+    theirs = torch.nn.utils.clip_grad_norm_(parts[1], 0.01, norm_type)
+    torch.testing.assert_close(clip_grad_norm_(parts[0], 0.01, norm_type), theirs)
+    assert float(theirs) > 0.01, "nothing was clipped"
+    torch.testing.assert_close(head.weight.grad.full_tensor(), whole.weight.grad)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, torch.inf])
+def test_clipping_beside_a_process_without_classes(pool, norm_type):
+    pool.run(3, clipped_by_any_norm, norm_type)
+
+
 def test_with_fsdp2(pool):
     for optimizer in OPTIMIZERS:
         pool.run(2, train, "FSDP2", optimizer, "uneven", 1, None)
