@@ -12,7 +12,7 @@ from ..pending import pending_of
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` for a backbone and a class-parallel head together, by their common norm.
 
     PyTorch's own takes either plain parameters or those of one device mesh, not a mixture. Every process must call
@@ -25,7 +25,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
         RuntimeError: a gradient waits in an optimizer of `sface_kernels.optim`, which clips it itself.
     """
     kinds: dict[object, list[Tensor]] = {}
-    for parameter in parameters:
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if pending_of(parameter):
             raise RuntimeError(
                 "parameters: expected gradients, got a head's weight whose gradient waits in its optimizer; give that "

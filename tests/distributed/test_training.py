@@ -120,6 +120,23 @@ def test_clipping_beside_a_process_without_classes(pool, norm_type):
     pool.run(3, clipped_by_any_norm, norm_type)
 
 
+def a_tensor_alone():
+    """As PyTorch's takes one: its rows would be parameters without a gradient."""
+    problem = trained_problem(ROWS, CLASSES, FEATURES)
+    head, plain = make_head(problem.w), single(problem.w)
+    for each in (head, plain):
+        each(problem.x, problem.labels).backward()
+    theirs = torch.nn.utils.clip_grad_norm_(plain.weight, 0.5)
+    assert float(theirs) > 0.5, "nothing was clipped"
+    torch.testing.assert_close(clip_grad_norm_(head.weight, 0.5), theirs)
+    torch.testing.assert_close(head.weight.grad.full_tensor(), plain.weight.grad)
+    torch.testing.assert_close(clip_grad_norm_(plain.weight, 0.1), torch.tensor(0.5))
+
+
+def test_clipping_of_a_tensor_alone(pool):
+    pool.run(2, a_tensor_alone)
+
+
 def test_with_fsdp2(pool):
     for optimizer in OPTIMIZERS:
         pool.run(2, train, "FSDP2", optimizer, "uneven", 1, None)
