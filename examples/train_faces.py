@@ -42,7 +42,7 @@ from faces.files import FULL, OutputError, output_folders, printable
 from faces.heads import about, build_head
 from faces.options import OptionError, TrainOptions
 from faces.plots import PLOTS, Curves, draw_all
-from faces.processes import averaged, own_rows, process_group, whole
+from faces.processes import averaged, fewest_rows, own_rows, process_group, whole
 from faces.record import BACKBONE, EVENTS, HEAD, METRICS, STATISTICS, Recorder
 from faces.source import load_faces
 from faces.verification import embed, verify
@@ -88,9 +88,15 @@ def train_heads(options: TrainOptions, saved: dict[str, Any], console: Console) 
         torch.set_num_threads(options.threads)
     faces, left_out = load_faces(options, console)
     split = split_identities(faces, options.val_fraction, options.seed)
-    options = options.settled(len(split.train.images))
+    images = len(split.train.images)
+    options = options.settled(images)
+    if min(options.batch_size or 1, images) < fewest_rows():
+        raise OptionError(
+            f"--class-parallel: expected batches of at least {fewest_rows()} images, two for each process, got "
+            f"{options.batch_size} of {images} training images"
+        )
     console.print(
-        f"{split.classes} identities with {len(split.train.images)} images to train on, "
+        f"{split.classes} identities with {images} images to train on, "
         f"{int(split.unseen.labels.max()) + 1} unseen ones with {len(split.unseen.images)} images to verify on; "
         f"{options.epochs} epochs, batches of {options.batch_size}"
     )
@@ -135,7 +141,7 @@ def train_head(
         console.print(f"{name}: going on after epoch {len(metrics['epochs'])}")
     console.print(about(name, device))
     images, epochs, done = len(split.train.images), options.epochs or 1, len(metrics["epochs"])
-    total_steps = epochs * steps_per_epoch(images, options.batch_size or 1)
+    total_steps = epochs * steps_per_epoch(images, options.batch_size or 1, fewest_rows())
     result, live = None, LivePlot(folder / LIVE if options.live_plot else None, name, options)
     try:
         if options.tensorboard:
@@ -145,7 +151,7 @@ def train_head(
             for epoch in range(done + 1, epochs + 1):
                 start = time.perf_counter()
                 forget_angles(head)
-                for rows in batches(images, options.batch_size or 1, generator):
+                for rows in batches(images, options.batch_size or 1, generator, fewest_rows()):
                     began, step = time.perf_counter(), len(metrics["steps"]) + 1
                     set_learning_rate(optimizer, options.lr, step, total_steps)
                     faces, labels = augment(split.train.images[rows], device, generator), split.train.labels[rows]

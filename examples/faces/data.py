@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from typing import NamedTuple
 
@@ -118,15 +117,15 @@ def augment(images: Tensor, device: torch.device, generator: torch.Generator) ->
     return standardise(pixels)
 
 
-def batches(images: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+def batches(images: int, batch_size: int, generator: torch.Generator, least: int = 2) -> list[Tensor]:
     """One epoch's rows in random order, a tensor of indices per step; the last may be smaller.
 
-    A last batch of one row is left out: batch normalisation has no variance there.
+    A last batch of fewer than `least` rows is left out: batch normalisation has no variance in one row.
     """
     parts = torch.randperm(images, generator=generator).split(batch_size)
-    return [part for part in parts if len(part) > 1]
+    return [part for part in parts if len(part) >= least]
 
 
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Length of `batches(images, batch_size, …)`."""
-    return math.ceil(images / batch_size) - (images % batch_size == 1)
+def steps_per_epoch(images: int, batch_size: int, least: int = 2) -> int:
+    """Length of `batches(images, batch_size, …, least)`, for a batch size of `least` or more."""
+    return images // batch_size + (images % batch_size >= least)

@@ -37,6 +37,11 @@ def own_rows() -> slice:
     return slice(dist.get_rank(), None, dist.get_world_size())
 
 
+def fewest_rows() -> int:
+    """Of a batch, with two for each process: batch normalisation has no variance in one."""
+    return 2 * (dist.get_world_size() if dist.is_initialized() else 1)
+
+
 def averaged(backbone: nn.Module) -> nn.Module:
     """The backbone with gradients averaged over the processes; the head's times their number makes up for it."""
     return DistributedDataParallel(backbone) if dist.is_initialized() else backbone

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.examples.running import SCRIPT, SMALL, failed, metrics, run
+from tests.examples.running import SCRIPT, SMALL, failed, metrics, run, train_faces
 from tests.examples.test_resume import stop_in_epoch
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
@@ -62,6 +62,19 @@ def test_a_run_of_two_processes_goes_on_in_one(trained):
     """It has no epoch left: what is restored is the head and the optimizer, whole."""
     result = run(*OPTIONS, "--out", trained, "--resume")
     assert result.exit_code == 0 and "going on after epoch 2" in result.output
+
+
+def test_a_last_batch_of_one_row_for_a_process_is_left_out(tmp_path):
+    """Three rows for two: batch normalisation would raise in the one, and the other wait for it."""
+    assert run(*SMALL, "--batch-size", 23, "--epochs", 1, "--out", tmp_path / "one").exit_code == 0
+    done = torchrun(*SMALL, "--batch-size", 23, "--epochs", 1, "--threads", 1, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [len(metrics(tmp_path / folder)["steps"]) for folder in ("one", "two")] == [4, 3]
+
+
+def test_batches_too_small_for_the_processes(monkeypatch):
+    monkeypatch.setattr(train_faces, "fewest_rows", lambda: 17)
+    failed(run(*SMALL, "--epochs", 1), 2, "at least 17 images, two for each process, got 16 of 72 training images")
 
 
 @pytest.mark.parametrize("options, word", [([], "torchrun"), (["--head", "both"], "--head fused")])
