@@ -219,8 +219,9 @@ class ClassParallelSFaceLoss(nn.Module):
     def _first_batch(self, embeddings: Tensor, shard: Shard) -> bool:
         """Without `uneven_batches`: compare the processes' first batches, and hold every later one to that."""
         if self._rows is None:
-            self._rows = len(embeddings)
-            check_agreement({"rows of embeddings with uneven_batches=False": self._rows}, shard.group)
+            rows = len(embeddings)
+            check_agreement({"rows of embeddings with uneven_batches=False": rows}, shard.group)
+            self._rows = rows  # once they agree: where one alone refuses the next batch, the others wait for it
             return True
         if len(embeddings) != self._rows:
             raise ValueError(

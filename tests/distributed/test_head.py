@@ -269,8 +269,9 @@ def fixed_batches():
     with pytest.raises(ValueError, match=r"expected 12 rows as in the first batch .*got 11"):
         head(x[1:], labels[1:])
     with pytest.raises(ValueError, match=r"rows of embeddings with uneven_batches=False: .*got 12 on rank 0 and 11"):
-        rank = dist.get_rank()
-        make_head(batch.w, uneven_batches=False)(x[rank:], labels[rank:])
+        rank, other = dist.get_rank(), make_head(batch.w, uneven_batches=False)
+        other(x[rank:], labels[rank:])
+    torch.testing.assert_close(other(x, labels), theirs.loss)  # the first batch is the first that all agree on
 
 
 def test_batches_of_fixed_size(pool):
