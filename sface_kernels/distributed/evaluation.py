@@ -11,7 +11,7 @@ from .. import cosines, validation
 from ..summary import describe_rows
 from ..types import RowStats, SFaceRowStats
 from .collectives import Group, group_rank, group_size, start_gather, start_maximum, start_reduce
-from .shard import ShardRows, check_shard_tensors
+from .shard import ShardRows, check_shard_pair
 
 
 @torch.no_grad()
@@ -41,8 +41,7 @@ def _agreed_count(embeddings: Tensor, weight: Tensor, k: int, num_classes: int, 
     error: Exception | None = None
     mine = [-1, -1, -1]
     try:
-        labels = torch.empty(len(embeddings), dtype=torch.int64, device=embeddings.device)
-        check_shard_tensors(embeddings, weight, labels)
+        check_shard_pair(embeddings, weight)
         mine = [len(embeddings), cosines.check_k(k, num_classes), validation.FLOAT_DTYPES.index(embeddings.dtype)]
     except (TypeError, ValueError) as raised:
         error = raised

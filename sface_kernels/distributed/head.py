@@ -241,8 +241,8 @@ class ClassParallelSFaceLoss(nn.Module):
     @torch.no_grad()
     def topk_correct(self, embeddings: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
         """As `SFaceLoss.topk_correct`, of this process's rows; every process must call it, with the same `topk`."""
-        counts, check = cosines.check_counts(topk, self.num_classes), validation.checks_labels(embeddings.device)
-        nearest = self.topk(embeddings, max(counts)).indices
+        counts = cosines.check_counts(topk, self.num_classes)
+        nearest, check = self.topk(embeddings, max(counts)).indices, validation.checks_labels(embeddings.device)
         # after what all processes take part in: labels that are wrong here must not let the others wait
         validation.check_classes(labels, embeddings, "labels", one_a_row=True)
         target = prepare_labels(labels, self.num_classes, self.ignore_index, check)

@@ -93,10 +93,16 @@ def harder_class(cosines: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     return hardest, torch.where(hardest.isfinite() & (lowest < none), lowest, -1)
 
 
+def check_shard_pair(embeddings: Tensor, weight: Tensor) -> None:
+    """`validation.check_pair`, but for a shard that may be empty."""
+    has_rows = not isinstance(weight, Tensor) or weight.dim() != 2 or len(weight) > 0
+    validation.check_pair(embeddings, weight if has_rows else weight.new_empty(1, weight.shape[1]))
+
+
 def check_shard_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor) -> None:
     """The checks of `sface_loss`, but for a shard that may be empty."""
-    has_rows = not isinstance(weight, Tensor) or weight.dim() != 2 or len(weight) > 0
-    validation.check_tensors(embeddings, weight if has_rows else weight.new_empty(1, weight.shape[1]), labels)
+    check_shard_pair(embeddings, weight)
+    validation.check_classes(labels, embeddings, "labels", one_a_row=True)
 
 
 def shard_rows(

@@ -93,6 +93,10 @@ def refusals():
         head.topk(x, 10)
     with pytest.raises((ValueError, RuntimeError), match=r"weight: expected|rank 2 raised an error"):
         head.topk(x[:, 1:] if last else x, 2)
+    for ask in (head.topk, lambda rows, k: head.topk_correct(rows, labels, topk=(k,))):
+        for wrong in (x.tolist(), None):
+            with pytest.raises((TypeError, RuntimeError), match=r"^embeddings: expected a torch.Tensor|rank 2 raised"):
+                ask(wrong if last else x, 2)
     with pytest.raises(ValueError, match=r"^embeddings, k: expected the same dtype and k on every process"):
         head.topk(x, 3 if last else 2)
     if last:
