@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import validation
+from ..dispatch import check_name
 from ..distributed.collectives import check_agreement, current_gpu, group_rank, group_size, uses_nccl
 from ..distributed.layout import fill_normal, partial_fc_range, shared_seed
 from ..distributed.parallel import Options, Shard, class_parallel_loss
@@ -69,6 +70,8 @@ class PartialFCSFace(nn.Module):
         check_sample_rate(sample_rate)
         if process_group is None and dist.is_initialized():
             process_group = dist.group.WORLD
+        if process_group is not None and group_rank(process_group) < 0:
+            raise RuntimeError("process_group: this process is not in it")
         self.embedding_size = embedding_size = validation.integer("embedding_size", embedding_size, positive=True)
         self.num_classes = num_classes = validation.integer("num_classes", num_classes, positive=True)
         self.sample_rate, self.fp16, self.sample_seed, self.sample_step = sample_rate, fp16, 0, 0
@@ -76,6 +79,7 @@ class PartialFCSFace(nn.Module):
         self.init_std = None if init_std is None else validation.positive("init_std", init_std)
         self.options = Options(s, k, a, b, k_inter, "mean", -100, filter_eps, backend)
         self.options.check(embedding_size)
+        check_name(backend)
         self.class_start, self.num_local = partial_fc_range(
             num_classes, group_size(process_group), group_rank(process_group)
         )

@@ -189,8 +189,16 @@ def ranks_that_disagree():
         head(torch.randn(2, FEATURES), labels)
 
 
+def a_rank_outside():
+    group = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(RuntimeError, match="process_group: this process is not in it"):
+            PartialFCSFace(8, 7, process_group=group)
+
+
 def test_bad_input(pool):
     pool.run(2, ranks_that_disagree)
+    pool.run(2, a_rank_outside)
     for arguments, error, text in (
         ((8, 0), ValueError, "num_classes: expected an int > 0"),
         ((8, 7, 0.0), ValueError, r"sample_rate: expected a number in \(0, 1\]"),
@@ -198,6 +206,8 @@ def test_bad_input(pool):
     ):
         with pytest.raises(error, match=text):
             PartialFCSFace(*arguments)
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        PartialFCSFace(8, 7, backend="fast")
 
 
 def test_interface():
