@@ -103,6 +103,7 @@ class ClassParallelSFaceLoss(nn.Module):
         self.sample_rate, self.sample_seed = sample_rate, sample_seed
         self._options().check(in_features)
         check_name(backend)
+        validation.check_dtype("dtype", dtype)
         mesh, device = _mesh_and_device(mesh, process_group, device)
         first, count = class_range(num_classes, mesh.size(), mesh.get_local_rank())
         local = in_huge_pages(torch.empty(count, in_features, device=device, dtype=dtype))

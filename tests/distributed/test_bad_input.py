@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from sface_kernels.distributed import ClassParallelSFaceLoss, parallel
@@ -84,6 +85,7 @@ def arguments():
         (dict(in_features=2.0), TypeError, "in_features: expected an int"),
         (dict(s=0.0), ValueError, "s: expected a number > 0"),
         (dict(backend="fast"), ValueError, "backend: expected one of"),
+        (dict(dtype=torch.int32), TypeError, "dtype: expected a dtype of float32"),
     ):
         with pytest.raises(error, match=text):
             ClassParallelSFaceLoss(**{"in_features": 8, "num_classes": 9, **options})
