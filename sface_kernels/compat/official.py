@@ -90,7 +90,7 @@ class LazyLogits:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> torch.return_types.topk:
+    def topk(self, k: int, dim: int | None = -1, largest: bool = True, sorted: bool = True) -> torch.return_types.topk:
         """The k largest (or smallest) logits of each row, as `torch.topk`; in order whatever `sorted` says.
 
         Returns:
@@ -112,15 +112,19 @@ class LazyLogits:
         values, classes = (t[:, :k].clone() for t in self._widest)
         return torch.return_types.topk((values, classes))
 
-    def max(self, dim: int = -1, keepdim: bool = False) -> torch.return_types.max:
-        """The largest logit of each row and its class, `[N]` (`[N, 1]` with `keepdim`), as `torch.max`."""
+    def max(self, dim: int | None = None, keepdim: bool = False) -> torch.return_types.max:
+        """The largest logit of each row and its class, `[N]` (`[N, 1]` with `keepdim`), as `torch.max`.
+
+        Raises:
+            ValueError: `dim` is not that of the classes; without one `torch.max` is over all rows.
+        """
         values, classes = self.topk(1, dim)
         if not keepdim:
             values, classes = values.squeeze(1), classes.squeeze(1)
         return torch.return_types.max((values, classes))
 
-    def argmax(self, dim: int = -1, keepdim: bool = False) -> Tensor:
-        """The nearest class of each row, int64 `[N]` (`[N, 1]` with `keepdim`), as `torch.argmax`."""
+    def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        """The nearest class of each row, int64 `[N]` (`[N, 1]` with `keepdim`), as `torch.argmax`; `dim` as in max."""
         return self.max(dim, keepdim)[1]
 
     def dense(self) -> Tensor:
@@ -131,7 +135,7 @@ class LazyLogits:
             logits[:, classes] = block.mul_(self._scale)
         return logits
 
-    def _check_dim(self, dim: int) -> None:
+    def _check_dim(self, dim: int | None) -> None:
         if dim not in (1, -1):
             raise ValueError(f"dim: expected 1 or -1 (the classes), got {dim!r}: {ADVICE}")
 

@@ -135,6 +135,8 @@ def test_whatever_else_is_done_with_the_logits_says_what_to_do():
         (lambda: bool(outputs), TypeError),
         (lambda: outputs.topk(1, 0), ValueError),
         (lambda: outputs.max(0), ValueError),
+        (lambda: outputs.max(), ValueError),  # of all rows, in PyTorch
+        (lambda: torch.argmax(outputs), ValueError),
     ):
         with pytest.raises(error, match="logits=True"):
             use()
