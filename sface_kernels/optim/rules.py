@@ -22,8 +22,8 @@ class HeadSGD(HeadOptimizer, torch.optim.SGD):  # type: ignore[override]
     """`torch.optim.SGD` for a head's weight, without ∂w.
 
     Args:
-        head: an `SFaceLoss`, a `distributed.ClassParallelSFaceLoss`, or a head of `compat`. Making the optimizer is the
-            switch: from now on the head's gradient waits here.
+        head: an `SFaceLoss`, a `distributed.ClassParallelSFaceLoss`, or the head of `compat.official` or
+            `compat.partial_fc`. Making the optimizer is the switch: from now on the head's gradient waits here.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`.
         max_norm: clip the gradient to this 2-norm before each step (one more pass over the lists), as
             `torch.nn.utils.clip_grad_norm_` on the head alone does. No part of `state_dict()`.
