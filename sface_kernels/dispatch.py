@@ -83,7 +83,9 @@ def available_backends(
         TypeError: a dtype that no loss takes.
     """
     request = _request(device, dtype, weight_dtype)
-    return [name for name, backend in BACKENDS.items() if backend.unavailable(request) is None]
+    chosen, _ = choose("auto", request)
+    names = [name for name, backend in BACKENDS.items() if backend.unavailable(request) is None]
+    return sorted(names, key=lambda name: name != chosen)
 
 
 def _request(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sface_kernels import SFaceLoss, available_backends, explain, sface_loss
+from sface_kernels import SFaceLoss, available_backends, dispatch, explain, sface_loss
 from sface_kernels.dispatch import BACKENDS
 from tests.support.cases import f16, f32, f64
 
@@ -265,3 +265,15 @@ class TestBackends:
     def test_auto_takes_the_first_available(self):
         for dtype in (f32, f64, f16):
             assert f"-> {available_backends('cpu', dtype)[0]}" in explain("cpu", dtype)
+
+    @pytest.mark.parametrize("reason", ["interpreter", "distrusted"])
+    def test_auto_takes_the_first_available_of_several(self, monkeypatch, reason):
+        """Triton can run on a CPU in its interpreter, and where its results were wrong; "auto" passes it by."""
+        able = BACKENDS["triton"]._replace(unavailable=lambda _: None)
+        monkeypatch.setitem(BACKENDS, "triton", able)
+        monkeypatch.setitem(BACKENDS, "native", BACKENDS["native"]._replace(unavailable=lambda _: "not built"))
+        device = "cpu" if reason == "interpreter" else "cuda"
+        if reason == "distrusted":
+            monkeypatch.setitem(dispatch.distrusted, "triton", "wrong")
+        assert available_backends(device) == ["chunked", "triton", "reference"]
+        assert "-> chunked" in explain(device)
