@@ -11,8 +11,8 @@ Left out: clocks that fall under load, and the host.
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,9 +163,20 @@ def beside(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return found
 
 
-def main() -> None:
-    if files := sys.argv[1:]:
-        print(plain_table(beside([row for file in files for row in report.load(Path(file))["rows"]])).markdown())
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="gpu_model", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="results of bench --kernels on an H200, to stand beside the model"
+    )
+    if files := parser.parse_args(arguments).files:
+        try:
+            results = [report.load(file) for file in files]
+        except report.ReportError as error:
+            parser.error(str(error))
+        compared = beside([row for result in results if result["kind"] == "bench" for row in result["rows"]])
+        if not compared:
+            parser.error("expected times of Triton's kernels in mode both, at a size that the model knows, found none")
+        print(plain_table(compared).markdown())
         return
     text = TABLES.read_text()
     for name, gpu in GPUS.items():

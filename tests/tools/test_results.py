@@ -248,3 +248,11 @@ def test_the_model_of_a_gpu_predicts_no_less_than_the_floor():
             floor = 2 * n * c * 512 / (gpu.tflops * 1e9) + 2 * c * 512 * 4 / (gpu.dram_tb * 1e9)
             ways = gpu_model.predict(gpu, rows, n, c)
             assert floor < sum(ways["lists"].values()) < sum(ways["dense"].values())
+
+
+@pytest.mark.parametrize("name", ["nowhere.json", "cpu-random.json", "cpu-accuracy.json", "cpu-sampling.json"])
+def test_the_model_of_a_gpu_says_what_it_cannot_stand_beside(capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_model.main([str(ROOT / "benchmarks" / "results" / name)])
+    assert stopped.value.code == 2
+    assert ("cannot read" if name == "nowhere.json" else "found none") in capsys.readouterr().err
