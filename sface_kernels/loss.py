@@ -299,7 +299,8 @@ class SFaceLoss(nn.Module):
 
     def topk(self, embeddings: Tensor, k: int) -> torch.return_types.topk:
         """The k largest cosines of each row and their classes, (values, indices) `[N, k]`, as `torch.topk` of
-        `F.normalize(embeddings) @ F.normalize(weight).t()` in blocks of classes: 8 MiB instead of N×C. No gradient.
+        `F.normalize(embeddings) @ F.normalize(weight).t()` in blocks of classes: 8 MiB instead of N×C, more past
+        4096 rows or features. No gradient.
 
         Raises:
             TypeError, ValueError: an argument is off, or k > C.

@@ -21,8 +21,9 @@ load one's state into the other to change over at any step (`release()` before t
 - What waits is in no state dict: save after a step.
 - Of a compiled `SFaceLoss`, with class sampling, or where the weight has other losses too, gradients come as `.grad`,
   dense; the step counts them.
-- On `native` the step is one C++ pass. Other backends, half weights and a `.grad` beside what waits go through ∂w in
-  ranges of about 4 MiB and PyTorch's own update; `triton` screens each range again for it.
+- On `native` the step is one C++ pass; on `triton` it is one kernel where a single backward waits and its forward went
+  by lists. Everything else, half weights and a `.grad` beside what waits among it, goes through ∂w in ranges of about
+  4 MiB and PyTorch's own update.
 """
 
 from .rules import HeadAdamW, HeadSGD

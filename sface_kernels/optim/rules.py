@@ -1,4 +1,4 @@
-"""The two rules: `torch.optim`'s arguments and state, and the update in C++ or by `torch.optim`'s own functions."""
+"""The two rules: `torch.optim`'s arguments and state; the update in C++, in Triton or by `torch.optim`'s functions."""
 
 from __future__ import annotations
 
