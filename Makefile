@@ -143,8 +143,8 @@ bench: build
 	$(BIN)/python -m pytest benchmarks/micro -q --benchmark-group-by=group --benchmark-sort=name \
 		--benchmark-columns=median,iqr,min,max,rounds $(BENCH)
 
-# Everything in benchmarks/results/ and in the tables, on a quiet machine. DEVICE=cuda measures a GPU. A single file is made
-# again by its name, as in `make benchmarks/results/cpu-random.json pictures tables`.
+# The results of bench and benchmarks.accuracy, their pictures and the tables, on a quiet machine. DEVICE=cuda measures
+# a GPU. A single file is made again by its name, as in `make benchmarks/results/cpu-random.json pictures tables`.
 DEVICE := cpu
 RESULTS := benchmarks/results/$(DEVICE)
 PLOT = $(BIN)/python -m sface_kernels plot --out $(dir $(RESULTS)) --prefix $(DEVICE)- --formats png
