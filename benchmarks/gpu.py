@@ -175,12 +175,17 @@ def main() -> int:
             print(f"make gpu: PARTS: expected some of {expected}, got {', '.join(sorted(unknown))}", file=sys.stderr)
             return 2
         parts = [part for part in parts if part.name in chosen]
+    try:
+        limit = float(os.environ.get("LIMIT", SECONDS))
+    except ValueError:
+        print(f"make gpu: LIMIT: expected a number of seconds, got {os.environ['LIMIT']!r}", file=sys.stderr)
+        return 2
     # in another process, as this one must not hold memory of the GPU
     found = subprocess.run([sys.executable, "-c", FIND_GPU], cwd=ROOT, capture_output=True, text=True)
     if found.returncode:
         print(f"make gpu: {found.stderr.strip()}. Set PYTHON to an interpreter that finds one.", file=sys.stderr)
         return 2
-    return run(parts, out, float(os.environ.get("LIMIT", SECONDS)))
+    return run(parts, out, limit)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,13 @@ def test_parts_that_do_not_exist_are_named(tmp_path):
     assert done.returncode == 2 and "expected some of facts, dtypes" in done.stderr and "got dinner" in done.stderr
 
 
+def test_a_limit_that_is_no_number_is_one_line(tmp_path):
+    environment = {**os.environ, "LIMIT": "two", "OUT": str(tmp_path)}
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr == "make gpu: LIMIT: expected a number of seconds, got 'two'\n"
+
+
 def test_the_parts_fit_into_the_session(tmp_path):
     """In the order of what would be missed most, within ten minutes."""
     parts = gpu.session_parts(tmp_path)
