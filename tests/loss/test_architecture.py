@@ -109,6 +109,19 @@ def test_imports_point_down(name, tree):
         assert fits, f"{name} imports {target}; it may import {sorted(allowed)} only"
 
 
+def test_contributing_has_the_same_order():
+    """Each layer that its chain of arrows names imports only what stands right of it, or itself."""
+    (chain,) = re.findall(r"point down only:\n\n((?:    .*\n)+)", (ROOT / "CONTRIBUTING.md").read_text())
+    place = {name.strip(): n for n, names in enumerate(chain.split("→")) for name in names.split(",")}
+    unnamed = {"__init__", "__main__", "_version", "bench", "testing"}
+    assert set(place) == {module.partition(".")[0] for module in MAY_IMPORT} - unnamed
+    for module, allowed in MAY_IMPORT.items():
+        here = module.partition(".")[0]
+        for target in {name.partition(".")[0] for name in allowed} - {here}:
+            if here in place and target in place:
+                assert place[here] < place[target], f"{here} imports {target}"
+
+
 def test_the_walk_sees_an_upward_import():
     """The rule itself can fail: each of these forms of a forbidden import is found."""
     for line in (
