@@ -150,7 +150,7 @@ def explain(
         features: D, size of an embedding.
 
     Returns:
-        Text of one line per backend, the chosen one marked with "->".
+        Text: a line that says what runs, and one for each backend, the chosen one marked with "->".
 
     Raises:
         TypeError, ValueError, RuntimeError: as `sface_loss` would for this backend.

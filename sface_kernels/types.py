@@ -105,6 +105,8 @@ class SFaceRowStats(NamedTuple):
     inter: Tensor  # Σ q_ij c_ij over the other classes; the row's loss is intra + inter
     cos_target: Tensor  # c_iy, the cosine to the own class centre
     angle: Tensor  # θ_iy in radians, the angle to the own class centre
-    cos_hardest: Tensor  # the largest cosine to another class; −inf with no other class
+    # the largest cosine to another class; −inf with no other class. In a row without an active pair it may be short by
+    # the error of the screen (§3 in docs/math.md), and its class another
+    cos_hardest: Tensor
     hardest_class: Tensor  # int64, that class, the lowest of equals; −1 with no other class, or NaN in the row
     dropped: Tensor  # Σ of the q_ij that the filter dropped, the bound of §2 in docs/math.md
