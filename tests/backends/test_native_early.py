@@ -150,6 +150,7 @@ class TestSteps:
 
         early_rows = backend._early_rows
         monkeypatch.setattr(backend, "_early_rows", watched)
+        monkeypatch.setattr(backend, "_upstreams", UpstreamHistory())  # a weight may lie where an earlier test's lay
         torch.ops.sface.native_release_memory()
         return found
 
