@@ -7,13 +7,14 @@ skipped. Triton compiles as for the GPU that SFACE_PTX names, and tensors on the
 where the emulator finds a fault: an access out of bounds, a race, a result that depends on bytes nobody wrote.
 Where the emulator cannot multiply int8, `tiles.INT8_SCREEN` is emptied, so that every screen is in fp16, and the last
 line of the run says so. SFACE_PTX_FUSION=0 compiles without the fusion of products and sums; PTXEMU_NOISE=1 lets approximate divisions, square
-roots and exponentials be off by an ulp.
+roots and exponentials be off by an ulp. SFACE_PTX_SPECIALISED=1 specialises the warps of every screen that can be.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,13 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     sys.path.append(str(FOLDER))
     emulator = importlib.import_module("emulator").install(GPU)
     emulator.options.noise_ulps = int(os.environ.get("PTXEMU_NOISE", "0"))
+    _read_jump_tables()
     from sface_kernels.backends.triton import device, kinds, tiles
 
     if not _multiplies_int8():
         tiles.INT8_SCREEN = ()
+    if os.environ.get("SFACE_PTX_SPECIALISED") == "1":
+        tiles.SPECIALISED_TILES = 0
     kinds.COMPILE_OPTIONS["enable_fp_fusion"] = os.environ.get("SFACE_PTX_FUSION") != "0"
     capability = int(GPU[3:-1]), int(GPU[-1])
     pretence = device.pretend(capability, allocated=_undefined)
@@ -60,6 +64,27 @@ def pytest_sessionstart() -> None:
     from tests.support.cases import INTERPRETED
 
     assert MISSING or INTERPRETED, "tests/support/cases.py was imported too early: none of its cases is Triton's"
+
+
+def _read_jump_tables() -> None:
+    """Specialised warps find their part by a jump table, which the emulator does not read: comparisons instead."""
+    program = importlib.import_module("ptx").Program
+    plain = program.__init__
+
+    def without_tables(ptx: str) -> str:
+        table = r"(\$L_brx_\d+):\s*\.branchtargets\s+([^;]+);"
+        tables = {name: re.split(r",\s*", targets.strip()) for name, targets in re.findall(table, ptx)}
+
+        def compared(jump: re.Match[str]) -> str:
+            *targets, last = tables[jump[2]]
+            one_by_one = (f"setp.eq.s32 %p_jump, {jump[1]}, {i};\n@%p_jump bra {to};" for i, to in enumerate(targets))
+            return "\n".join([*one_by_one, f"bra {last};"])
+
+        ptx = re.sub(r"brx\.idx\s+(%\w+),\s*(\$L_brx_\d+);", compared, re.sub(table, "", ptx))
+        body = ptx.index("{", ptx.index(")", ptx.index(".entry"))) + 1
+        return f"{ptx[:body]}\n.reg .pred %p_jump;\n{ptx[body:]}" if tables else ptx
+
+    program.__init__ = lambda self, ptx, *others: plain(self, without_tables(ptx), *others)
 
 
 def _multiplies_int8() -> bool:

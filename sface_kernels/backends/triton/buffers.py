@@ -92,6 +92,8 @@ def lists(rows: int, classes: int, features: int, multiprocessors: int) -> tuple
     enough = 2 * multiprocessors <= blocks * min(most, MOST_PARTS)
     programs = 2 * multiprocessors if enough else multiprocessors
     stripes = shares(blocks, most, programs)
+    if tiles >= 2 * stripes > 2:
+        stripes -= stripes % 2  # a screen with specialised warps takes two at a time
     granted = LIST_BYTES + 8 * classes + 4 * rows * features - padded(rows) * (SLOT_BYTES + 4 * stripes)
     capacity = granted // SLOT_BYTES // (max(GRANULE, padded(rows)) * stripes)
     return stripes, max(1, min(capacity, cdiv(tiles, stripes) * GRANULE, MOST_CAPACITY))

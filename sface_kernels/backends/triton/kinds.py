@@ -55,7 +55,7 @@ class Steps(NamedTuple):
     launches: list[Launch]
     buffers: list[Buffer]  # one piece of memory, then what has a descriptor
     offsets: list[tuple[str, int]]  # of scratch in that memory, in bytes, by name
-    described: list[tuple[str, dict[str, Any]]]  # attributes of a descriptor but for its buffer, by name
+    described: list[tuple[str, type, dict[str, Any]]]  # a descriptor by name: its attributes but for its buffer
     same: list[tuple[str, str]]  # names of one buffer
 
 
@@ -90,6 +90,7 @@ class Kind:
         self.row_block = max(1, tiles.ROW_ELEMENTS // block_d)  # rows that a program of `prepare` takes
         self.lists = self.stripes, self.capacity = buffers.lists(self.n, self.c, self.d, multiprocessors)
         self.list_parts = 1
+        self.specialised = False  # the screen's warps
         self.steps: dict[tuple[object, ...], Steps] = {}  # by `Call.variant`
         own = self._dense(multiprocessors) if dense else self._by_lists(block_d)
         own["prepare"] = {"BLOCK": self.row_block, "num_warps": tiles.ROW_WARPS}
@@ -153,8 +154,16 @@ class Kind:
         if self.c >= tiles.CLASSES_OF_PARTS and room > 1:
             self.list_parts = min(room, MOST_LIST_PARTS.value)
         screen = self._product("screen", ROWS=self.row_block)
+        tiles_each = cdiv(self.c, screen["BLOCK_C"]) // self.stripes
         screen["RUN"] = min(tiles.RUN[self.family], screen["BLOCK_C"] // LANES.value)
-        if self.padded_d > tiles.DEEP_FEATURES:
+        if tiles_each >= tiles.SPECIALISED_TILES and (
+            ring := tiles.ring(self.family, self.operands, triton.__version__, self.padded_d)
+        ):
+            self.specialised = True
+            screen |= {"RING": ring, "REGISTERS": tiles.SPECIALISED_REGISTERS}
+            screen["LOADER_REGISTERS"] = tiles.LOADER_REGISTERS
+            screen.pop("maxnreg", None)  # of each group of warps its own
+        elif self.padded_d > tiles.DEEP_FEATURES:
             screen["num_stages"] = min(screen["num_stages"], tiles.DEEP_STAGES)
         features = min(block_d, tiles.SCATTER_FEATURES)
         scatter = {

@@ -36,6 +36,15 @@ def _recorder() -> Callable[[Any, tuple[int, ...], dict[str, Any]], None] | None
     return None if pretended is None else pretended.run
 
 
+def gluon_descriptor(buffer: Tensor, block: list[int]) -> Any:
+    """What kernels in Gluon take for a `TensorDescriptor`."""
+    from triton.experimental.gluon import language
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Descriptor
+
+    element = language.int8 if buffer.dtype == torch.int8 else language.float16
+    return Descriptor.from_tensor(buffer, block, language.NVMMASharedLayout.get_default_for(block, element))
+
+
 def launched_alone(kernel: Any, programs: int, **arguments: Any) -> None:
     """Launches a kernel that belongs to no call."""
     options = {**COMPILE_OPTIONS, "num_warps": tiles.ROW_WARPS}
@@ -82,7 +91,7 @@ class Call:
             offsets.append((name, size))
             size += cdiv(math.prod(shape) * dtype.itemsize, ALIGNMENT) * ALIGNMENT
         memory = buffers.whole(size // 4, dtype=torch.int32)
-        described = [(name, vars(self.own[name]) | {"base": None}) for name in self.units]
+        described = [(name, type(self.own[name]), vars(self.own[name]) | {"base": None}) for name in self.units]
         return Steps(self.launches, [memory, *self.units.values()] if offsets else [], offsets, described, self.same)
 
     def _repeat(self, steps: Steps) -> None:
@@ -92,9 +101,9 @@ class Call:
             start = memory.data_ptr()
             for name, offset in steps.offsets:
                 own[name] = start + offset
-            for (name, known), unit in zip(steps.described, units, strict=True):
+            for (name, kind, known), unit in zip(steps.described, units, strict=True):
                 # without Triton's checks, which those of the first call passed: they too take as long as an allocation
-                described = object.__new__(TensorDescriptor)
+                described: Any = object.__new__(kind)
                 vars(described).update(known, base=unit)
                 own[name], own[f"{name}_ptr"] = described, unit
         for name, other in steps.same:
@@ -113,7 +122,8 @@ class Call:
     def describe(self, name: str, block: list[int]) -> None:
         """A descriptor of a buffer that was made, by which kernels read blocks of it."""
         self.units[name] = self.scratch.pop(f"{name}_ptr")
-        self.own[name] = TensorDescriptor.from_tensor(self.own[f"{name}_ptr"], block)
+        buffer = self.own[f"{name}_ptr"]
+        self.own[name] = (gluon_descriptor if self.kind.specialised else TensorDescriptor.from_tensor)(buffer, block)
 
     def also(self, name: str, other: str, buffer: Tensor) -> None:
         """Another name for a `buffer` in the same memory."""

@@ -86,9 +86,14 @@ def _forward(call: Call) -> None:
 def _screen(call: Call) -> None:
     """Every class past every sample: the sums and the lists."""
     own, stripes = call.kind.own["screen"], call.kind.stripes
+    kernel, programs = screen, own["row_blocks"] * stripes
+    if call.kind.specialised:
+        from .kernels import specialised
+
+        kernel, programs = specialised.screen, own["row_blocks"] * cdiv(stripes, 2)
     call.unit_rows(own)
     for classes in call.chunks():
-        call.launch(screen, own["row_blocks"] * stripes, tiles=cdiv(classes, own["BLOCK_C"]))
+        call.launch(kernel, programs, tiles=cdiv(classes, own["BLOCK_C"]))
     call.make("begin_ptr", stripes, call.kind.padded_n, dtype=torch.int32)
     call.launch(regroup, own["row_blocks"] * stripes)
     if (parts := call.kind.list_parts) > 1:

@@ -70,6 +70,13 @@ RUN = {"sm_80": 2, "sm_89": 2, "sm_90": 2, "sm_100": 32, "sm_120": 2, "gfx942": 
 INT8_SCREEN: tuple[str, ...] = ("sm_80", "sm_89", "sm_90", "interpreter")
 # Programs on a multiprocessor, for which registers are limited: the sums of one run under the products of others.
 PROGRAMS = {"sm_90": {"screen": 2, "coefficients": 3, "class_gradient": 3}}
+# Families whose screen specialises its warps (`kernels.specialised`), and versions of Triton that compile it; another
+# version, and SFACE_TILES where it names the screen, take the one above. On an H200 it takes 0.82 of its time.
+SPECIALISED = {"sm_90": ("3.6.", "3.7.")}
+SPECIALISED_TILES = 2  # of each stripe at least: with fewer the loads of a program's x are most of it
+# Registers of a thread that computes and of one that loads: 512 and 128 threads share 61,440. Shared memory for rows.
+SPECIALISED_REGISTERS, LOADER_REGISTERS = 112, 24
+SPECIALISED_BYTES, LEAST_RING, MOST_RING = 222 << 10, 3, 8
 # Stages of the screen with more features: with three of them sm_90 spills in the loop of the product at 1024.
 DEEP_FEATURES, DEEP_STAGES = 512, 2
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the
@@ -147,6 +154,18 @@ def tile(kernel: str, family: str, operands: str, triton: str = "") -> Tile:
     if family == "sm_90" and triton.startswith(TWO_STAGES.get(kernel, ())):
         chosen = chosen._replace(stages=2)
     return chosen._replace(**_overrides(os.environ.get("SFACE_TILES", "{}")).get(kernel, {}))
+
+
+def ring(family: str, operands: str, triton: str, padded_d: int) -> int:
+    """Steps of classes that a screen with specialised warps keeps in shared memory beside x; 0 where there is none."""
+    named = "screen" in _overrides(os.environ.get("SFACE_TILES", "{}"))
+    if named or not triton.startswith(SPECIALISED.get(family, ())):
+        return 0
+    size = 1 if operands == "int8" else 2
+    chosen = tile("screen", family, operands)
+    left = SPECIALISED_BYTES - chosen.block_n * padded_d * size
+    steps = min(MOST_RING, left // (chosen.block_c * chosen.block_k * size))
+    return steps if steps >= LEAST_RING else 0
 
 
 def rows_at_once(wanted: int, family: str) -> int:

@@ -25,7 +25,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ....types import HyperParameters
 from .. import sequence
@@ -49,6 +48,7 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), None, 64 << 10),
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")  # of the compiler, among a launch's arguments
+ONCE_A_TILE = 16  # words that a kernel in Gluon may keep elsewhere during a tile
 TENSOR_MEMORY = 512  # columns that a program may have on sm_100; where it asks for more, Triton's code is one trap
 TYPES = {
     torch.float32: "fp32",
@@ -125,6 +125,12 @@ def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], s
                 yield kernel, arguments, f"{short} D={shape[2]}" + f", {rule}" * bool(rule)
 
 
+def _gluon_source(*arguments: Any) -> Any:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource(*arguments)
+
+
 def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The kernel specialised as Triton does at a launch, and the compiler's options.
 
@@ -138,8 +144,9 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, 
         if name.isupper() or value is None or (looks and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
-        if isinstance(value, TensorDescriptor):
-            signature[name], divisible = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>", False
+        if hasattr(value, "block_shape"):  # a descriptor, in Gluon with a layout
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            signature[name], divisible = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}{layout}>", False
         elif isinstance(value, torch.Tensor):
             signature[name], divisible = "*" + TYPES[value.dtype], True
         elif isinstance(value, float):
@@ -148,7 +155,7 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, 
             signature[name], divisible = "i32" if value < 2**31 else "i64", looks and value % 16 == 0
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), options
+    return (_gluon_source if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes), options
 
 
 def distinct(launches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -181,6 +188,8 @@ def _compile(kernel: Any, arguments: dict[str, Any], call: str, target: str) -> 
     gpu, _, shared_limit = TARGETS[target]
     flags = [name.lower() for name, value in arguments.items() if name.isupper() and value is True]
     row: dict[str, Any] = {"kernel": kernel.fn.__name__, "variant": ", ".join([call, *flags])}
+    if kernel.is_gluon():
+        row["variant"] += ", specialised warps"
     source, options = specialised(kernel, arguments)
     try:
         compiled = triton.compile(source, target=gpu, options=options)
@@ -191,7 +200,7 @@ def _compile(kernel: Any, arguments: dict[str, Any], call: str, target: str) -> 
     code = machine_code.parse(listing)
     epilogue = machine_code.epilogue(code)
     if epilogue is not None:
-        held = arguments["BLOCK_N"] * arguments["BLOCK_C"] / (compiled.metadata.num_warps * gpu.warp_size)
+        held = arguments["BLOCK_N"] * arguments["BLOCK_C"] / (arguments["num_warps"] * gpu.warp_size)
         epilogue = round(epilogue / held, 1)
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     spilling, products = (machine_code.count(code, p) for p in (machine_code.LOCAL_MEMORY, machine_code.TENSOR_CORES))
@@ -205,7 +214,8 @@ def _compile(kernel: Any, arguments: dict[str, Any], call: str, target: str) -> 
         (fp64, f"{fp64} fp64 instructions"),
         (residues, f"{len(residues)} differences of a product and itself are fused: {residues[:1]}"),
         (narrow, f"{len(narrow)} strides are multiplied in 32 bits: {narrow[:1]}"),
-        (in_products, f"{in_products} spills in the loop of a product"),
+        # the loop over tiles is a loop of a product where a tile's steps are unrolled: some words once a tile
+        (in_products > (ONCE_A_TILE if kernel.is_gluon() else 0), f"{in_products} spills in the loop of a product"),
         ("BLOCK_K" in arguments and not products, "no tensor-core instruction"),
     )
     found = registers, spilling, in_products, shared, products, len(code), epilogue
