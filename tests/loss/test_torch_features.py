@@ -13,6 +13,7 @@ import torch
 
 from sface_kernels import SFaceLoss, ops, sface_loss
 from sface_kernels.precision import kept
+from sface_kernels.validation import default_filter_eps
 from tests.support.cases import ROOT, bf16, f16, f32, f64
 from tests.support.checks import Judge, assert_same, run
 from tests.support.problems import trained_problem
@@ -213,7 +214,17 @@ def test_half_weights_with_float32_embeddings_under_autocast(case32, half):
     with torch.autocast(case32.device, torch.bfloat16):
         result = run(case32, problem)
     assert result.grad_w.dtype == half and result.grad_x.dtype == f32
-    plain = run(case32, problem.to(case32.device, f32, f32))  # of the same values
+    same = problem.to(case32.device, f32, f32)  # the same values
+    plain = run(case32, same)
+    if case32.backend == "triton":  # compiled, it adds up a row of another dtype in another order
+        judge = Judge(same.to("cpu", f32, f32), filter_eps=default_filter_eps(f32, 48))
+        judge.check(result._replace(grad_w=plain.grad_w), "triton")
+        limits = torch.finfo(half)
+        largest = float(plain.grad_w.abs().max())
+        torch.testing.assert_close(
+            result.grad_w.float(), plain.grad_w, rtol=limits.eps, atol=limits.tiny + 1e-6 * largest
+        )
+        return
     assert_same(result._replace(grad_w=plain.grad_w), plain)
     assert torch.equal(result.grad_w, plain.grad_w.to(half))
 

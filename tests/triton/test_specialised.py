@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 
 from sface_kernels.backends.triton import tiles
 from sface_kernels.backends.triton.device import gpu_of
@@ -23,6 +22,8 @@ PLAIN = '{"screen": {"warps": 8}}'  # any entry for the screen keeps its warps a
 @pytest.fixture(autouse=True)
 def specialised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every screen that can be is; how many steps each one's ring has, 0 without."""
+    import triton
+
     family, rings, ring = gpu_of(torch.device(DEVICE)).family, [], tiles.ring
     if not ring(family, "half", triton.__version__, 128):
         pytest.skip(f"Triton {triton.__version__} specialises no warps on {family}")
@@ -75,7 +76,15 @@ def test_a_ring_shorter_than_a_tile(poisoned, specialised, monkeypatch):
     """At 512 features in fp16 x takes most of the shared memory: a tile has 8 steps, the ring 5."""
     check(monkeypatch, specialised, GEOMETRIES["trained"](20, 700, 512), CASE, filter_eps=FAST)
     assert specialised[0] == 5
-    assert tiles.ring("sm_90", "half", triton.__version__, 1024) == 0
+
+
+def test_where_warps_are_not_specialised(specialised, monkeypatch):
+    """Of 1024 features in fp16 nothing but x fits; another Triton, another GPU, or a tile that SFACE_TILES names."""
+    assert tiles.ring("sm_90", "half", "3.7.1", 512) > 0 and tiles.ring("sm_90", "int8", "3.6.0", 1024) > 0
+    assert tiles.ring("sm_90", "half", "3.7.1", 1024) == 0
+    assert tiles.ring("sm_90", "half", "3.9.0", 512) == tiles.ring("sm_100", "half", "3.7.1", 512) == 0
+    monkeypatch.setenv("SFACE_TILES", PLAIN)
+    assert tiles.ring("sm_90", "half", "3.7.1", 512) == 0
 
 
 def test_many_tiles_a_stripe(poisoned, lists, specialised, monkeypatch):
