@@ -46,8 +46,11 @@ def arccos(c):
 @triton.jit
 def sigmoid_of_angle(theta, slope, centre):
     """sigmoid(slope·(centre − θ)): (4) without s, and (3) with a negative slope."""
-    root = tl.rsqrt(1.0 + tl.exp2(tl.minimum((theta - centre) * (slope * LOG2E), 126.0)))
-    return root * root  # two instructions, where a division is four
+    d = 1.0 + tl.exp2(tl.minimum((theta - centre) * (slope * LOG2E), 126.0))
+    root = tl.rsqrt(d)
+    about = root * root
+    # where most pairs are active rsqrt's error is the same in every weight: one step of Newton's takes it away
+    return about + about * (1.0 - d * about)
 
 
 @triton.jit
