@@ -32,7 +32,7 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 demo: build
 	$(BIN)/python examples/train_faces.py --head both --out runs/demo
 
-KERNELS := tests/triton/test_triton.py tests/triton/test_ways.py tests/triton/test_int8_screen.py \
+KERNELS := tests/triton/test_triton.py tests/triton/test_ways.py tests/triton/test_int8_screen.py tests/triton/test_specialised.py \
 	tests/triton/test_head_step.py
 # The interpreter runs Triton's kernels on the CPU, and must be asked for before they are imported: a process of its own.
 test: build
@@ -72,6 +72,7 @@ CALLS := $(KERNELS) tests/triton/test_compiled_cases.py
 test-compiled: build
 	SFACE_PTX=sm_80 $(COMPILED) $(CALLS)
 	SFACE_PTX=sm_90 $(COMPILED) $(CALLS) tests/loss/test_parity.py tests/loss/test_filter.py tests/loss/test_layouts.py
+	SFACE_PTX=sm_90 SFACE_PTX_SPECIALISED=1 $(COMPILED) $(CALLS)
 	SFACE_PTX=sm_120 $(COMPILED) $(CALLS)
 	SFACE_PTX=sm_90 SFACE_PTX_FUSION=0 $(COMPILED) $(KERNELS)
 	SFACE_PTX=sm_90 PTXEMU_NOISE=1 $(COMPILED) $(KERNELS)
