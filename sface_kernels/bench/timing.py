@@ -55,7 +55,9 @@ class TimedLoss:
         self.provider, self.mode, self.y, device = provider, mode, work.y, work.x.device
         self.cuda, self.upstream = device.type == "cuda", torch.ones((), device=device)
         self.function = function or build(provider, device, work.x.dtype)
-        self.leaves = [[t.clone() if i else t.detach() for t in (work.x, work.w)] for i in range(copies)]
+        # a head in training has a weight to itself, and what a backend learns of its steps goes by the weight's address
+        alone = provider.kind == PACKAGE and not self.cuda
+        self.leaves = [[t.clone() if i or alone else t.detach() for t in (work.x, work.w)] for i in range(copies)]
         if provider.kind == BARE:
             self.leaves = [[t.to(provider.dtype) for t in pair] for pair in self.leaves]
             n, (c, d) = len(work.x), work.w.shape

@@ -11,7 +11,10 @@ from torch import Tensor
 from sface_kernels import sface_loss
 from sface_kernels.backends import native as backend
 from sface_kernels.backends.native import EarlyRows, UpstreamHistory
+from sface_kernels.bench.providers import resolve
+from sface_kernels.bench.timing import TimedLoss
 from sface_kernels.ops import prepare_labels
+from sface_kernels.testing.workloads import Case, Shape, make_workload
 from sface_kernels.types import INVALID, NO_TARGET
 from tests.backends.test_native_fuzz import size
 from tests.support.problems import GEOMETRIES, Problem, trained_problem
@@ -233,3 +236,13 @@ class TestSteps:
                 expected = totals
             assert all(torch.equal(*pair) for pair in zip(totals, expected, strict=True))
         assert any(made)
+
+    def test_providers_of_a_benchmark_that_take_turns(self, made):
+        """Each is timed as the one head of a training: with a weight, and a history of upstream gradients, to itself."""
+        work = make_workload(Case(Shape(16, 9001, 256), "trained", None), "cpu", torch.float32)
+        turns = [TimedLoss(resolve(name), work, "both") for name in ("native", "native@2^-16")]
+        for _ in range(4):
+            for one in turns:
+                one.prepare()
+                one.run()
+        assert len(made) == 8 and not any(made[:4]) and all(made[4:])
