@@ -40,7 +40,9 @@ def plain() -> Run:
 def test_the_loop_gives_the_same_curves_and_the_same_accuracy(case32, logits, truth, plain):
     head = SFaceLoss(FEATURES, CLASSES, device_id=[0], **RECIPE, backend=case32.backend, logits=logits)
     ours = train(head, device=case32.device)
-    assert_same_curve(ours.curves, plain.curves, truth.curves)
+    # Triton's mean cosine to the others is of unit rows in fp16, each off by 2⁻¹¹ of its length at most
+    of_fp16 = torch.tensor([0, 0, 0, 0, 2.0**-10]) if case32.backend == "triton" else 0.0
+    assert_same_curve(ours.curves, plain.curves, truth.curves, screened=of_fp16)
     assert truth.curves[:, 0].min() < 0 < truth.curves[0, 0]  # the run did something
 
     # accuracies are equal because no row is near a tie with the first or the fifth of the other classes
