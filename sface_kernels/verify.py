@@ -1,7 +1,8 @@
 """Trust before proof: calls on a GPU checked against `chunked`, on a part of what they were given.
 
-The first call of each kind in a process is checked, forward and backward: row losses and ∂x of some of its samples over
-all classes, and ∂w of some of its classes over all samples. That waits for the GPU, once; later calls do not.
+The first two calls of each kind in a process are checked, forward and backward: row losses and ∂x of some of their
+samples over all classes, and ∂w of some of their classes over all samples. The second as its launches may be repeated
+from a list, and not worked out as the first's are. That waits for the GPU, twice; later calls do not.
 `SFACE_VERIFY=0` turns it off, `SFACE_VERIFY=all` checks every call and `SFACE_VERIFY=1000` each thousandth of a kind.
 Calls that are compiled or captured in a CUDA graph are not checked, nor is a backward under torch.func, nor what a
 head's optimizer moves instead of making ∂w.
@@ -22,6 +23,7 @@ from .dispatch import BACKENDS, distrusted
 from .types import NO_TARGET, NORM_EPS, Forward, HyperParameters, RowStats
 
 ROWS = 32  # samples whose losses and ∂x are computed again
+FIRST = 2  # calls of a kind that are checked
 CLASSES = 16  # classes whose ∂w is, and as many samples' own classes
 Kind = tuple[object, ...]
 
@@ -33,7 +35,7 @@ class WrongResult(RuntimeError):
 
 
 def _period() -> int:
-    """Of how many calls of a kind one is checked; 0: none, −1: the first only."""
+    """Of how many calls of a kind one is checked beside the first; 0: none at all, −1: no other."""
     text = os.environ.get("SFACE_VERIFY", "first")
     if text in ("first", "all"):
         return -1 if text == "first" else 1
@@ -58,7 +60,7 @@ def is_batched(grad: Tensor) -> bool:
 def _due(kind: Kind, period: int) -> bool:
     before = _calls.get(kind, 0)
     _calls[kind] = before + 1
-    return before == 0 or (period > 0 and before % period == 0)
+    return before < FIRST or (period > 0 and before % period == 0)
 
 
 def _kind(backend: str, x: Tensor, w: Tensor, hp: HyperParameters) -> Kind:

@@ -70,20 +70,20 @@ def failing(_):
 WRONG = {"row loss": spoilt_loss, "row of ∂x": spoilt_gradient, "PassManager": failing}
 
 
-def test_what_is_right_is_checked_once(fake):
+def test_what_is_right_is_checked_twice(fake):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(3):
+        for _ in range(4):
             step()
-    assert fake.calls == ["forward", "forward", "grad_weight"]  # the forward; for ∂w one of some classes, and its own
+    assert fake.calls == 2 * ["forward", "forward", "grad_weight"]  # the forward; for ∂w one of some classes, and its own
 
 
 def test_a_coarser_screen_is_checked_by_itself(fake):
     """It comes some calls after the first."""
-    for coarse in (False, False, True, True):
+    for coarse in (False, False, False, True, True, True):
         fake.spoil_forward = lambda result, coarse=coarse: result._replace(coarse=coarse)
         step()
-    assert fake.calls.count("grad_weight") == 1 and fake.calls.count("forward") == 3
+    assert fake.calls.count("grad_weight") == 2 and fake.calls.count("forward") == 6
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -122,7 +122,7 @@ def test_a_name_raises_in_the_backward(fake):
         step("triton")
 
 
-@pytest.mark.parametrize("setting, checked", [("0", 0), ("all", 7), ("3", 3), ("first", 1)])
+@pytest.mark.parametrize("setting, checked", [("0", 0), ("all", 7), ("3", 4), ("first", 2)])
 def test_how_many_calls_are_checked(fake, monkeypatch, setting, checked):
     monkeypatch.setenv("SFACE_VERIFY", setting)
     for _ in range(7):
@@ -136,9 +136,18 @@ def test_a_wrong_setting_says_what_was_expected(fake, monkeypatch):
         step()
 
 
+def test_a_fault_of_repeated_launches_is_found(fake):
+    """The second call of a kind is the first whose launches come from a list."""
+    step("triton")
+    fake.spoil_forward = spoilt_loss
+    with pytest.raises(verify.WrongResult):
+        step("triton")
+
+
 def test_corruption_later_is_found_where_every_call_is_checked(fake, monkeypatch):
     monkeypatch.setenv("SFACE_VERIFY", "all")
-    step("triton")
+    for _ in range(3):
+        step("triton")
     fake.spoil_forward = spoilt_loss
     with pytest.raises(verify.WrongResult):
         step("triton")

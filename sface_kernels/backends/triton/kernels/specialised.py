@@ -16,8 +16,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from . import math, regroup
+from . import math
 from . import screen as plain
+from .math import IGNORED, NO_CLASS, NO_COSINE
+from .regroup import COUNT, LOST, RANK_BITS
 
 inter_weight_below = GluonJITFunction(math.inter_weight_below.fn)
 tag_margin = GluonJITFunction(plain.tag_margin.fn)
@@ -25,12 +27,6 @@ most_moved = GluonJITFunction(plain.most_moved.fn)
 count_bits = GluonJITFunction(plain.count_bits.fn)
 lane_sums = GluonJITFunction(plain.lane_sums.fn)
 cumsum = GluonJITFunction(tl.cumsum.fn)
-IGNORED: gl.constexpr = math.IGNORED
-NO_COSINE: gl.constexpr = math.NO_COSINE
-NO_CLASS: gl.constexpr = math.NO_CLASS
-COUNT: gl.constexpr = regroup.COUNT
-LOST: gl.constexpr = regroup.LOST
-RANK_BITS: gl.constexpr = regroup.RANK_BITS
 WARPS: gl.constexpr = gl.constexpr(8)  # of a group
 LANES: gl.constexpr = gl.constexpr(4)
 RUN: gl.constexpr = gl.constexpr(2)
