@@ -75,7 +75,11 @@ def test_what_is_right_is_checked_twice(fake):
         warnings.simplefilter("error")
         for _ in range(4):
             step()
-    assert fake.calls == 2 * ["forward", "forward", "grad_weight"]  # the forward; for ∂w one of some classes, and its own
+    assert fake.calls == 2 * [
+        "forward",
+        "forward",
+        "grad_weight",
+    ]  # the forward; for ∂w one of some classes, and its own
 
 
 def test_a_coarser_screen_is_checked_by_itself(fake):
