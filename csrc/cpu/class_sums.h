@@ -114,16 +114,17 @@ enum class Order { kForwards, kBackwards };
 // first or the last one first.
 template <typename Body>
 void for_each_block(int64_t blocks, Order order, const Body& body) {
-  constexpr int64_t kBlocksPerTask = 16;
-  const int64_t tasks = ceil_div(blocks, kBlocksPerTask);
+  constexpr int64_t kTasks = 256, kMostBlocks = 16;  // several tasks for each of many cores
+  const int64_t blocks_each = std::clamp<int64_t>(blocks / kTasks, 1, kMostBlocks);
+  const int64_t tasks = ceil_div(blocks, blocks_each);
   for_each_worker(tasks, [&](auto next_task) {
     int64_t next = 0, end = 0;
     body([&] {
       if (next == end) {
         const int64_t task = next_task();
         const int64_t stretch = order == Order::kBackwards && task < tasks ? tasks - 1 - task : task;
-        next = std::min(blocks, stretch * kBlocksPerTask);
-        end = std::min(blocks, next + kBlocksPerTask);
+        next = std::min(blocks, stretch * blocks_each);
+        end = std::min(blocks, next + blocks_each);
       }
       return next < end ? next++ : blocks;
     });

@@ -54,6 +54,7 @@ void run_task(const Call& call, int64_t task_index, Partials& partials, Workspac
     task.sums.touched = grads.touched;
   }
   std::vector<OwnClass> own;
+  bool all_finite = true;
   std::fill(work.class_sum.begin(), work.class_sum.end(), 0.0f);
   work.skip_screens = work.skip_int8 = 0;  // what a task finds must not depend on the task before
   for (int64_t b = begin; b < end; ++b) {
@@ -69,8 +70,10 @@ void run_task(const Call& call, int64_t task_index, Partials& partials, Workspac
     const int64_t used = task.arena.used;
     const int64_t count = call.kernels.forward_block(call.rules, group, block, task, work);
     if (first_group)
-      for (int r = 0; r < block.count; ++r)
+      for (int r = 0; r < block.count; ++r) {
         out.inv_norm[block.first + r] = work.shortened >> r & 1 ? -work.inv_norm[r] : work.inv_norm[r];
+        all_finite &= !is_nan(work.inv_norm[r]);
+      }
     if (out.segments) out.segments[g * problem.blocks + b] = {arena_begin + used, count};
     if (early) early->make(block, task.arena.words + used, count, work);
   }
@@ -79,7 +82,10 @@ void run_task(const Call& call, int64_t task_index, Partials& partials, Workspac
     partials.grads->give(range, g, grads);
   }
   if (early) call.kernels.finish_stores();
-  if (first_group) std::copy_n(work.class_sum.begin(), problem.padded_d, &partials.class_sum[range * problem.padded_d]);
+  if (first_group) {
+    std::copy_n(work.class_sum.begin(), problem.padded_d, &partials.class_sum[range * problem.padded_d]);
+    partials.classes_finite[range] = all_finite;
+  }
   partials.tallies[range * problem.groups + g] = task.tally;
 }
 
@@ -88,12 +94,12 @@ struct ClassTotals {
   std::vector<float> sum;  // [padded D] Σ ŵ_j
   bool finite = true;      // whether every row of w is
 
-  ClassTotals(const Call& call, const Partials& partials, const float* inv_norm) : sum(call.problem.padded_d, 0.0f) {
+  ClassTotals(const Call& call, const Partials& partials) : sum(call.problem.padded_d, 0.0f) {
     const Problem& p = call.problem;
-    for (int64_t range = 0; range < p.ranges; ++range)
+    for (int64_t range = 0; range < p.ranges; ++range) {
       call.kernels.axpy(1.0f, &partials.class_sum[range * p.padded_d], sum.data(), static_cast<int>(p.padded_d));
-    if (p.n > 0)
-      for (int64_t j = 0; j < p.c; ++j) finite &= !is_nan(inv_norm[j]);
+      finite &= partials.classes_finite[range];
+    }
   }
 };
 
@@ -281,8 +287,8 @@ ForwardTensors forward(const Tensor& x, const Tensor& w, const Tensor& target, c
       run_task(call, task, partials, work, out, early ? &*early : nullptr);
   });
 
-  const ClassTotals classes(call, partials, out.inv_norm);
-  parallel_for(problem.n, 8, [&](int64_t begin, int64_t end) {
+  const ClassTotals classes(call, partials);
+  parallel_for(problem.n, 1, [&](int64_t begin, int64_t end) {
     RowFinisher rows(call, partials, classes, out);
     for (int64_t i = begin; i < end; ++i) rows.finish(i);
     kernels.finish_stores();

@@ -120,8 +120,9 @@ struct Partials {
   std::vector<double> inter, dropped;
   std::vector<float> hardest;
   std::vector<int32_t> hardest_class, best, best_class;
-  std::vector<float> class_sum;  // [ranges][padded D]
-  std::vector<Tally> tallies;    // [ranges][groups]
+  std::vector<float> class_sum;         // [ranges][padded D]
+  std::vector<uint8_t> classes_finite;  // [ranges] whether every row of w is
+  std::vector<Tally> tallies;           // [ranges][groups]
   std::optional<SampleGrads> grads;
 
   Partials(const Problem& problem, const Kernels& kernels, bool need_grad)
@@ -133,6 +134,7 @@ struct Partials {
         best(problem.ranges * stride, INT32_MIN),
         best_class(problem.ranges * stride, -1),
         class_sum(problem.ranges * problem.padded_d, 0.0f),
+        classes_finite(problem.ranges, true),
         tallies(problem.ranges * problem.groups) {
     if (need_grad) grads.emplace(problem, kernels);
   }

@@ -6,8 +6,8 @@ namespace sface {
 namespace {
 
 // Each range of classes keeps a partial Σ g ŵ [N, D]: as many ranges as fit beside the lists into what a call may hold,
-// but 4, so that there is something to share.
-constexpr int64_t kPartialBytes = 14 << 20;
+// but 4, so that there is something to share. Powers of two where N and D are: so are most numbers of cores.
+constexpr int64_t kPartialBytes = 16 << 20;
 constexpr int64_t kMinRanges = 4, kMaxRanges = 64;
 constexpr int64_t kMaxRows = INT32_MAX - kGroupSamples;  // a tile's places past the last row are numbered in int too
 constexpr int64_t kMaxFeatures = 1 << 24;                // its products with a panel or a block are taken in int

@@ -134,8 +134,8 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
 // their results, so what comes out does not depend on which thread ran what.
 //
 // Why no lock is needed but those of SampleGrads and of Group::columns_made: a forward task alone writes its rows of
-// Partials, its part of the arena and its segments, and that of the first group also inv_norm and class_sum of its
-// classes; a backward task alone writes its rows of ∂w.
+// Partials, its part of the arena and its segments, and that of the first group also inv_norm, class_sum and
+// classes_finite of its classes; a backward task alone writes its rows of ∂w.
 // Scratch belongs to a thread. Tasks share `next`, which is atomic and orders nothing, and what was complete before
 // parallel_for; whoever reads their results does so after it returned, which waits for every thread. (ThreadSanitizer
 // does not know OpenMP's barriers, so it cannot check this.)
