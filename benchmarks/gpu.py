@@ -83,8 +83,8 @@ def session_parts(out: Path) -> list[Part]:
         Part("facts", 10, [python, "-m", "sface_kernels", "info", "--json"], ("typer", "rich")),
         pytest("dtypes", 70, "tests/gpu", "float64"),
         pytest("checks", 70, "tests/gpu", "test_triton_gpu and not float64 and not every_kernel"),
-        bench("large", 45, f"{LARGE} --mode both,graph --kernels --providers {EVERYBODY}"),
-        bench("small", 60, f"--n 128,512 --c 10575,85742 --mode both,graph --kernels --providers {EVERYBODY}"),
+        bench("large", 70, f"{LARGE} --mode both,graph --kernels --providers {EVERYBODY}"),
+        bench("small", 50, f"--n 128,512 --c 10575,85742 --mode both,graph --kernels --providers {EVERYBODY}"),
         bench("steps", 30, f"{LARGE} --mode step --no-memory --providers {STEPS}"),
         bench("trained", 20, f"{LARGE} --geometry trained --mode both,graph --kernels --providers {CHOSEN}"),
         bench("dense", 20, f"{LARGE} --geometry dense --mode both,graph --kernels --providers {CHOSEN}"),
@@ -94,13 +94,14 @@ def session_parts(out: Path) -> list[Part]:
             "suite",
             80,
             "tests",
-            "(triton and cuda or test_triton.py or test_ways.py or test_int8_screen.py or test_head_step.py)"
+            "(triton and cuda or test_triton.py or test_ways.py or test_int8_screen.py or test_specialised.py or "
+            "test_head_step.py)"
             " and not test_triton_gpu",
             "hypothesis",
         ),
         # alone, as compiling may take any time
-        bench("compiled", 30, f"{LARGE} --mode both,graph --providers {COMPILED}", required=False),
-        Part("tiles", 20, [python, "-m", tune, "--shape", "1024,1000000,512", "--ways", "lists"], required=False),
+        bench("compiled", 25, f"{LARGE} --mode both,graph --providers {COMPILED}", required=False),
+        Part("tiles", 10, [python, "-m", tune, "--shape", "1024,1000000,512", "--ways", "lists"], required=False),
         sanitizer("racecheck", 15, required=False),
         # in what time is left, or asked for by PARTS
         Part("check", 1, [python, "-m", "sface_kernels", "check", "--device", "cuda"], ("typer", "rich"), False),

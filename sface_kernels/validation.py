@@ -147,7 +147,7 @@ def integer(name: str, value: Any, positive: bool = False) -> int:
     return number
 
 
-def _number(name: str, value: Any) -> float:
+def finite(name: str, value: Any) -> float:
     """Whatever `float` takes (numpy's numbers too), but no bool, no text and no tensor: its gradient would be lost."""
     if type(value) is float and -math.inf < value < math.inf:
         return value
@@ -166,7 +166,7 @@ def _number(name: str, value: Any) -> float:
 
 def positive(name: str, value: Any) -> float:
     """As a float, what `float` takes and is finite and > 0."""
-    number = _number(name, value)
+    number = finite(name, value)
     if number <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {value!r}")
     return number
@@ -199,14 +199,14 @@ def make_hyperparameters(
     if filter_eps is None:
         eps = default_filter_eps(dtype, features)
     else:
-        eps = _number("filter_eps", filter_eps)
+        eps = finite("filter_eps", filter_eps)
         if not 0 <= eps < 1:
             raise ValueError(f"filter_eps: expected None or a number in [0, 1), got {filter_eps!r}")
     return HyperParameters(
         s=positive("s", s),
         k_intra=positive("k", k),
         k_inter=positive("k" if k_inter is None else "k_inter", k if k_inter is None else k_inter),
-        a=_number("a", a),
-        b=_number("b", b),
+        a=finite("a", a),
+        b=finite("b", b),
         filter_eps=eps,
     )

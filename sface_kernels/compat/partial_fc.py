@@ -67,7 +67,7 @@ class PartialFCSFace(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        check_sample_rate(sample_rate)
+        sample_rate = check_sample_rate(sample_rate)
         if process_group is None and dist.is_initialized():
             process_group = dist.group.WORLD
         if process_group is not None and group_rank(process_group) < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -99,8 +100,8 @@ class ClassParallelSFaceLoss(nn.Module):
         self.s, self.k, self.a, self.b, self.k_inter = s, k, a, b, k_inter
         self.reduction, self.ignore_index = reduction, ignore_index
         self.filter_eps, self.backend, self.uneven_batches = filter_eps, backend, uneven_batches
-        check_sample_rate(sample_rate)
-        self.sample_rate, self.sample_seed = sample_rate, sample_seed
+        self.sample_rate = sample_rate = check_sample_rate(sample_rate)
+        self.sample_seed = validation.integer("sample_seed", sample_seed)
         self._options().check(in_features)
         check_name(backend)
         validation.check_dtype("dtype", dtype)
@@ -242,7 +243,12 @@ class ClassParallelSFaceLoss(nn.Module):
     @torch.no_grad()
     def topk_correct(self, embeddings: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
         """As `SFaceLoss.topk_correct`, of this process's rows; every process must call it, with the same `topk`."""
-        counts = cosines.check_counts(topk, self.num_classes)
+        try:
+            counts = cosines.check_counts(topk, self.num_classes)
+        except (TypeError, ValueError):
+            with contextlib.suppress(TypeError, ValueError):
+                self.topk(embeddings, 0)  # which no process takes: the others learn of it and do not wait
+            raise
         nearest, check = self.topk(embeddings, max(counts)).indices, validation.checks_labels(embeddings.device)
         # after what all processes take part in: labels that are wrong here must not let the others wait
         validation.check_classes(labels, embeddings, "labels", one_a_row=True)
@@ -308,6 +314,8 @@ def _mesh_and_device(
             "torchrun); for a single process use SFaceLoss"
         )
     if mesh is not None:
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh: expected a DeviceMesh, got {mesh!r}")
         if mesh.ndim != 1:
             raise ValueError(f"mesh: expected one dimension (name one of a larger mesh: mesh['dp']), got {mesh.ndim}")
         if device is None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import validation
 from ..types import NO_TARGET, HyperParameters, RowStats
 from .layout import derived_seed
 from .shard import ShardRows, harder_class, shard_rows
@@ -22,11 +23,11 @@ class Sampling(NamedTuple):
     step: int
 
 
-def check_sample_rate(rate: float) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        raise TypeError(f"sample_rate: expected a number, got {rate!r}")
-    if not 0 < rate <= 1:
+def check_sample_rate(rate: float) -> float:
+    number = validation.finite("sample_rate", rate)
+    if not 0 < number <= 1:
         raise ValueError(f"sample_rate: expected a number in (0, 1], got {rate!r}")
+    return number
 
 
 def split_classes(target: Tensor, count: int) -> tuple[Tensor, Tensor]:

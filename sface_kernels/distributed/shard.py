@@ -74,6 +74,7 @@ def sface_shard_loss(
     """
     check_shard_tensors(embeddings, weight, labels)
     ignore_index = validation.integer("ignore_index", ignore_index)
+    first, num_classes = validation.integer("first", first), validation.integer("num_classes", num_classes)
     if not 0 <= first <= num_classes - len(weight):
         raise ValueError(
             f"first: expected a range of classes within [0, {num_classes}), got [{first}, {first + len(weight)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import itertools
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import validation
 from ..loss import SFaceLoss
 from ..pending import PendingGradient, WeightGradient, class_ranges, gradient_of, pending_of, wait_no_longer
 
@@ -56,8 +58,8 @@ class HeadOptimizer(torch.optim.Optimizer, abc.ABC):
     max_norm: float | None
 
     def _attach(self, head: nn.Module, max_norm: float | None) -> None:
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm: expected None or a number > 0, got {max_norm!r}")
+        if max_norm is not None and max_norm != math.inf:
+            max_norm = validation.positive("max_norm", max_norm)
         self.head, self.max_norm = head, max_norm
         self._stand_in: Tensor | None = None
         self._pending = PendingGradient(self.param_groups[0]["params"][0])

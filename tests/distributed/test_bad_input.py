@@ -85,6 +85,9 @@ def arguments():
         (dict(in_features=2.0), TypeError, "in_features: expected an int"),
         (dict(s=0.0), ValueError, "s: expected a number > 0"),
         (dict(backend="fast"), ValueError, "backend: expected one of"),
+        (dict(sample_rate="all"), TypeError, "sample_rate: expected a number"),
+        (dict(sample_seed=0.5), TypeError, "sample_seed: expected an int"),
+        (dict(mesh="cpu"), TypeError, "mesh: expected a DeviceMesh, got 'cpu'"),
         (dict(dtype=torch.int32), TypeError, "dtype: expected a dtype of float32"),
     ):
         with pytest.raises(error, match=text):

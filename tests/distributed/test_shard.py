@@ -158,6 +158,8 @@ def test_bad_input():
     labels = torch.tensor([0, 1, 9])
     with pytest.raises(ValueError, match=r"first: expected a range of classes within \[0, 9\), got \[5, 10\)"):
         sface_shard_loss(x, w, labels, first=5, num_classes=9)
+    with pytest.raises(TypeError, match="first: expected an int, got '0'"):
+        sface_shard_loss(x, w, labels, first="0", num_classes=9)
     with pytest.raises(ValueError, match=r"labels: expected values in \[0, 9\).* got 9 in row 2"):
         sface_shard_loss(x, w, labels, first=0, num_classes=9)
     with pytest.raises(ValueError, match=r"weight: expected \[C, 4\]"):

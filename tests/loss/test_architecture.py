@@ -47,7 +47,7 @@ MAY_IMPORT = {
     },
     "angles": {"types", "ops", "validation", "precision", "histograms"},
     "__init__": {"_version", "types", "dispatch", "loss"},
-    "optim": {"optim", "loss", "pages", "pending"},
+    "optim": {"optim", "loss", "pages", "pending", "validation"},
     "distributed": {
         *{"distributed", "types", "ops", "dispatch", "validation", "autograd", "growing", "pending", "loss"},
         *{"cosines", "pages", "summary"},

@@ -332,7 +332,8 @@ class TestSurroundings:
         (lambda head: HeadSGD(nn.Linear(3, 4).bias), TypeError, r"head: expected .* \[C, D\], got Parameter"),
         (lambda head: HeadSGD(nn.LayerNorm(3)), TypeError, r"head: expected .* \[C, D\], got LayerNorm"),
         (lambda head: HeadSGD(head, lr=-1.0), ValueError, "Invalid learning rate"),
-        (lambda head: HeadSGD(head, max_norm=0.0), ValueError, "max_norm: expected None or a number > 0, got 0.0"),
+        (lambda head: HeadSGD(head, max_norm=0.0), ValueError, "max_norm: expected a number > 0, got 0.0"),
+        (lambda head: HeadSGD(head, max_norm="1"), TypeError, "max_norm: expected a number, got '1'"),
         (lambda head: HeadAdamW(head, betas=(2.0, 0.9)), ValueError, "Invalid beta"),
         (lambda head: HeadAdamW(head, amsgrad=True), TypeError, "amsgrad"),
         (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -263,6 +265,21 @@ class TestWatch:
             plan.learn(plan.way_of(self.x, w, FAST, "sm_90"), torch.tensor([5000, 0]), 10_000)
         assert len(made) == 1 and len(plan._watches) == plan.KINDS
         assert [plan.way_of(self.x, w, FAST, "sm_90").dense for w in weights] == [True] * plan.KINDS + [False] * 3
+
+    def test_threads_that_begin_at_once_have_counts_of_their_own(self, monkeypatch):
+        """One of each of two kinds, and two of the same."""
+        rows = torch.zeros(plan.KINDS, 2, dtype=torch.int64)
+
+        def slow_host():
+            row = rows[len(plan._watches)]
+            time.sleep(0.02)  # for another thread
+            return row
+
+        monkeypatch.setattr(plan, "_host_counts", slow_host)
+        with ThreadPoolExecutor(4) as pool:
+            ways = list(pool.map(lambda w: plan.way_of(self.x, w, FAST, "sm_90"), [self.w, self.w[:500]] * 2))
+        assert ways[0].watch is ways[2].watch and ways[1].watch is ways[3].watch
+        assert len({way.watch.host.data_ptr() for way in ways}) == 2
 
 
 @pytest.mark.parametrize("where", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "device"])

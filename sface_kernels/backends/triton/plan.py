@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from typing import NamedTuple
 
 import torch
@@ -156,6 +157,7 @@ class Watch:
 
 
 _watches: dict[tuple[object, ...], Watch] = {}
+_making = threading.Lock()  # of a watch: two threads must not take the same room for their counts
 _host: Tensor | None = None  # [KINDS, 2]
 
 
@@ -197,9 +199,12 @@ def way_of(x: Tensor, w: Tensor, hp: HyperParameters, family: str) -> Way:
     if _capturing(x):
         return Way() if watch is None else watch.settle(may_int8)
     if watch is None:
-        if len(_watches) == KINDS:
-            return Way()
-        watch = _watches[kind] = Watch(_host_counts())
+        with _making:
+            if kind not in _watches:
+                if len(_watches) == KINDS:
+                    return Way()
+                _watches[kind] = Watch(_host_counts())
+            watch = _watches[kind]
     return watch.choose(may_int8)
 
 
