@@ -75,11 +75,8 @@ def test_what_is_right_is_checked_twice(fake):
         warnings.simplefilter("error")
         for _ in range(4):
             step()
-    assert fake.calls == 2 * [
-        "forward",
-        "forward",
-        "grad_weight",
-    ]  # the forward; for ∂w one of some classes, and its own
+    # the forward; for ∂w one of some classes, and its own
+    assert fake.calls == 2 * ["forward", "forward", "grad_weight"]
 
 
 def test_a_coarser_screen_is_checked_by_itself(fake):
