@@ -84,19 +84,19 @@ def weigh(
     column = tl.arange(0, BLOCK_C)
     row = tl.arange(0, BLOCK_N)
     at = corner + row[:, None] * (PARTS * padded_chunk) + column[None, :]
-    other_cos = cos
     if MASKED:
         marked = tl.where(column[None, :] == own[:, None], -1.0, weight)
         marked = tl.where((column < past)[None, :], marked, -2.0)
         weight = tl.maximum(marked, 0.0)
-        other_cos = tl.where(marked < 0, NO_COSINE, cos)
+    if not BACKWARD:
+        other_cos = tl.where(marked < 0, NO_COSINE, cos) if MASKED else cos
+        best, best_class = nearer_class(best, best_class, other_cos, first, column, BLOCK_C)
     g = weight  # for ∂x
     if FILTERED:
         kept = weight >= filter_eps
         g = tl.where(kept, weight, 0.0)
     if not BACKWARD:
         inter += tl.sum(weight * cos, 1)
-        best, best_class = nearer_class(best, best_class, other_cos, first, column, BLOCK_C)
         if FILTERED:
             dropped += tl.sum(weight - g, 1)
             active += tl.sum(kept.to(tl.int32), 1)
@@ -176,27 +176,29 @@ def coefficients(
     """
     pid = tl.program_id(0)
     block = pid % row_blocks
-    i = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    target = tl.load(target_ptr + i, mask=i < n, other=IGNORED)
+    # 64 bits for the block's first row alone, not for each of its rows: registers are scarce
+    first_row = block.to(tl.int64) * BLOCK_N
+    row = tl.arange(0, BLOCK_N)
+    target = tl.load(target_ptr + first_row + row, mask=row < n - first_row, other=IGNORED).to(tl.int32)
     counted = target != IGNORED
     u = counted.to(tl.float32)
     inter = tl.zeros([BLOCK_N], tl.float32)
     dropped, cos_sum, best = inter, inter, inter + NO_COSINE
     best_class = tl.zeros([BLOCK_N], tl.int32) - 1
     active = best_class + 1
-    at = (pid // row_blocks).to(tl.int64) * padded_n + i
+    at = (pid // row_blocks).to(tl.int64) * padded_n + first_row
     plane = padded_n.to(tl.int64) * stripes
     if OWN_U:
-        u = tl.load(grad_row_ptr + i, mask=counted, other=0.0) * power_of_two(-exponent_of(tl.load(largest_ptr)))
-        u = finite_or_nan(u)
+        u = tl.load(grad_row_ptr + first_row + row, mask=counted, other=0.0)
+        u = finite_or_nan(u * power_of_two(-exponent_of(tl.load(largest_ptr))))
     if not BACKWARD:
-        later = i < begun
-        inter = tl.load(sums_ptr + at, mask=later, other=0.0)
-        dropped = tl.load(sums_ptr + plane + at, mask=later, other=0.0)
-        cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=later, other=0.0)
-        best = tl.load(sums_ptr + 3 * plane + at, mask=later, other=NO_COSINE)
-        best_class = tl.load(best_class_ptr + at, mask=later, other=-1)
-        active = tl.load(count_ptr + at, mask=later, other=0)
+        later = row < begun - first_row
+        inter = tl.load(sums_ptr + at + row, mask=later, other=0.0)
+        dropped = tl.load(sums_ptr + plane + at + row, mask=later, other=0.0)
+        cos_sum = tl.load(sums_ptr + 2 * plane + at + row, mask=later, other=0.0)
+        best = tl.load(sums_ptr + 3 * plane + at + row, mask=later, other=NO_COSINE)
+        best_class = tl.load(best_class_ptr + at + row, mask=later, other=-1)
+        active = tl.load(count_ptr + at + row, mask=later, other=0)
     for tile in range(pid // row_blocks, tiles, stripes):
         cos = cosine_tile(
             unit_x, unit_w, block * BLOCK_N, tile * BLOCK_C, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, SPLIT, TMA, UPCAST
@@ -206,10 +208,10 @@ def coefficients(
         cos = tl.minimum(tl.maximum(cos, -1.0), 1.0)
         weight = sigmoid_of_angle(arccos(cos), k_inter, b)
         corner = block.to(tl.int64) * BLOCK_N * ((2 if SPLIT else 1) * padded_chunk) + tile * BLOCK_C
-        in_rows = tile * padded_n + i
+        in_rows = tile * padded_n + first_row + row
         in_classes = block.to(tl.int64) * padded_chunk + tile * BLOCK_C + tl.arange(0, BLOCK_C)
         first = first_class + tile * BLOCK_C
-        own, past = (target - first).to(tl.int32), c - first
+        own, past = target - first, c - first
         masked = ((own >= 0) & (own < BLOCK_C)) | ~counted
         if (tl.max(masked.to(tl.int32), 0) > 0) | (past < BLOCK_C):
             inter, dropped, best, best_class, active = weigh(
@@ -226,9 +228,9 @@ def coefficients(
                 BLOCK_N, BLOCK_C, False, FILTERED, BACKWARD, OWN_U, NEED_GRAD, NEED_GRAD_W, SPLIT,
             )  # fmt: skip
     if not BACKWARD:
-        tl.store(sums_ptr + at, inter)
-        tl.store(sums_ptr + plane + at, dropped)
-        tl.store(sums_ptr + 2 * plane + at, cos_sum)
-        tl.store(sums_ptr + 3 * plane + at, best)
-        tl.store(best_class_ptr + at, best_class)
-        tl.store(count_ptr + at, active)
+        tl.store(sums_ptr + at + row, inter)
+        tl.store(sums_ptr + plane + at + row, dropped)
+        tl.store(sums_ptr + 2 * plane + at + row, cos_sum)
+        tl.store(sums_ptr + 3 * plane + at + row, best)
+        tl.store(best_class_ptr + at + row, best_class)
+        tl.store(count_ptr + at + row, active)

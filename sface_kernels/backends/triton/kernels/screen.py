@@ -224,7 +224,8 @@ def screen(
         inter += lane_sums(weight * below)
         dropped += lane_sums(weight)
 
-        if tl.max(sums_with_one_trip(tl.max(nearest, 1)), 0) >= reach - tag_margin(BLOCK_C):
+        # not `>=`: a NaN, which some interpreters' max keeps, must not hide the candidates of other rows
+        if not (tl.max(sums_with_one_trip(tl.max(nearest, 1)), 0) < reach - tag_margin(BLOCK_C)):
             # neither NaN nor the zeros of ignored rows are candidates
             room = BLOCK_N * capacity
             own_list = ((pid % row_blocks).to(tl.int64) * stripes + stripe) * room

@@ -170,7 +170,7 @@ def compute(
         inter += lane_sums(weight * below)
         dropped += lane_sums(weight)
 
-        if gl.max(gl.max(nearest, 1), 0) >= reach - tag_margin(BLOCK_C):
+        if not (gl.max(gl.max(nearest, 1), 0) < reach - tag_margin(BLOCK_C)):
             # `screen.append_candidates`, whose cumulative sums Gluon makes in other layouts only
             room = BLOCK_N * capacity
             own_list = ((first_row // BLOCK_N).to(gl.int64) * stripes + stripe) * room
