@@ -32,6 +32,9 @@ def _load() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the C++ extension does not load ({error}); {TO_BUILD}"
+    names = torch.ops.sface.native_instruction_sets()
+    if (wanted := os.environ.get("SFACE_CPU_ISA", "")) not in ("", *names):
+        return f"SFACE_CPU_ISA: expected one of {', '.join(names)} on this CPU, got {wanted}"
     return None
 
 
@@ -77,17 +80,20 @@ class UpstreamHistory:
     def __init__(self) -> None:
         # by address: the last one, whether it is expected again, forwards since then
         self._last: dict[int, tuple[float, bool, int]] = {}
+        self._lock = threading.Lock()
 
     def expect(self, w: Tensor) -> float | None:
         """Asked by each forward."""
-        upstream, again, forwards = self._last.pop(w.data_ptr(), (math.nan, False, 0))
-        self._set(w, upstream, again, forwards + 1)
+        with self._lock:
+            upstream, again, forwards = self._last.pop(w.data_ptr(), (math.nan, False, 0))
+            self._set(w, upstream, again, forwards + 1)
         return upstream if again and forwards == 0 else None
 
     def learn(self, w: Tensor, upstream: float) -> None:
         """Told by each backward."""
-        before, _, forwards = self._last.pop(w.data_ptr(), (math.nan, False, 0))
-        self._set(w, upstream, before == upstream and forwards == 1, 0)
+        with self._lock:
+            before, _, forwards = self._last.pop(w.data_ptr(), (math.nan, False, 0))
+            self._set(w, upstream, before == upstream and forwards == 1, 0)
 
     def _set(self, w: Tensor, *state: Any) -> None:
         if len(self._last) >= self.WEIGHTS:
@@ -118,7 +124,7 @@ def _early_rows(x: Tensor, w: Tensor) -> EarlyRows | None:
         return None
     if (upstream := _upstreams.expect(w)) is None or (grad_w := _gradient_memory.left(w)) is None:
         return None
-    return EarlyRows(grad_w, torch.empty(w.shape[0], dtype=torch.uint8), upstream)
+    return EarlyRows(grad_w, torch.empty(w.shape[0], dtype=torch.uint8, device="cpu"), upstream)
 
 
 def grad_weight(

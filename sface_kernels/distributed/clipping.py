@@ -39,7 +39,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
         norm = torch.nn.utils.get_total_norm([_with_a_row(p.grad) for p in group if p.grad is not None], norm_type)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
     for group in kinds.values():
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)

@@ -91,7 +91,8 @@ class GradientOfRows:
     def __init__(self) -> None:
         self._pending: Pending | None = None
         self._processes = 1
-        self._divisor, self._ignored = torch.ones(()), torch.zeros(0, dtype=torch.bool)
+        self._divisor: Tensor
+        self._ignored: Tensor
 
     def send(self, grad_x: Tensor, divisor: Tensor, ignored: Tensor, group: Group) -> None:
         """Start the sum of `[P·n, D]`, the gradients of row losses whose sum is divided by `divisor`, 0-d. `ignored`

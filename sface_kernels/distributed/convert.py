@@ -89,7 +89,7 @@ def load_dcp(directory: Path, key: str = "weight") -> Tensor:
     matrices = {k: m for k, m in known.items() if isinstance(m, TensorStorageMetadata) and len(m.size) == 2}
     if key not in matrices:
         raise ValueError(f"{directory}: expected a matrix under {key!r}; it has matrices under {list(matrices)}")
-    weight = torch.empty(matrices[key].size, dtype=matrices[key].properties.dtype)
+    weight = torch.empty(matrices[key].size, dtype=matrices[key].properties.dtype, device="cpu")
     dcp.load({key: weight}, checkpoint_id=directory, no_dist=True)
     return weight
 

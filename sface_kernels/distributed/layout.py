@@ -33,7 +33,7 @@ def derived_seed(*numbers: int) -> int:
 
 def shared_seed(group: Group, device: torch.device) -> int:
     """A number drawn from rank 0's default generator, the same on every process of the group."""
-    seed = torch.randint(1 << 62, (1,)).to(device)
+    seed = torch.randint(1 << 62, (1,), device="cpu").to(device)
     if group is not None:
         dist.broadcast(seed, group=group, group_src=0)
     return int(seed)

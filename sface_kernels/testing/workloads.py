@@ -117,7 +117,7 @@ def _spectrum(d: int) -> Tensor:
 
     Directions with covariance diag(λ), Σλ = 1, have cosine variance Σλ²; λ falls as a power of the index.
     """
-    index = torch.arange(1, d + 1, dtype=torch.float64)
+    index = torch.arange(1, d + 1, dtype=torch.float64, device="cpu")
     low, high = 0.0, 2.0
     for _ in range(40):
         power = (low + high) / 2

@@ -176,6 +176,17 @@ class TestSteps:
         assert made[-1] == w.grad.data_ptr()  # given away, not copied
         assert len({float(total) for total in grads}) == 1
 
+    def test_whatever_the_default_device(self, made, problem):
+        w, results = problem.w.requires_grad_(), []
+        for device in ("cpu", "cpu", "cpu", "meta", "meta"):
+            w.grad = None
+            with torch.device(device):
+                loss = self.loss(problem, w)
+                loss.backward()
+            results.append((loss.detach(), w.grad.clone()))
+        assert made[-1] != 0
+        assert all(torch.equal(*pair) for result in results[1:] for pair in zip(result, results[0], strict=True))
+
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
     def test_another_upstream_gradient_than_expected(self, made, problem, reduction):
         w = problem.w.requires_grad_()

@@ -156,6 +156,39 @@ def test_leaves_need_torch_and_the_standard_library_only():
         assert foreign <= sys.stdlib_module_names, f"{name}: {foreign - sys.stdlib_module_names}"
 
 
+FACTORIES = {
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+}
+FOLLOW_THE_DEFAULT = {"compat/metric_learning.py", "compat/partial_fc.py"}  # weights, as torch.nn's modules do
+
+
+def test_new_tensors_name_their_device():
+    """Else they would lie where torch.set_default_device or a `with torch.device` of the caller says."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and (node.func.value.id, node.func.attr in FACTORIES) == ("torch", True)
+                and name not in FOLLOW_THE_DEFAULT
+            ):
+                asks_for_it = ast.unparse(node) == "torch.empty(0)"  # of which only the device is read
+                assert asks_for_it or "device" in {keyword.arg for keyword in node.keywords}, f"{name}:{node.lineno}"
+
+
 def in_a_process(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
