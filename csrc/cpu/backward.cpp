@@ -11,8 +11,7 @@ namespace {
 
 // The rows of ∂w of one block from their sums, in the dtype of the weight.
 template <typename T>
-void write_block(const SavedPairs& saved, int64_t b, const RawRows& sums, Workspace& work, std::vector<float>& row,
-                 T* grad) {
+void write_block(const SavedPairs& saved, int64_t b, RawRows& sums, Workspace& work, std::vector<float>& row, T* grad) {
   const int64_t d = saved.problem.d;
   const float s = saved.rules.hyper.s;
   for (int r = 0; r < saved.problem.block_rows(b); ++r) {

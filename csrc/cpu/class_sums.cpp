@@ -151,20 +151,24 @@ void BlockSums::shorten(Block& block) {
   block.row_stride = d;
 }
 
-RowGradient row_gradient(const Kernels& kernels, const float* raw, const WeightRow& row, int d, float scale) {
+RowGradient row_gradient(const Kernels& kernels, float* raw, const WeightRow& row, int d, float scale) {
+  constexpr float kShortRow = 0x1p-20f, kLongRow = 0x1p20f;
   const float inv = row.inv_norm;
   // below kNormEps normalize divides by a constant, so nothing is projected away
   const float along = inv >= 1 / kNormEps ? 0.0f : kernels.dot(raw, row.w, d) * inv;
+  if (inv > 1 / kShortRow || inv < 1 / kLongRow) {  // fp32 might not hold along/‖w‖²
+    kernels.axpy(-along * inv, row.w, raw, d);
+    return {scale * inv, raw, 0, row.w, row.factor};
+  }
   return {scale * inv, raw, -along * inv * inv * scale, row.w, row.factor};
 }
 
-RowGradient row_gradient(const SavedPairs& saved, const float* raw, int64_t cls, float scale,
-                         std::vector<float>& converted) {
+RowGradient row_gradient(const SavedPairs& saved, float* raw, int64_t cls, float scale, std::vector<float>& converted) {
   const WeightRow row = saved.problem.weight_row(cls, saved.inv_norm[cls], converted);
   return row_gradient(saved.kernels, raw, row, static_cast<int>(saved.problem.d), scale);
 }
 
-void write_row(const SavedPairs& saved, const float* raw, int64_t cls, float scale, std::vector<float>& converted,
+void write_row(const SavedPairs& saved, float* raw, int64_t cls, float scale, std::vector<float>& converted,
                float* out) {
   const int d = static_cast<int>(saved.problem.d);
   if (is_nan(saved.inv_norm[cls])) {

@@ -54,7 +54,7 @@ class RawRows {
   void begin() { std::fill(touched_, touched_ + kBlockClasses, false); }
 
   // The sum of one row `[padded D]`, null where nothing was added.
-  const float* row(int row) const { return touched_[row] ? memory_ + row * padded_d_ : nullptr; }
+  float* row(int row) { return touched_[row] ? memory_ + row * padded_d_ : nullptr; }
 
   // Where it is to be added to, for whoever does; `first`: nothing was added, and it holds nothing yet.
   struct Sum {
@@ -140,13 +140,12 @@ struct RowGradient {
   float factor;  // of the sum: not 1 where w is the shortened row
 };
 
-// That of a row [D] of w from its raw sum; `scale` is what the sum lacks.
-RowGradient row_gradient(const Kernels& kernels, const float* raw, const WeightRow& row, int d, float scale);
-RowGradient row_gradient(const SavedPairs& saved, const float* raw, int64_t cls, float scale,
-                         std::vector<float>& converted);
+// That of a row [D] of w from its raw sum, which may change; `scale` is what the sum lacks.
+RowGradient row_gradient(const Kernels& kernels, float* raw, const WeightRow& row, int d, float scale);
+RowGradient row_gradient(const SavedPairs& saved, float* raw, int64_t cls, float scale, std::vector<float>& converted);
 
 // A row of ∂w [D] from its raw sum; null: there is none.
-void write_row(const SavedPairs& saved, const float* raw, int64_t cls, float scale, std::vector<float>& converted,
+void write_row(const SavedPairs& saved, float* raw, int64_t cls, float scale, std::vector<float>& converted,
                float* out);
 
 }  // namespace sface

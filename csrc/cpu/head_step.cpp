@@ -55,7 +55,7 @@ void for_each_row(const Tensor& w, const std::deque<SavedPairs>& backwards, floa
       if (rows) rows->begin();
       for (BlockSums& one : sums) one.add_block(b);
       for (int64_t cls = b * kBlockClasses; cls < std::min(c, (b + 1) * kBlockClasses); ++cls) {
-        const float* raw = rows ? rows->row(static_cast<int>(cls - b * kBlockClasses)) : nullptr;
+        float* raw = rows ? rows->row(static_cast<int>(cls - b * kBlockClasses)) : nullptr;
         StepGradient gradient{zeros.data(), 0, 0};
         const float inv = backwards.empty() ? 0 : backwards.front().inv_norm[cls];
         if (poisoned) {

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sface_kernels import SFaceLoss, ops, sface_loss, types
 from sface_kernels.backends import native as backend
@@ -20,7 +21,7 @@ from sface_kernels.validation import LABEL_DTYPES
 from tests.support.cases import ROOT, bf16, f32
 from tests.support.checks import Judge, assert_rows_within, run
 from tests.support.oracle import truth
-from tests.support.problems import GEOMETRIES, Problem, trained_problem
+from tests.support.problems import GEOMETRIES, Problem, random_problem, trained_problem
 
 
 def test_it_is_built_where_a_compiler_is():
@@ -123,10 +124,16 @@ class TestInstructionSets:
         assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
     def test_unknown_name(self, native):
-        code = "import torch, sface_kernels as s; s.sface_loss(torch.ones(1, 4), torch.ones(2, 4), torch.tensor([0]))"
+        """It raises where `native` is asked for; "auto" says so and takes what runs, as where the library is missing."""
         environment = {**os.environ, "SFACE_CPU_ISA": "sse9", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.returncode != 0 and "SFACE_CPU_ISA: expected one of" in done.stderr and "sse9" in done.stderr
+        for name in ("native", "auto"):
+            code = (
+                "import torch, sface_kernels as s; print(s.available_backends()[0]); "
+                f"s.sface_loss(torch.ones(1, 4), torch.ones(2, 4), torch.tensor([0]), backend='{name}')"
+            )
+            done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+            assert (done.returncode == 0) == (name == "auto") and done.stdout == "chunked\n"
+            assert "SFACE_CPU_ISA: expected one of" in done.stderr and "got sse9" in done.stderr
 
 
 class TestListOfActivePairs:
@@ -277,7 +284,9 @@ class TestRowsOfAnyLength:
             for i in places:
                 rows[i] *= 1 / rows[i].abs().max()
                 rows[i] *= self.LARGEST
-        x[5], w[60], w[61], w[62] = x[5] * 2.0**80, w[60] * 2.0**61, w[61] * 2.0**90, w[62] * 2.0**120
+        x[5] *= 2.0**80
+        for row, factor in enumerate((2.0**20, 2.0**40, 2.0**57, 2.0**61, 2.0**90, 2.0**120, 2.0**-21, 2.0**-38), 60):
+            w[row] *= factor
         assert torch.isfinite(x).all() and torch.isfinite(w).all()
         try:
             torch.set_flush_denormal(flush)
@@ -290,6 +299,30 @@ class TestRowsOfAnyLength:
         lost = torch.finfo(f32).tiny * 96**0.5 * 64 if flush else torch.finfo(f32).tiny * 2.0**-22 * 96**0.5
         assert_rows_within("grad_x", result.grad_x.double() - t.grad_x, t.worst.x + t.flip_x + lost)
         assert_rows_within("grad_w", result.grad_w.double() - t.grad_w, t.worst.w + t.flip_w + lost)
+
+    def test_near_the_longest(self, native):
+        """Whether a row is longer is asked of two sums; here the last of each block is, and the others may be by either."""
+        directions = torch.randn(100, 48, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        w = (F.normalize(directions, dim=2) * 2.0**60).float()
+        w[:, 47] *= 1000
+        own = torch.arange(4800).view(100, 48)[:, :44].flatten()
+        w = w.view(4800, 64)
+        options = dict(filter_eps=2.0**-24, backend="native", return_stats="rows")
+        _, stats = sface_loss(w[own] * 2.0**-60, w, own, reduction="none", **options)
+        assert (stats.cos_target > 0.999).all()
+
+    @pytest.mark.parametrize("norm, upstream", [(1.5e-12, 1e16), (1e18, 1.0)])
+    @pytest.mark.parametrize("filter_eps", [0.0, 2.0**-24])
+    def test_every_class_by_itself(self, native, norm, upstream, filter_eps):
+        """Coefficients of 1/‖w‖² leave float32 here; the gradient does not."""
+        problem = random_problem(40, 150, 96)
+        w = F.normalize(problem.w) * norm
+        scaled = problem._replace(w=w, upstream=problem.upstream * upstream)
+        t = truth(*scaled, filter_eps=filter_eps)
+        result = run(native, scaled, filter_eps=filter_eps)
+        clear = (t.grad_w.norm(dim=1) > 0) & (t.flip_w.flatten() == 0)
+        off = (result.grad_w.double() - t.grad_w).norm(dim=1) / t.grad_w.norm(dim=1)
+        assert int(clear.sum()) > 20 and float(off[clear].max()) < 0.01
 
     def test_bfloat16(self, native):
         """The only half that reaches so far."""

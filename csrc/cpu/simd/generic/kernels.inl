@@ -5,13 +5,14 @@
 // block, so one in 16 costs a hundredth.
 constexpr int kBlindBlocks = 15;
 
-// Rows longer than kLongestRow, times kShortening: the block is a copy from here on.
-__attribute__((noinline, cold)) void shorten_rows(int d, Block& block, Workspace& work) {
+// Rows from `first` on that are longer than kLongestRow, times kShortening: the block is a copy from here on. The rows
+// before were found not to be, by a sum in another order.
+__attribute__((noinline, cold)) void shorten_rows(int first, int d, Block& block, Workspace& work) {
   float* out = work.short_rows.data.get();
   for (int row = 0; row < block.count; ++row, out += d) {
     const float* w = block.w + row * block.row_stride;
     const double norm = row_norm(w, d, dot(w, w, d));
-    const bool is_long = norm > kLongestRow && is_finite(norm);
+    const bool is_long = row >= first && norm > kLongestRow && is_finite(norm);
     if (is_long) work.shortened |= uint64_t{1} << row;
     for (int k = 0; k < d; ++k) out[k] = is_long ? w[k] * kShortening : w[k];
   }
@@ -43,7 +44,7 @@ inline void prepare_rows(const Group& group, Block& block, Screening screening, 
     bool any_long = false;
     for (int r = 0; r < kRowsAtOnce; ++r) any_long |= squares[r] > kLongestRow * kLongestRow;
     if (__builtin_expect(any_long, 0) && work.shortened == 0) {
-      shorten_rows(d, block, work);
+      shorten_rows(start, d, block, work);
       square();
     }
     for (int r = 0; r < kRowsAtOnce && start + r < block.count; ++r) {
