@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -46,19 +47,32 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     return torch.autocast(device.type, enabled=False)
 
 
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    if torch.compiler.is_compiling():  # the compiler cannot trace the switches
-        yield
-        return
-    reduced = [(switch, switch.fp32_precision) for switch in _SWITCHES if switch.fp32_precision not in ("none", "ieee")]
-    try:
-        for switch, _ in reduced:
-            switch.fp32_precision = "ieee"
-        yield
-    finally:
-        for switch, value in reduced:
-            _put_back(switch, value)
+class _WithoutTF32:
+    """While a thread is inside, the switches, which are the process's, say "ieee"; the last one out puts them back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: dict[int, str] = {}  # what each switch said that said something else, by its place
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            for place, switch in enumerate(_SWITCHES):
+                if (value := switch.fp32_precision) not in ("none", "ieee"):
+                    self._before[place] = value
+                    switch.fp32_precision = "ieee"
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for place, value in self._before.items():
+                    _put_back(_SWITCHES[place], value)
+                self._before.clear()
+
+
+_without_tf32 = _WithoutTF32()
 
 
 def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -67,7 +81,10 @@ def full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def wrapped(first: Tensor, *others: Any) -> Result:
-        with _without_autocast(first.device), _without_tf32():
-            return function(first, *others)
+        with _without_autocast(first.device):
+            if torch.compiler.is_compiling():  # the compiler cannot trace the switches
+                return function(first, *others)
+            with _without_tf32:
+                return function(first, *others)
 
     return wrapped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from sface_kernels import SFaceLoss, ops, sface_loss
-from sface_kernels.precision import kept
+from sface_kernels.precision import full_precision, kept
 from sface_kernels.validation import default_filter_eps
 from tests.support.cases import ROOT, bf16, f16, f32, f64
 from tests.support.checks import Judge, assert_same, run
@@ -103,6 +104,28 @@ def test_switches_are_put_back():
             torch.set_float32_matmul_precision("medium")
             SWITCHES[0].fp32_precision = "ieee"
         assert settings() == before
+
+
+def test_switches_wait_for_the_last_thread():
+    """They are the process's: the first to leave must not turn them back while another multiplies."""
+    torch.set_float32_matmul_precision("medium")  # put back by a fixture
+    inside, leave = [threading.Event() for _ in range(2)], [threading.Event() for _ in range(2)]
+    seen = []
+
+    @full_precision
+    def product(_: torch.Tensor, which: int) -> None:
+        inside[which].set()
+        leave[which].wait(60)
+        seen.append(SWITCHES[0].fp32_precision)
+
+    threads = [threading.Thread(target=product, args=(torch.zeros(1), which)) for which in range(2)]
+    for which in range(2):
+        threads[which].start()
+        assert inside[which].wait(60)
+    for which in range(2):
+        leave[which].set()
+        threads[which].join(60)
+    assert seen == ["ieee", "ieee"] and SWITCHES[0].fp32_precision == "bf16"
 
 
 def test_importing_anew():
