@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -152,7 +152,11 @@ class HeadOptimizer(torch.optim.Optimizer, abc.ABC):
             self._stand_in = self.param_groups[0]["params"][0].grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradient that waits, and `.grad` as `torch.optim.Optimizer.zero_grad` does."""
+        """Drop the gradient that waits, and `.grad` as `torch.optim.Optimizer.zero_grad` does.
+
+        A `step` without a backward in between then moves nothing, with `set_to_none=False` too, where torch's would
+        decay the weight and go on with its momentum.
+        """
         self._pending.clear()
         self._remove_stand_in()
         super().zero_grad(set_to_none)
@@ -204,15 +208,22 @@ class HeadOptimizer(torch.optim.Optimizer, abc.ABC):
             yield (first, end), functools.reduce(torch.add, parts).to(rows.dtype)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the weight by the gradients that came since the last step; without any nothing moves.
 
+        Args:
+            closure: called first, once, to compute the loss and its gradient.
+
+        Returns:
+            What `closure` returns.
+
         Raises:
-            ValueError: `closure` is given.
             RuntimeError: the weight was changed, exchanged or released meanwhile, or GradScaler.unscale_ was called.
         """
+        loss = None
         if closure is not None:
-            raise ValueError("closure: expected None, got one; the gradient of several backwards adds up anyway")
+            with torch.enable_grad():
+                loss = closure()
         self._remove_stand_in()
         scaled, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._pending and found_inf is not None and scaled is None:
@@ -230,6 +241,7 @@ class HeadOptimizer(torch.optim.Optimizer, abc.ABC):
                 if self._mesh is not None:  # what moved is inside of it
                     torch.autograd.graph.increment_version(self._weight)
         self._pending.clear()
+        return loss
 
     def _goes_native(self, gradients: list[WeightGradient], *moved: Tensor) -> bool:
         """Whether the C++ operators take these gradients and move these tensors, the weight and its state. The

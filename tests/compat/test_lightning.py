@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sface_kernels import SFaceLoss
 from sface_kernels.distributed import ClassParallelSFaceLoss
+from sface_kernels.optim import HeadSGD
 from tests.support.published_script import (
     CLASSES,
     FEATURES,
@@ -54,9 +55,9 @@ SGD = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9)
 
 
 class Faces(pl.LightningModule):
-    def __init__(self, head: Any, automatic: bool = True):
+    def __init__(self, head: Any, automatic: bool = True, head_optimizer: Any = None):
         super().__init__()
-        self.net, self.head = network(), head
+        self.net, self.head, self.head_optimizer = network(), head, head_optimizer
         self.automatic_optimization = automatic
         self.losses: list[Tensor] = []
 
@@ -77,6 +78,8 @@ class Faces(pl.LightningModule):
     def configure_optimizers(self):
         if self.automatic_optimization:
             return SGD(self.parameters())
+        if self.head_optimizer is not None:
+            return [SGD(self.net.parameters()), self.head_optimizer(self.head)]
         return [SGD(self.net.parameters()), SGD(self.head.parameters())]
 
 
@@ -126,6 +129,13 @@ def test_same_losses(automatic):
     truth = original("64-true")
     assert_same_curve(ours, original("32-true"), truth)
     assert len(ours) == 50 and truth[0] > 0 > truth[-1]
+
+
+def test_the_heads_own_optimizer():
+    """Lightning gives every step a closure."""
+    own = functools.partial(HeadSGD, **SGD.keywords)
+    ours = curve(Faces(new_head(SFaceLoss), automatic=False, head_optimizer=own))
+    assert_same_curve(ours, original("32-true"), original("64-true"))
 
 
 def test_bf16_mixed():

@@ -341,7 +341,6 @@ class TestSurroundings:
             ValueError,
             "state_dict: expected one without amsgrad",
         ),
-        (lambda head: HeadSGD(head).step(lambda: 0.0), ValueError, "closure: expected None"),
         (
             lambda head: HeadSGD(head).add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
             ValueError,

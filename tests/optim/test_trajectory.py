@@ -117,6 +117,27 @@ def test_schedulers(backend, rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_closures(rule):
+    """Loops such as Lightning's give every step one; `step` runs it once, with gradients on, and returns its loss."""
+
+    def loop(head, optimizer, problem):
+        losses: list[torch.Tensor] = []
+
+        def closure():
+            optimizer.zero_grad()
+            losses.append(head(*batch(problem, len(losses))))
+            losses[-1].backward()
+            return losses[-1]
+
+        for step in range(3):
+            with torch.no_grad():
+                assert optimizer.step(closure) is losses[-1]
+            assert len(losses) == step + 1
+
+    train(loop, trained_problem(*SHAPE), rule, backend="native")
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("backend", ["native", "chunked"])
 def test_other_losses_on_the_weight(backend, rule):
     """A gradient that came as `.grad` is added to the one that waits."""
