@@ -113,9 +113,13 @@ def shares(
 
     The nearest other classes are counted exactly, the others may be an estimate: it is never taken for less than they
     alone make certain. nan where nothing was counted.
+
+    Raises:
+        TypeError, ValueError: `k` or `k_inter` is no number > 0, or `a` or `b` no finite number.
     """
     target, other, hardest = (counts.cpu().double() for counts in histograms)
-    k_inter = k if k_inter is None else k_inter
+    k, a, b = validation.positive("k", k), validation.finite("a", a), validation.finite("b", b)
+    k_inter = k if k_inter is None else validation.positive("k_inter", k_inter)
     push = 1 - _sigmoid_of_bins(k_inter, b)  # [BINS]
     pushed = torch.maximum((other * push).sum(), (hardest * push).sum()) / other.sum()
     return Shares(
@@ -132,7 +136,7 @@ def suggest(histograms: AngleHistograms) -> Suggestion:
     within b, so half of the rows have something to push away, whatever C and D are. a is the median angle to the own
     class: the closer half has been learned and is let go, the other half goes on being pulled. With wrong labels this
     median moves outwards, as their rows lie far from the class they were given. Between a and b stays a gap of at least
-    SMALLEST_GAP.
+    SMALLEST_GAP, but where b itself is less: then a is 0, and a reason says that the embeddings have collapsed.
 
     It describes the weights that the angles were counted with, so take them from a training that has settled, or from
     the last epochs, and expect another suggestion after training with this one.
@@ -150,7 +154,12 @@ def suggest(histograms: AngleHistograms) -> Suggestion:
         f"b: half of the rows have another class nearer than {nearest:.2f} rad, and are pushed from it",
         f"a: half of the targets are farther than {own:.2f} rad from their class, and go on being pulled",
     ]
-    if own > b - SMALLEST_GAP:
+    if b < SMALLEST_GAP:
+        reasons.append(
+            f"half of the rows have another class nearer than {SMALLEST_GAP:.2f} rad, the smallest gap between a and b "
+            "of a published recipe: the embeddings have collapsed onto each other, and no a has that gap here"
+        )
+    elif own > b - SMALLEST_GAP:
         reasons.append(
             f"a is kept {SMALLEST_GAP:.2f} below b, as in the published recipe with the smallest gap: the targets are "
             "not yet apart from the other classes, so look again later in the training"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backends import chunked, native, reference, triton
 from .types import Forward, HyperParameters, Request
-from .validation import check_dtype
+from .validation import check_dtype, check_weight_dtype, integer
 
 
 class Backend(NamedTuple):
@@ -93,7 +93,9 @@ def _request(
 ) -> Request:
     check_dtype("dtype", dtype)
     check_dtype("weight_dtype", weight_dtype)
-    return Request(torch.device(device), dtype, weight_dtype or dtype, features)
+    device, weight_dtype = torch.device(device), weight_dtype or dtype
+    check_weight_dtype("weight_dtype", weight_dtype, dtype, device)
+    return Request(device, dtype, weight_dtype, integer("features", features, positive=True))
 
 
 def check_name(name: str) -> None:

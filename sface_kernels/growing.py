@@ -13,8 +13,8 @@ from .pending import pending_of, wait_no_longer
 def replace_parameter(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, grow: Callable[[Tensor], Tensor]
 ) -> None:
-    """Put `new` in the place of `old`, with the state of `old`: what has its shape goes through `grow`. `new` has no
-    gradient, and none that waits.
+    """Put `new` in the place of `old`, with the state of `old`: what has its shape, or a number for each row, goes
+    through `grow`. `new` has no gradient, and none that waits.
 
     Raises:
         ValueError: the optimizer does not hold `old`.
@@ -36,6 +36,6 @@ def replace_parameter(
         pending.watch(new)
     if old in optimizer.state:
         optimizer.state[new] = {
-            name: grow(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+            name: grow(value) if isinstance(value, Tensor) and value.shape in (old.shape, (len(old), 1)) else value
             for name, value in optimizer.state.pop(old).items()
         }

@@ -18,7 +18,7 @@ BINS = 180  # of one degree each, over 0 … π
 NOWHERE = (
     BINS  # an extra bin for what is not counted, so that nothing has to be filtered, which would wait for the device
 )
-FRACTION_BITS = 24  # of where a class is drawn within its part; classes · drawn · 2²⁴ stays below 2⁶³
+FRACTION_BITS = 24  # of where a class is drawn within its part
 GOLDEN = 0x9E3779B1  # 2³² over the golden ratio, made odd: its multiples modulo 2³² fill that range evenly
 NO_CLASS = -100  # no value of a target
 
@@ -156,4 +156,4 @@ class AngleCounter(nn.Module):
         size = min(self.classes_per_step, classes)
         part = torch.arange(size, device=self.steps.device)
         fraction = ((self.steps * size + part) * GOLDEN & 0xFFFFFFFF) >> (32 - FRACTION_BITS)
-        return ((part << FRACTION_BITS) + fraction) * classes // (size << FRACTION_BITS)
+        return (part * classes + (fraction * classes >> FRACTION_BITS)) // size

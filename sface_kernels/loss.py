@@ -138,6 +138,7 @@ def sface_loss(
     validation.check_tensors(embeddings, weight, labels, sample_weight)
     validation.check_reduction(reduction)
     validation.check_return_stats(return_stats)
+    sparse_grad = validation.boolean("sparse_grad", sparse_grad)
     if angle_counter is not None and not isinstance(angle_counter, AngleCounter):
         raise TypeError(f"angle_counter: expected an AngleCounter, got {type(angle_counter).__name__}")
     ignore_index = validation.integer("ignore_index", ignore_index)
@@ -227,15 +228,16 @@ class SFaceLoss(nn.Module):
         validation.check_reduction(reduction)
         check_name(backend)
         validation.check_dtype("dtype", dtype)
-        hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, torch.float32, in_features)
+        hp = validation.make_hyperparameters(s, k, a, b, k_inter, filter_eps, dtype or torch.float32, in_features)
         self.in_features, self.out_features = in_features, out_features
         # Python's own numbers, as torch.compile takes numpy's for arrays
         self.s, self.k, self.a, self.b = hp.s, hp.k_intra, hp.a, hp.b
         self.k_inter = None if k_inter is None else hp.k_inter
         self.reduction, self.ignore_index = reduction, ignore_index
         self.filter_eps = None if filter_eps is None else hp.filter_eps
-        self.sparse_grad, self.backend = sparse_grad, backend
-        self.init_std = None if init_std is None else validation.positive("init_std", init_std)
+        self.sparse_grad, self.backend = validation.boolean("sparse_grad", sparse_grad), backend
+        self.init_std = validation.check_init_std(init_std)
+        angle_histogram = validation.boolean("angle_histogram", angle_histogram)
         self.weight = nn.Parameter(in_huge_pages(torch.empty(out_features, in_features, device=device, dtype=dtype)))
         self.angle_counter = AngleCounter(device=device) if angle_histogram else None
         self.reset_parameters()
@@ -251,7 +253,8 @@ class SFaceLoss(nn.Module):
         """Append `count` classes with rows N(0, init_std), or N(0, 2·√(2/C)), C with them. The old rows stay.
 
         `weight` becomes another Parameter, without a gradient. Give the `optimizer` that holds it: it goes on with the
-        new one, and with its state for the old rows, zeros for the others.
+        new one, and with its state for the old rows, zeros for the others, where that has the weight's shape or is
+        `[C, 1]`.
 
         Raises:
             TypeError, ValueError: `count` is no int > 0, the weight is no plain Parameter (parametrized, or spread over

@@ -14,17 +14,12 @@ from .types import HyperParameters
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 REDUCTIONS = ("mean", "sum", "none")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _cast_by_autocast(embeddings: Tensor, weight: Tensor) -> bool:
-    """Half weights with float32 embeddings under autocast: F.linear would cast, here both are taken as they are."""
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    return half and embeddings.dtype == torch.float32 and torch.is_autocast_enabled(embeddings.device.type)
 
 
 def check_tensors(embeddings: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> None:
@@ -41,8 +36,9 @@ def _check_plain(**tensors: Tensor) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-        if value.layout is not torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
+        if value.layout is not torch.strided or value.is_nested:
+            layout = f"layout {value.layout}" + (", nested" if value.is_nested else "")
+            raise TypeError(f"{name}: expected a dense tensor, got one of {layout}")
         if type(value).__name__ == "DTensor":  # by name, as torch.distributed need not be there
             raise TypeError(
                 f"{name}: expected a plain tensor, got a DTensor; a weight that is spread over processes belongs in "
@@ -62,6 +58,16 @@ def check_dtype(name: str, dtype: torch.dtype | None) -> None:
         raise TypeError(f"{name}: expected a dtype of {_names(FLOAT_DTYPES)}, got {dtype!r}")
 
 
+def check_weight_dtype(name: str, weight: torch.dtype, embeddings: torch.dtype, device: torch.device) -> None:
+    """float32 or that of the embeddings; under autocast half weights with float32 embeddings too, which F.linear would
+    cast, and which are taken as they are here."""
+    if weight in (torch.float32, embeddings):
+        return
+    half = weight in (torch.float16, torch.bfloat16)
+    if not (half and embeddings == torch.float32 and torch.is_autocast_enabled(device.type)):
+        raise TypeError(f"{name}: expected float32 or the dtype of the embeddings ({embeddings}), got {weight}")
+
+
 def check_pair(embeddings: Tensor, weight: Tensor) -> None:
     """Shapes, dtypes and devices of embeddings and class centres."""
     _check_plain(embeddings=embeddings, weight=weight)
@@ -70,10 +76,7 @@ def check_pair(embeddings: Tensor, weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [C, D], got {list(weight.shape)}")
     check_dtype("embeddings", embeddings.dtype)
-    if weight.dtype not in (torch.float32, embeddings.dtype) and not _cast_by_autocast(embeddings, weight):
-        raise TypeError(
-            f"weight: expected float32 or the dtype of the embeddings ({embeddings.dtype}), got {weight.dtype}"
-        )
+    check_weight_dtype("weight", weight.dtype, embeddings.dtype, embeddings.device)
     if weight.shape[1] != embeddings.shape[1]:
         raise ValueError(
             f"weight: expected [C, {embeddings.shape[1]}] to match embeddings {list(embeddings.shape)}, "
@@ -131,8 +134,15 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_return_stats(return_stats: bool | str) -> None:
-    if return_stats not in (False, True, "rows"):
+    if not (isinstance(return_stats, bool) or (isinstance(return_stats, str) and return_stats == "rows")):
         raise ValueError(f"return_stats: expected False, True or 'rows', got {return_stats!r}")
+
+
+def boolean(name: str, value: Any) -> bool:
+    """A bool, numpy's too: text such as "False" would count as true."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
 
 
 def integer(name: str, value: Any, positive: bool = False) -> int:
@@ -172,6 +182,16 @@ def positive(name: str, value: Any) -> float:
     return number
 
 
+def check_init_std(init_std: float | None) -> float | None:
+    """Of a new weight; None for the one that follows from its size."""
+    if init_std is None:
+        return None
+    std = positive("init_std", init_std)
+    if std > 1e30:  # rows of more would leave float32
+        raise ValueError(f"init_std: expected a number of at most 1e30, got {init_std!r}")
+    return std
+
+
 def default_filter_eps(dtype: torch.dtype, features: int) -> float:
     """The coefficient below which `dtype` arithmetic loses an entry beside one of size s.
 
@@ -202,7 +222,7 @@ def make_hyperparameters(
         eps = finite("filter_eps", filter_eps)
         if not 0 <= eps < 1:
             raise ValueError(f"filter_eps: expected None or a number in [0, 1), got {filter_eps!r}")
-    return HyperParameters(
+    hp = HyperParameters(
         s=positive("s", s),
         k_intra=positive("k", k),
         k_inter=positive("k" if k_inter is None else "k_inter", k if k_inter is None else k_inter),
@@ -210,3 +230,8 @@ def make_hyperparameters(
         b=finite("b", b),
         filter_eps=eps,
     )
+    if dtype != torch.float64:
+        for name, value in (("s", hp.s), ("k", hp.k_intra), ("k_inter", hp.k_inter), ("a", hp.a), ("b", hp.b)):
+            if not -LARGEST_FLOAT32 <= value <= LARGEST_FLOAT32:
+                raise ValueError(f"{name}: expected a number that float32 can hold, got {value!r}")
+    return hp

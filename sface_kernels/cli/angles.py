@@ -20,6 +20,8 @@ from .options import option
 
 FORMATS = (".png", ".svg", ".pdf")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+if not EXAMPLES.is_dir():  # installed, not run in the checkout
+    EXAMPLES = Path("examples")
 
 
 def angles(

@@ -64,12 +64,15 @@ def bench(
     """Time the loss against plain PyTorch, compiled PyTorch and bare matrix products; measure peak memory.
 
     Every SFace loss is checked against float64 first: one that is wrong is reported and not timed. What cannot run, or
-    runs out of memory, is reported as such, and the rest go on. Ctrl-C keeps the finished rows.
+    runs out of memory, is reported as such, and the rest go on. Ctrl-C keeps the finished rows. The exit status is 1
+    where one is wrong, or where nothing that was asked for runs.
     """
     if density and geometry != "dense":
         raise typer.BadParameter(f"expected --geometry dense with it, got {geometry}", param_hint="--density")
     if workloads and c:
         raise typer.BadParameter(f"not together with a workload by name ({workloads[0]})", param_hint="--c")
+    if mode != ["step"] and (with_own := [one.name for one in providers if "+" in one.name]):
+        raise typer.BadParameter(f"an optimizer is for --mode step alone, got {with_own[0]}", param_hint="--providers")
     if "graph" in mode and device.type != "cuda":
         raise typer.BadParameter(f"a CUDA graph needs a CUDA device, got {device}", param_hint="--mode")
     classes = c or several(_classes)(",".join(workloads or ["casia"]))
@@ -116,5 +119,6 @@ def bench(
         show.line(f"interrupted: {len(result['rows'])} finished rows are {where}", warning=True)
     if out is not None:
         report.save(result, out)
-    wrong = any(row["status"] == "wrong" for row in result["rows"])
-    raise typer.Exit(INTERRUPTED if result["interrupted"] else int(wrong))
+    found = {row["status"] for row in result["rows"]}
+    amiss = "wrong" in found or (found and found <= {"failed", "unavailable"})
+    raise typer.Exit(INTERRUPTED if result["interrupted"] else int(bool(amiss)))

@@ -74,9 +74,10 @@ class PartialFCSFace(nn.Module):
             raise RuntimeError("process_group: this process is not in it")
         self.embedding_size = embedding_size = validation.integer("embedding_size", embedding_size, positive=True)
         self.num_classes = num_classes = validation.integer("num_classes", num_classes, positive=True)
-        self.sample_rate, self.fp16, self.sample_seed, self.sample_step = sample_rate, fp16, 0, 0
+        self.sample_rate, self.fp16 = sample_rate, validation.boolean("fp16", fp16)
+        self.sample_seed, self.sample_step = 0, 0
         self.process_group = process_group
-        self.init_std = None if init_std is None else validation.positive("init_std", init_std)
+        self.init_std = validation.check_init_std(init_std)
         self.options = Options(s, k, a, b, k_inter, "mean", -100, filter_eps, backend)
         self.options.check(embedding_size)
         check_name(backend)

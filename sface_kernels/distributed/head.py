@@ -99,7 +99,8 @@ class ClassParallelSFaceLoss(nn.Module):
         self.num_classes = num_classes = validation.integer("num_classes", num_classes, positive=True)
         self.s, self.k, self.a, self.b, self.k_inter = s, k, a, b, k_inter
         self.reduction, self.ignore_index = reduction, ignore_index
-        self.filter_eps, self.backend, self.uneven_batches = filter_eps, backend, uneven_batches
+        self.filter_eps, self.backend = filter_eps, backend
+        self.uneven_batches = validation.boolean("uneven_batches", uneven_batches)
         self.sample_rate = sample_rate = check_sample_rate(sample_rate)
         self.sample_seed = validation.integer("sample_seed", sample_seed)
         self._options().check(in_features)
@@ -109,7 +110,7 @@ class ClassParallelSFaceLoss(nn.Module):
         first, count = class_range(num_classes, mesh.size(), mesh.get_local_rank())
         local = in_huge_pages(torch.empty(count, in_features, device=device, dtype=dtype))
         shard = Shard(local, first, num_classes, mesh.get_group())
-        self.init_std = None if init_std is None else validation.positive("init_std", init_std)
+        self.init_std = validation.check_init_std(init_std)
         alike = {"uneven_batches": uneven_batches, "sample_rate": sample_rate, "init_std": self.init_std}
         check_agreement({**shard.settings(self._options()), **alike}, shard.group)
         self.weight = nn.Parameter(_sharded(local, mesh, num_classes))

@@ -112,6 +112,10 @@ def test_every_class_is_drawn_equally_often_and_from_the_whole_range():
     large = AngleCounter(classes_per_step=4096)._draw(16_000_000)
     assert bool((large >= 0).all()) and bool((large < 16_000_000).all()) and len(large.unique()) == 4096
     assert torch.equal(AngleCounter()._draw(60), torch.arange(60))
+    every = AngleCounter(classes_per_step=10**9)._draw(800_000)
+    assert torch.equal(every, torch.arange(800_000))
+    half = AngleCounter(classes_per_step=1_000_000)._draw(2_000_000)  # one of each pair
+    assert torch.equal(half // 2, torch.arange(1_000_000))
 
 
 def test_counting_changes_nothing_else():
@@ -291,6 +295,20 @@ def test_shares_by_hand():
     assert shares(histograms, a=0.5, k=80).pulled > 0.999 and shares(histograms, a=1.1, k=80).pulled < 0.001
 
 
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ({"k": 0}, "k: expected a number > 0, got 0"),
+        ({"k_inter": -80}, "k_inter: expected a number > 0, got -80"),
+        ({"a": math.nan}, "a: expected a finite number, got nan"),
+        ({"b": "1.2"}, "b: expected a number, got '1.2'"),
+    ],
+)
+def test_shares_checks_its_numbers(wrong, text):
+    with pytest.raises((TypeError, ValueError), match=f"^{text}"):
+        shares(AngleHistograms(*[heap((0.8, 10))] * 3), **wrong)
+
+
 def test_the_nearest_classes_are_a_floor_of_the_estimate():
     """No drawn pair fell to the tail, but the nearest classes of three rows lie there for certain."""
     histograms = AngleHistograms(heap((0.5, 3)), heap((1.6, 1000)), heap((1.0, 3)))
@@ -319,6 +337,8 @@ def test_suggestion_on_synthetic_histograms():
     assert noisy.a > found.a and "20.0% of the targets" in noisy.reasons[-1]
     untrained = suggest(trained._replace(target=heap((1.57, 100))))
     assert untrained.a == pytest.approx(untrained.b - 0.30) and "look again later" in untrained.text()
+    collapsed = suggest(trained._replace(hardest=heap((0.05, 100))))
+    assert collapsed.a == 0 and "collapsed" in collapsed.text() and "0.30 below b" not in collapsed.text()
 
 
 @settings(max_examples=60, deadline=None)

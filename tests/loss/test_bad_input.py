@@ -56,12 +56,24 @@ ARGUMENTS = [
         TypeError,
         r"embeddings: expected a dense tensor, got .*torch\.jagged",
     ),
+    *[
+        (
+            {name: torch.nested.nested_tensor([T(8), T(8)]).to(dtype)},
+            TypeError,
+            rf"{name}: expected a dense tensor, got .*nested",
+        )
+        for name, dtype in (("embeddings", f32), ("weight", f32), ("labels", torch.int64), ("sample_weight", f32))
+    ],
     (dict(labels=T(4)), TypeError, r"labels: expected an integer dtype .*got torch\.float32"),
     (dict(labels=T(4).bool()), TypeError, r"labels: expected an integer dtype .*got torch\.bool"),
     (dict(labels=T(3).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[3\]"),
     (dict(labels=T(4, 6).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[4, 6\]"),
     (dict(labels=T(1, 4).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[1, 4\]"),
     (dict(labels=T(()).long()), ValueError, r"labels: expected shape \[4\] or \[4, 1\], got \[\]"),
+    *[
+        ({"return_stats": bad}, ValueError, r"return_stats: expected False, True or 'rows', got ")
+        for bad in (1, "row", T(()), None)
+    ],
     (dict(sample_weight=[1.0] * 4), TypeError, r"sample_weight: expected a torch\.Tensor, got list"),
     (dict(sample_weight=T(4).long()), TypeError, r"sample_weight: expected a dtype of float32, .*got torch\.int64"),
     (dict(sample_weight=T(3)), ValueError, r"sample_weight: expected shape \[4\] or \[4, 1\], got \[3\]"),
@@ -84,11 +96,16 @@ ARGUMENTS = [
     (dict(ignore_index=None), TypeError, r"ignore_index: expected an int, got None"),
     (dict(ignore_index=2**63), ValueError, r"ignore_index: expected an int of 64 bits, got 9223372036854775808"),
     (dict(ignore_index=-(2**70)), ValueError, r"ignore_index: expected an int of 64 bits, got -1180591620717411303424"),
+    *[
+        ({"sparse_grad": bad}, TypeError, rf"sparse_grad: expected True or False, got {bad!r}")
+        for bad in ("False", None, 1)
+    ],
     (dict(backend="cuda"), ValueError, r"backend: expected one of \['auto'.*got 'cuda'"),
     (dict(backend=["native"]), ValueError, r"backend: expected one of \['auto'.*got \['native'\]"),
     (dict(backend=None), ValueError, r"backend: expected one of \['auto'.*got None"),
 ]
 NUMBERS = [
+    *[({name: 1e39}, ValueError, rf"{name}: expected a number that float32 can hold, got 1e\+39") for name in ("s", "k", "k_inter", "a", "b")],
     *[({name: bad}, TypeError, rf"{name}: expected a number, got ") for name in ("s", "k", "a", "b") for bad in ("1", None, True)],
     *[({name: bad}, TypeError, rf"{name}: expected a number, got ") for name in ("k_inter", "filter_eps") for bad in ("1", False)],
     ({"s": torch.tensor(64.0)}, TypeError, r"s: expected a number, got tensor\(64\.\)"),
@@ -105,7 +122,7 @@ NUMBERS = [
 
 
 def describe(value) -> str:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_nested:
         return f"{value.dtype} {list(value.shape)} {value.device}"
     return repr(value)
 
@@ -136,8 +153,10 @@ CONSTRUCTOR = [
     *[
         (c, e, t)
         for c, e, t in ARGUMENTS
-        if not {"embeddings", "weight", "labels", "backend", "sample_weight"} & set(c)
+        if not {"embeddings", "weight", "labels", "backend", "sample_weight", "return_stats"} & set(c)
     ],
+    ({"init_std": 1e300}, ValueError, r"init_std: expected a number of at most 1e30, got 1e\+300"),
+    ({"angle_histogram": "no"}, TypeError, r"angle_histogram: expected True or False, got 'no'"),
     *NUMBERS,
 ]
 
@@ -256,6 +275,18 @@ class TestBackends:
             ask("cpu", dtype)
         with pytest.raises(TypeError, match=r"^weight_dtype: expected a dtype of float32"):
             ask("cpu", f32, dtype)
+
+    @pytest.mark.parametrize("ask", [explain, available_backends])
+    def test_no_backend_takes_a_pair_that_the_loss_refuses(self, ask):
+        for dtype, weight_dtype in ((f32, f64), (torch.bfloat16, f16), (f32, f16)):
+            with pytest.raises(TypeError, match=r"^weight_dtype: expected float32 or the dtype of the embeddings"):
+                ask("cpu", dtype, weight_dtype)
+        with torch.autocast("cpu"):
+            ask("cpu", f32, f16)
+
+    def test_explain_checks_the_features(self):
+        with pytest.raises(ValueError, match=r"^features: expected an int > 0, got -1"):
+            explain(features=-1)
 
     def test_available_backends(self):
         assert set(available_backends()) <= set(BACKENDS) and {"chunked", "reference"} <= set(available_backends())
