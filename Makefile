@@ -10,7 +10,7 @@ OUT ?= runs/gpu
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: demo test test-compiled test-triton36 test-oldest sanitize wheel sdist compile-matrix gpu check lint format build \
+.PHONY: demo test test-compiled test-triton test-oldest sanitize wheel sdist compile-matrix gpu check lint format build \
 	bench results pictures tables clean FORCE
 .DEFAULT_GOAL := build
 .NOTPARALLEL: # two measurements at once measure each other
@@ -86,7 +86,7 @@ $(OTHER)/installed: $(VENV)/requirements
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OTHER) "triton==$(OTHER_TRITON)" "numpy<2.4"
 	touch $@
 
-test-triton36: build $(OTHER)/installed
+test-triton: build $(OTHER)/installed
 	PYTHONPATH=$(CURDIR)/$(OTHER) $(BIN)/python -m pytest tests/triton/test_triton_compile.py tests/triton/test_launch.py \
 		tests/triton/test_gpu_choice.py
 	PYTHONPATH=$(CURDIR)/$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest \
@@ -102,7 +102,7 @@ $(OLDEST)/built: $(VENV)/built requirements-oldest.txt
 
 test-oldest: $(OLDEST)/built
 	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest tests/tools tests/examples tests/compat tests/loss/test_torch_features.py
-	$(MAKE) test-triton36 OTHER_TRITON=3.4.0
+	$(MAKE) test-triton OTHER_TRITON=3.4.0
 
 # dist/: one wheel for every Python and every PyTorch from 2.11 on, and the sources that it is built from. On Linux its tag
 # says which C library it needs; PyTorch's libraries stay out of it.

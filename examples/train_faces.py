@@ -147,7 +147,8 @@ def train_head(
         if options.tensorboard:
             recorder.open_events()
         with training_progress(console) as progress:
-            bar = progress.add_task(name, total=epochs * images, completed=done * images, loss=math.nan, rate=0.0)
+            loss = metrics["steps"][-1]["loss"] if metrics["steps"] else math.nan
+            bar = progress.add_task(name, total=epochs * images, completed=done * images, loss=loss, rate=0.0)
             for epoch in range(done + 1, epochs + 1):
                 start = time.perf_counter()
                 forget_angles(head)

@@ -80,6 +80,8 @@ def test_whole_steps_with_several_optimizers(tmp_path, capsys):
     assert all(row["time_ms"]["median"] > 0 for row in result["rows"])
     assert cli.main(["bench", "--mode", "step", "--providers", "native+lion"]) == 2
     assert "unknown optimizer" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["bench", "--providers", "chunked+head-sgd"]) == 2
+    assert "an optimizer is for --mode step alone, got chunked+head-sgd" in " ".join(capsys.readouterr().err.split())
     assert [providers.resolve(name).optimizer for name in providers.STEPS[:3]] == ["sgd", "sgd", "head-sgd"]
 
 
@@ -156,6 +158,7 @@ def test_what_cannot_run_says_why(tmp_path, name, word):
     _, result = run(tmp_path, names=f"{name},careful")
     row = result["rows"][0]
     assert row["status"] == "unavailable" and word in row["reason"]
+    assert run(tmp_path, names=name)[0] == 1, "nothing ran"
 
 
 def test_ctrl_c_in_a_terminal(tmp_path):
