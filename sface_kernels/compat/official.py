@@ -168,8 +168,10 @@ class LazyLogits:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in (torch.topk, torch.max, torch.argmax) and args and isinstance(args[0], cls):
-            return getattr(args[0], func.__name__)(*args[1:], **(kwargs or {}))
+        options = dict(kwargs or {})
+        outputs, *others = args or (options.pop("input", None),)
+        if func in (torch.topk, torch.max, torch.argmax) and isinstance(outputs, cls):
+            return getattr(outputs, func.__name__)(*others, **options)
         raise TypeError(f"torch.{getattr(func, '__name__', func)} of outputs: {ADVICE}")
 
 

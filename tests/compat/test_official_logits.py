@@ -54,6 +54,7 @@ def test_topk_in_blocks_is_the_topk_of_the_tensor(monkeypatch, classes, largest,
         assert torch.equal(best.indices, expected.indices[:, 0]) and torch.equal(best.values, values[:, 0])
         assert torch.equal(lazy.argmax(1), best.indices) and lazy.argmax(-1, keepdim=True).shape == (7, 1)
         assert torch.equal(torch.topk(lazy, k).indices, indices)
+        assert torch.equal(torch.topk(input=lazy, k=k, dim=1).indices, indices)
         assert torch.equal(torch.max(lazy, 1).indices, best.indices)
         assert torch.equal(torch.argmax(lazy, dim=1), best.indices)
 
