@@ -68,6 +68,10 @@ def _kind(backend: str, x: Tensor, w: Tensor, hp: HyperParameters) -> Kind:
     return backend, x.device, x.dtype, w.dtype, x.shape[1], w.shape[0].bit_length(), hp.filter_eps > 0
 
 
+def _backward_kind(kind: Kind, way: str, made: Any) -> Kind:
+    return *kind, way, made is None, "backward"
+
+
 def _tolerance(x: Tensor, hp: HyperParameters, way: str) -> float:
     """How far a sum of (5) to (8) may be off, relative to the sizes of its terms.
 
@@ -80,10 +84,10 @@ def _tolerance(x: Tensor, hp: HyperParameters, way: str) -> float:
 
 def _off(ours: Tensor, theirs: Tensor, allowed: Tensor, what: str) -> str | None:
     """What to say of results `[R]` or `[R, D]` whose rows may differ by `allowed` `[R]`, if one differs more."""
-    ours, theirs = (t.float().reshape(len(allowed), -1) for t in (ours, theirs))
+    ours, theirs = (t.double().reshape(len(allowed), -1) for t in (ours, theirs))
     distance = (ours - theirs).norm(dim=1)
-    lost = ~theirs.isfinite().all(1) & ~ours.isfinite().all(1)
-    share = torch.where(lost, 0, distance / allowed).nan_to_num(torch.inf)
+    right = (distance <= allowed) | (~theirs.isfinite().all(1) & ~ours.isfinite().all(1))
+    share = torch.where(right, 0, distance / allowed).nan_to_num(torch.inf)
     worst = int(share.argmax())
     if float(share[worst]) <= 1:
         return None
@@ -123,11 +127,11 @@ def _compare_backward(
     made = BACKENDS["chunked"].forward(x, part, there, hp, False, True)
     theirs = BACKENDS["chunked"].grad_weight(x, part, there, hp, grad_row, made.saved)
     stats = RowStats(*made.row_stats)
-    length = part.float().norm(dim=1, keepdim=True).clamp_min(NORM_EPS)
-    ours, theirs = (t.float() * length for t in (grad_w[some], theirs))
+    length = part.double().norm(dim=1, keepdim=True).clamp_min(NORM_EPS)
+    ours, theirs = (t.double() * length for t in (grad_w[some], theirs))
     relative += 2 * torch.finfo(w.dtype).eps  # as it is stored
     terms = relative * (stats.intra.abs() + stats.inter.abs()) + hp.s * (4 * hp.filter_eps + 1e-6)
-    allowed = relative * theirs.norm() + (grad_row.abs() * terms).nan_to_num(0).sum()
+    allowed = relative * theirs.norm() + (grad_row.double().abs() * terms).nan_to_num(0).sum()
     return _off(ours.reshape(1, -1), theirs.reshape(1, -1), allowed.reshape(1), "∂w")
 
 
@@ -159,6 +163,8 @@ def forward(
     _calls.setdefault(kind, 1)
     way = entry.way(x, result.saved)
     if way is not None and _due((*kind, way, result.coarse, need_x), period):
+        if result.coarse:  # so that the next backward, which reads what this screen left, is checked too
+            _calls[_backward_kind(kind, way, result.made)] = FIRST - 1
         prepared = target if result.target is None else result.target
         _checked(backend, lambda: _compare_forward(result, x, w, prepared, hp, _tolerance(x, hp, way)))
     return result
@@ -190,7 +196,7 @@ def grad_weight(
     can_wait = x.shape[0] > 0 and _can_wait(x) and not is_batched(grad_row)
     way = entry.way(x, saved) if entry.way is not None and can_wait else None
     period = _period() if way is not None else 0
-    if way is None or period == 0 or not _due((*_kind(backend, x, w, hp), way, made is None, "backward"), period):
+    if way is None or period == 0 or not _due(_backward_kind(_kind(backend, x, w, hp), way, made), period):
         return make()
     try:
         try:

@@ -217,6 +217,8 @@ def _grad_weight(  # type: ignore[no-untyped-def]
     u = grad_row[counted].to(dtype) * hp.s
     # all written now: every thread faults pages then, where scattered rows would leave the faults to one
     grad = in_huge_pages(torch.empty(w.shape, dtype=w.dtype, device=w.device)).zero_()
+    if not bool(u.isfinite().all()):  # times the least coefficient it is NaN, and every class has one
+        return grad.fill_(torch.nan)
     used = 0
 
     for index, (count, own) in enumerate(zip(chunk_pairs.tolist(), _own_pairs(target, w.shape[0], chunk), strict=True)):

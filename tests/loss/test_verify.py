@@ -84,7 +84,16 @@ def test_a_coarser_screen_is_checked_by_itself(fake):
     for coarse in (False, False, False, True, True, True):
         fake.spoil_forward = lambda result, coarse=coarse: result._replace(coarse=coarse)
         step()
-    assert fake.calls.count("grad_weight") == 2 and fake.calls.count("forward") == 6
+    assert fake.calls.count("grad_weight") == 4 and fake.calls.count("forward") == 8
+
+
+def test_a_fault_in_the_backward_of_a_coarser_screen_is_found(fake):
+    for _ in range(3):
+        step("triton")
+    fake.spoil_forward = lambda result: result._replace(coarse=True)
+    fake.spoil_backward = lambda g: g * 1.02
+    with pytest.raises(verify.WrongResult, match="∂w differs by"):
+        step("triton")
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -176,6 +185,23 @@ def test_what_is_no_number_in_both_is_no_difference(fake):
     problem = PROBLEM._replace(x=PROBLEM.x.clone(), labels=PROBLEM.labels.clone())
     problem.x[0, 3], problem.labels[7] = torch.nan, -100
     step("triton", problem)
+
+
+@pytest.mark.parametrize("upstream", [0.0, 1e-30, -2.0, 1e19, 1e30, torch.nan, torch.inf])
+def test_any_upstream_gradient_may_come_first(fake, upstream):
+    """The first of a warm-up may be 0, that of an overflowed loss scale infinite."""
+    x, w = PROBLEM.x.clone(), PROBLEM.w.clone().requires_grad_()
+    rows = torch.ones(len(x))
+    rows[1] = upstream
+    for reduction, gradient in (("mean", torch.tensor(upstream)), ("sum", torch.tensor(upstream)), ("none", rows)):
+        verify._calls.clear()
+        sface_loss(x, w, PROBLEM.labels, reduction=reduction, filter_eps=2.0**-16, backend="triton").backward(gradient)
+    if not upstream < 1e18:
+        return
+    fake.spoil_backward = lambda g: g * 1.05 + 1e-3
+    verify._calls.clear()
+    with pytest.raises(verify.WrongResult):
+        sface_loss(x, w, PROBLEM.labels, backend="triton").backward(torch.tensor(upstream))
 
 
 def test_what_is_checked_is_what_a_gpu_computed():

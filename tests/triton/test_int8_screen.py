@@ -17,6 +17,25 @@ from tests.triton.conftest import forget_kinds
 from tests.triton.test_triton import CASE, FAST, pytestmark  # noqa: F401
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_ignored_rows_where_the_threshold_falls_to_0(int8, poisoned, lists, monkeypatch, in_parts):
+    """An uneven sample and an uneven class move so far that every cosine of their tile is a candidate, an ignored row's 0
+    among them: neither its lists, which may have no room, nor its share of a sample's candidates may be read."""
+    problem = GEOMETRIES["random"](8, 200, 1024)
+    x, w, labels = problem.x.clone(), problem.w.clone(), problem.labels.clone()
+    for row, large in ((x[2], 5), (w[7], 9)):
+        row.copy_(row.sign() / 258)
+        row[large] = 1
+    labels[4] = -100
+    problem = problem._replace(x=x, w=w, labels=labels)
+    judge = Judge(problem, filter_eps=FAST)
+    if in_parts:
+        monkeypatch.setattr(tiles, "CLASSES_OF_PARTS", 1)
+    judge.check(run(CASE, problem, filter_eps=FAST), "triton")
+    lists(2, 2)
+    judge.check(run(CASE, problem, filter_eps=FAST), "triton")
+
+
 def near_misses(features: int, samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples and 24 classes for each whose rounding to int8 takes as much from their cosine as it can.
 

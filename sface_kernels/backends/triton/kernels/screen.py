@@ -63,10 +63,11 @@ def count_bits(word):
 
 @triton.jit
 def append_candidates(
-    cos, reach, class_ptr, tag_ptr, count, first_class, room, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    cos, reach, counted, class_ptr, tag_ptr, count, first_class, room, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     RUN: tl.constexpr,
 ):  # fmt: skip
     """Appends the columns of `cos` by lane that come up to `reach` to a list, row by row: classes, tags beside them.
+    Of rows that are not `counted` `[BLOCK_N]` none: their cosines are 0, and in int8 `reach` may be less.
 
     `count` `[BLOCK_N]` is how many candidates of each row there have been. Returns the new counts, which go on past the
     list's `room` and are marked LOST where one of the row's found none, and how many of each lane are new
@@ -75,6 +76,7 @@ def append_candidates(
     column = lane_columns(BLOCK_C, RUN)
     bit = tl.full([1, 1, 1, 1], 1, tl.uint32) << (column // (LANES * RUN) * RUN + column % RUN).to(tl.uint32)
     words = lane_sums(tl.where(cos >= reach, bit, 0).to(tl.uint32)).to(tl.uint32)  # [BLOCK_N, LANES]
+    words = tl.where(counted[:, None], words, 0)
     found = count_bits(words)
     new = tl.sum(found, 1)  # [BLOCK_N]
     rank = count & COUNT
@@ -86,7 +88,7 @@ def append_candidates(
         lowest = words & (words ^ (words - 1))
         number = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         cls = first_class + first_of_lane(RUN) + ((number & -RUN) * LANES | (number & (RUN - 1)))
-        stored = (words != 0) & (place < room)
+        stored = (words != 0) & (place.to(tl.uint32) < room)  # counts past 2³¹ are below 0
         tl.store(class_ptr + place, cls, mask=stored)
         tl.store(tag_ptr + place, tag.to(tl.float32, bitcast=True), mask=stored)
         place += 1
@@ -226,12 +228,12 @@ def screen(
 
         # not `>=`: a NaN, which some interpreters' max keeps, must not hide the candidates of other rows
         if not (tl.max(sums_with_one_trip(tl.max(nearest, 1)), 0) < reach - tag_margin(BLOCK_C)):
-            # neither NaN nor the zeros of ignored rows are candidates
             room = BLOCK_N * capacity
             own_list = ((pid % row_blocks).to(tl.int64) * stripes + stripe) * room
             count, found = append_candidates(
-                cos, reach, links_ptr + own_list, list_cos_ptr + own_list, count, first, room, BLOCK_N, BLOCK_C, RUN
-            )
+                cos, reach, target != IGNORED, links_ptr + own_list, list_cos_ptr + own_list, count, first, room,
+                BLOCK_N, BLOCK_C, RUN,
+            )  # fmt: skip
             taken = found.to(tl.float32) * inter_weight_below(reach, k_inter, b)
             inter -= taken * reach
             dropped -= taken

@@ -178,6 +178,7 @@ def compute(
                 gl.uint32
             )
             words = lane_sums(gl.where(cos >= reach, bit, 0).to(gl.uint32)).to(gl.uint32)
+            words = gl.where((target != IGNORED).expand_dims(1), words, 0)
             found = count_bits(words)
             new = gl.sum(found, 1)
             rank = count & COUNT
@@ -189,7 +190,7 @@ def compute(
                 lowest = words & (words ^ (words - 1))
                 number = (lowest.to(gl.float32).to(gl.int32, bitcast=True) >> 23) - 127
                 cls = first + first_column + ((number & -RUN) * LANES | (number & (RUN - 1)))
-                stored = (words != 0) & (place < room)
+                stored = (words != 0) & (place.to(gl.uint32) < room)
                 gl.store(links_ptr + own_list + place, cls, mask=stored)
                 gl.store(list_cos_ptr + own_list + place, mark.to(gl.float32, bitcast=True), mask=stored)
                 place += 1
