@@ -142,8 +142,8 @@ def _run(part: Part, limit: float, log: Path) -> tuple[str, str]:
 def run(parts: Sequence[Part], out: Path, seconds: float = SECONDS) -> int:
     """Runs the parts until `seconds` are over, and says how each ended and what was measured. Exit status."""
     out.mkdir(parents=True, exist_ok=True)
-    for old in [*out.glob("*.json"), out / "log.txt"]:
-        old.unlink(missing_ok=True)
+    for part in parts:  # what others have measured stays, and the log goes on
+        (out / f"{part.name}.json").unlink(missing_ok=True)
     outcomes, tables, right, deadline = [], [], bool(parts), time.monotonic() + seconds
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, too
     for index, part in enumerate(parts):

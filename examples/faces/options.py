@@ -92,6 +92,8 @@ class TrainOptions:
                 raise OptionError(f"--{name.replace('_', '-')}: is for generated faces, and --data was given too")
         if self.class_parallel and self.head != "fused":
             raise OptionError(f"--class-parallel: expected --head fused, got {self.head}")
+        if self.class_parallel and ":" in self.device:
+            raise OptionError(f"--class-parallel: each process takes a GPU of its own, got --device {self.device}")
         if self.class_parallel and not started_by_torchrun():
             raise OptionError(
                 "--class-parallel: expected to be started by torchrun --nproc-per-node=2 train_faces.py …"

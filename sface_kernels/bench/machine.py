@@ -59,7 +59,8 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
     """Name, compute capability, memory and L2 cache in bytes, multiprocessors, the CUDA or HIP version, and `state`:
     what nvidia-smi says of driver, clocks (MHz), power (W) and temperature (°C), or None without it."""
     properties = torch.cuda.get_device_properties(device)
-    smi = ["nvidia-smi", f"--query-gpu={GPU_STATE}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    # by what it is: nvidia-smi counts the GPUs that CUDA_VISIBLE_DEVICES hides
+    smi = ["nvidia-smi", f"--query-gpu={GPU_STATE}", "--format=csv,noheader", f"--id=GPU-{properties.uuid}"]
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",

@@ -123,11 +123,12 @@ class _Entry:
             self.fails("wrong", f"errors against float64: {errors}")
 
     def look_into(self, work: Workload, settings: RunSettings) -> None:
-        """Its kernels, and on a GPU its memory."""
+        """Its kernels, and on a GPU its memory; with an optimizer of the head those of a whole step."""
+        mode = "step" if self.provider.optimizer.startswith("head-") else "both"
         if settings.kernels:
-            self.row["kernels"] = kernel_times(TimedLoss(self.provider, work, "both", self.function))
+            self.row["kernels"] = kernel_times(TimedLoss(self.provider, work, mode, self.function))
         if settings.measure_memory and settings.device.type == "cuda" and self.provider.kind != BARE:
-            self.row["memory"] = memory.cuda_peak(TimedLoss(self.provider, work, "both", self.function))
+            self.row["memory"] = memory.cuda_peak(TimedLoss(self.provider, work, mode, self.function))
 
     def attempt(self, what: Callable[..., Any], *arguments: Any) -> Any:
         """What it returns; where it raises, the rows say so."""

@@ -295,13 +295,17 @@ class SFaceLoss(_loss.SFaceLoss):
     def _own_class_part(self, input: Tensor, weight: Tensor, label: Tensor) -> Tensor:
         """The mean of −p_i cos θ_iy by N rows of the weight, p_i a constant. Costs a C×D gradient where it is used."""
         dtype, label = compute_dtype(input, weight), label.reshape(-1).long()
-        counted = label != self.ignore_index
-        own = weight[label[counted]]  # [N, D]
+        counted = label != self.ignore_index  # [N]; to index by it would wait for a GPU
+        known = (
+            counted & (label >= 0) & (label < len(weight))
+        )  # others have raised on a CPU, and a loss of NaN on a GPU
+        rows = (input, weight[label.where(known, 0)])  # [N, D] each
         with torch.autocast(input.device.type, enabled=False):
-            x_unit, w_unit = (F.normalize(t.to(dtype)) for t in (input[counted], own))
+            # what is left out is 1 from here on: 0 · NaN would be NaN
+            x_unit, w_unit = (F.normalize(t.to(dtype).masked_fill(~known.unsqueeze(1), 1)) for t in rows)
             cos = torch.linalg.vecdot(x_unit, w_unit).clamp(-1, 1)  # [N]
             p = self.s * torch.sigmoid(self.k * (cos.detach().acos() - self.a))  # (3)
-            return -(p * cos).sum() / max(len(cos), 1)
+            return -(p * cos).where(known, 0).sum() / counted.sum().clamp_min(1)
 
     def _dense_logits(self, input: Tensor, weight: Tensor) -> Tensor:
         dtype = compute_dtype(input, weight)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sface_kernels import ops
 from sface_kernels.backends import chunked
+from sface_kernels.ops import prepare_labels
+from sface_kernels.types import NO_TARGET
+from sface_kernels.validation import make_hyperparameters
 from tests.support.cases import Case, f32
 from tests.support.checks import Judge, run
 from tests.support.oracle import truth
@@ -31,6 +35,31 @@ def test_any_chunk_size(monkeypatch, geometry, filter_eps, chunk):
         float(t.cos.sum() - t.cos[torch.arange(33), problem.labels].sum()) / t.cos.numel(), abs=1e-6
     )
     assert float(result.stats.dropped) == pytest.approx(float(t.dropped.mean()), rel=1e-3, abs=2.0**-12)
+
+
+def test_dense_and_listed_blocks(monkeypatch):
+    """What is dropped counts in both; and a range of classes behind a dense block finds its own pairs in the lists."""
+    problem = GEOMETRIES["trained"](33, 331, 96)
+    x, w = (F.normalize(rows) for rows in (problem.x, problem.w))
+    x[:, 0] += 1
+    w[:64, 0] += 0.5  # most of these are near every sample
+    problem, eps = problem._replace(x=x, w=w), 2.0**-10
+    monkeypatch.setattr(chunked, "chunk_size", lambda rows: 64)
+    t = truth(*problem, filter_eps=eps)
+    result = run(CASE, problem, filter_eps=eps)
+    assert 0 < float(result.stats.dense_share) < 1
+    assert float(result.stats.dropped) == pytest.approx(float(t.dropped.mean()), rel=1e-3)
+
+    hp = make_hyperparameters(64.0, 80.0, 0.8, 1.23, None, eps, f32, 96)
+    target = prepare_labels(problem.labels, 331, -100, True)
+    saved = chunked.forward(x, w, target, hp, False, True).saved
+    whole = chunked.grad_weight(x, w, target, hp, problem.upstream, saved)
+    for first in range(0, 331, 64):
+        end = min(first + 64, 331)
+        here = torch.where((target >= first) & (target < end), target - first, NO_TARGET)
+        part = chunked.narrow(saved, 33, first, end)
+        rows = chunked.grad_weight(x, w[first:end], here, hp, problem.upstream, part)
+        assert torch.equal(rows, whole[first:end])
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 40, 300])

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from sface_kernels import validation
 from sface_kernels.compat.official import SFaceLoss
 from tests.support.published_script import (
     CLASSES,
@@ -62,6 +63,32 @@ def test_stats_hold_the_accuracy_of_the_forward(case32):
     assert 100 * outputs.stats.accuracy.item() == pytest.approx(train_accuracy(outputs.data, y).item())
     assert loss.item() == pytest.approx((intra + inter).item(), rel=4 * UNIT, abs=1e-5)
     assert all(value.requires_grad for value in (loss, intra, inter))
+
+
+def test_ignored_rows_are_in_none_of_the_parts():
+    torch.manual_seed(3)
+    head, x, y = SFaceLoss(16, 30, None), torch.randn(8, 16, requires_grad=True), torch.randint(0, 30, (8,))
+    y[2] = -100
+    with torch.no_grad():
+        x[2] = torch.nan
+    _, _, intra, inter, *_ = head(x, y)
+    kept = [i for i in range(8) if i != 2]
+    _, _, intra_of_kept, inter_of_kept, *_ = head(x[kept], y[kept])
+    for part, expected in ((intra, intra_of_kept), (inter, inter_of_kept)):
+        torch.testing.assert_close(part, expected)
+        ours, theirs = (torch.autograd.grad(p, (x, head.weight), retain_graph=True) for p in (part, expected))
+        torch.testing.assert_close(ours[0][kept], theirs[0][kept])
+        torch.testing.assert_close(ours[1], theirs[1])
+        assert not ours[0][2].any()
+
+
+def test_a_label_out_of_range_on_a_gpu_is_nan(monkeypatch):
+    """Where labels are not checked: the loss is NaN, and nothing is indexed by them, which would end the process."""
+    monkeypatch.setattr(validation, "checks_labels", lambda device: False)
+    head, x = SFaceLoss(16, 30, None), torch.randn(3, 16)
+    for label in (30, -1):
+        _, loss, *_ = head(x, torch.tensor([0, label, 29]))
+        assert loss.isnan()
 
 
 def test_the_signature_is_the_references():

@@ -58,6 +58,17 @@ def test_training_goes_on(pool, processes, optimizer):
         pool.run(processes, grow, optimizer, classes, counts)
 
 
+def new_rows():
+    head = ClassParallelSFaceLoss(64, 1000)
+    head.add_classes(2000)
+    rows = head.full_weight()[1000:].double()
+    assert abs(float(rows.std()) / (2 * (2 / 3000) ** 0.5) - 1) < 5 / (2 * rows.numel()) ** 0.5
+
+
+def test_new_rows_start_as_a_head_of_the_final_size_does(pool):
+    pool.run(2, new_rows)
+
+
 def bad_counts():
     head = ClassParallelSFaceLoss(8, 9)
     with pytest.raises(ValueError, match="count: expected an int > 0"):

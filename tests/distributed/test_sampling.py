@@ -24,7 +24,7 @@ from tests.support.cases import f64
 from tests.support.problems import trained_problem
 
 N, C, D = 9, 12, 8
-HP = make_hyperparameters(64.0, 80.0, 0.8, 1.23, None, 0.0, f64, D)
+HP = make_hyperparameters(64.0, 80.0, 0.8, 1.23, None, 1e-3, f64, D)
 SUMS = ("intra", "inter", "cos_target", "cos_other_sum", "dropped")
 
 

@@ -77,6 +77,9 @@ def test_batches_too_small_for_the_processes(monkeypatch):
     failed(run(*SMALL, "--epochs", 1), 2, "at least 17 images, two for each process, got 16 of 72 training images")
 
 
-@pytest.mark.parametrize("options, word", [([], "torchrun"), (["--head", "both"], "--head fused")])
+@pytest.mark.parametrize(
+    "options, word",
+    [([], "torchrun"), (["--head", "both"], "--head fused"), (["--device", "cuda:1"], "a GPU of its own")],
+)
 def test_without_torchrun_or_with_another_head(options, word):
     failed(run(*SMALL, "--class-parallel", *options), 2, word)

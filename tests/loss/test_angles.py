@@ -151,6 +151,7 @@ def test_when_it_counts():
     head.angle_counter.reset()
     assert rows() == 0 and torch.equal(head.angle_counter.steps, steps)
     head.train()(x, labels)
+    assert rows() == 8, "the first after a reset"
     head.add_classes(5)
     assert rows() == 0
     assert SFaceLoss(16, 30).angle_counter is None
@@ -173,6 +174,14 @@ def test_it_starts_from_nothing_on_a_device_that_comes_later(how):
     head(torch.randn(8, 16), torch.arange(8))
     assert float(head.angle_counter.histograms().target.sum()) == 8
     assert int(head.angle_counter.steps) == 1
+
+
+def test_a_row_of_zeros_is_at_a_right_angle():
+    counter, x, w = AngleCounter(every=1), torch.randn(3, 16), torch.randn(10, 16)
+    x[1], w[4] = 0, 0
+    sface_loss(x, w, torch.tensor([0, 4, 9]), angle_counter=counter)
+    _, other, _ = counter.histograms()
+    assert float(other.sum()) == 27 and float(other[BINS // 2]) >= 11
 
 
 def test_nan_and_labels_of_no_row_are_not_counted():

@@ -91,6 +91,12 @@ def test_process_wide_defaults_change_nothing(case, default, filter_eps):
     assert [s.dtype for s in changed.stats] == [s.dtype for s in plain.stats]
 
 
+def test_default_filters():
+    assert [default_filter_eps(dtype, 1) for dtype in (f64, f32)] == [2.0**-53, 2.0**-24]
+    for dtype in (f16, bf16):
+        assert [default_filter_eps(dtype, features) for features in (255, 256)] == [2.0**-12, 2.0**-16]
+
+
 def test_switches_are_put_back():
     """The older switch too, which PyTorch answers for only as long as the newer ones agree with it."""
 

@@ -230,6 +230,16 @@ class TestChanges:
         assert len(head.weight) == SHAPE[1] + 10 and (head.weight != moved).any(1).all()
         assert optimizer.state[head.weight]["momentum_buffer"].shape == head.weight.shape
 
+    def test_the_old_parameter_is_one_like_any_other(self, problem):
+        head, optimizer = waiting(problem)
+        optimizer.step()
+        old = head.weight
+        head.add_classes(10, optimizer)
+        sface_loss(*batch(problem, 1)[:1], old, batch(problem, 1)[1]).backward()
+        moved = head.weight.detach().clone()
+        optimizer.step()
+        assert old.grad is not None and torch.equal(head.weight, moved)
+
     def test_another_parameter(self, problem):
         head, optimizer = waiting(problem)
         head.add_classes(10)

@@ -52,7 +52,7 @@ class Recorder(TimedLoss):
 
     def __init__(self, cuda=False, fails_at=None):
         self.provider, self.cuda, self.fails_at = providers.resolve("reference"), cuda, fails_at
-        self.seen, self.seconds, self.failure = [], [], None
+        self.seen, self.seconds, self.failure, self.optimizers = [], [], None, []
 
     def prepare(self):
         pass
@@ -71,12 +71,15 @@ def clock(run):
     return 0.001
 
 
-def test_what_gave_back_its_memory_runs_once_untimed():
-    """As on a GPU: after the warm-up and after every turn it rests, and the next turn makes its memory again."""
+@pytest.mark.parametrize("copies", [0, 3])
+def test_what_gave_back_its_memory_runs_once_untimed(copies):
+    """As on a GPU: after the warm-up and after every turn it rests, and the next turn makes its memory again, with
+    optimizers that of each copy of the inputs."""
     one = Recorder(cuda=True)
+    one.optimizers = [None] * copies
     timing.interleave([one], repeats=4, budget_seconds=60, clock=clock)
     assert one.seconds == [0.001] * 4 * timing.MAX_VISIT
-    turn = ["run"] * (1 + timing.MAX_VISIT) + ["rest"]
+    turn = ["run"] * (max(1, copies) + timing.MAX_VISIT) + ["rest"]
     assert one.seen == turn * (1 + 4)
 
 
