@@ -64,10 +64,10 @@ def count_bits(word):
 @triton.jit
 def append_candidates(
     cos, reach, counted, class_ptr, tag_ptr, count, first_class, room, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    RUN: tl.constexpr,
+    RUN: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Appends the columns of `cos` by lane that come up to `reach` to a list, row by row: classes, tags beside them.
-    Of rows that are not `counted` `[BLOCK_N]` none: their cosines are 0, and in int8 `reach` may be less.
+    Of rows that are not `counted` `[BLOCK_N]` none: their cosines are 0, and with INT8 `reach` may be less.
 
     `count` `[BLOCK_N]` is how many candidates of each row there have been. Returns the new counts, which go on past the
     list's `room` and are marked LOST where one of the row's found none, and how many of each lane are new
@@ -76,7 +76,8 @@ def append_candidates(
     column = lane_columns(BLOCK_C, RUN)
     bit = tl.full([1, 1, 1, 1], 1, tl.uint32) << (column // (LANES * RUN) * RUN + column % RUN).to(tl.uint32)
     words = lane_sums(tl.where(cos >= reach, bit, 0).to(tl.uint32)).to(tl.uint32)  # [BLOCK_N, LANES]
-    words = tl.where(counted[:, None], words, 0)
+    if INT8:
+        words = tl.where(counted[:, None], words, 0)
     found = count_bits(words)
     new = tl.sum(found, 1)  # [BLOCK_N]
     rank = count & COUNT
@@ -232,7 +233,7 @@ def screen(
             own_list = ((pid % row_blocks).to(tl.int64) * stripes + stripe) * room
             count, found = append_candidates(
                 cos, reach, target != IGNORED, links_ptr + own_list, list_cos_ptr + own_list, count, first, room,
-                BLOCK_N, BLOCK_C, RUN,
+                BLOCK_N, BLOCK_C, RUN, INT8,
             )  # fmt: skip
             taken = found.to(tl.float32) * inter_weight_below(reach, k_inter, b)
             inter -= taken * reach

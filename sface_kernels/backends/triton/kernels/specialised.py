@@ -178,7 +178,8 @@ def compute(
                 gl.uint32
             )
             words = lane_sums(gl.where(cos >= reach, bit, 0).to(gl.uint32)).to(gl.uint32)
-            words = gl.where((target != IGNORED).expand_dims(1), words, 0)
+            if INT8:
+                words = gl.where((target != IGNORED).expand_dims(1), words, 0)
             found = count_bits(words)
             new = gl.sum(found, 1)
             rank = count & COUNT
