@@ -296,9 +296,8 @@ class SFaceLoss(_loss.SFaceLoss):
         """The mean of −p_i cos θ_iy by N rows of the weight, p_i a constant. Costs a C×D gradient where it is used."""
         dtype, label = compute_dtype(input, weight), label.reshape(-1).long()
         counted = label != self.ignore_index  # [N]; to index by it would wait for a GPU
-        known = (
-            counted & (label >= 0) & (label < len(weight))
-        )  # others have raised on a CPU, and a loss of NaN on a GPU
+        # others have raised on a CPU, and have a loss of NaN on a GPU
+        known = counted & (label >= 0) & (label < len(weight))
         rows = (input, weight[label.where(known, 0)])  # [N, D] each
         with torch.autocast(input.device.type, enabled=False):
             # what is left out is 1 from here on: 0 · NaN would be NaN
