@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sface_kernels import sface_loss
 from sface_kernels.backends.triton import tiles
 from tests.support.checks import Judge, run
 from tests.support.oracle import threshold_angle, truth
@@ -27,13 +28,15 @@ def test_ignored_rows_where_the_threshold_falls_to_0(int8, poisoned, lists, monk
         row.copy_(row.sign() / 258)
         row[large] = 1
     labels[4] = -100
-    problem = problem._replace(x=x, w=w, labels=labels)
-    judge = Judge(problem, filter_eps=FAST)
+    t = truth(x, w, labels, torch.full((8,), 1 / 7), filter_eps=FAST)
     if in_parts:
         monkeypatch.setattr(tiles, "CLASSES_OF_PARTS", 1)
-    judge.check(run(CASE, problem, filter_eps=FAST), "triton")
-    lists(2, 2)
-    judge.check(run(CASE, problem, filter_eps=FAST), "triton")
+    for stripes, capacity in ((1, 256), (2, 1)):
+        lists(stripes, capacity)
+        leaves = [rows.to(CASE.device).requires_grad_() for rows in (x.clone(), w.clone())]
+        sface_loss(leaves[0], leaves[1], labels.to(CASE.device), filter_eps=FAST, backend="triton").backward()
+        for leaf, expected in zip(leaves, (t.grad_x, t.grad_w), strict=True):
+            assert (leaf.grad.cpu() - expected).norm() <= 1e-4 * expected.norm()
 
 
 def near_misses(features: int, samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
