@@ -156,20 +156,8 @@ def test_leaves_need_torch_and_the_standard_library_only():
         assert foreign <= sys.stdlib_module_names, f"{name}: {foreign - sys.stdlib_module_names}"
 
 
-FACTORIES = {
-    "arange",
-    "empty",
-    "eye",
-    "full",
-    "linspace",
-    "ones",
-    "rand",
-    "randint",
-    "randn",
-    "randperm",
-    "tensor",
-    "zeros",
-}
+NAMES = "arange empty eye full linspace ones rand randint randn randperm tensor zeros"
+FACTORIES = {f"torch.{name}" for name in NAMES.split()}
 FOLLOW_THE_DEFAULT = {"compat/metric_learning.py", "compat/partial_fc.py"}  # weights, as torch.nn's modules do
 
 
@@ -178,13 +166,7 @@ def test_new_tensors_name_their_device():
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and isinstance(node.func.value, ast.Name)
-                and (node.func.value.id, node.func.attr in FACTORIES) == ("torch", True)
-                and name not in FOLLOW_THE_DEFAULT
-            ):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in FACTORIES and name not in FOLLOW_THE_DEFAULT:
                 asks_for_it = ast.unparse(node) == "torch.empty(0)"  # of which only the device is read
                 assert asks_for_it or "device" in {keyword.arg for keyword in node.keywords}, f"{name}:{node.lineno}"
 
