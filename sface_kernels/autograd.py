@@ -11,6 +11,7 @@ from . import verify
 from .dispatch import BACKENDS
 from .ops import prepare_labels
 from .pending import PendingGradient, WeightGradient, pending_of
+from .tracing import traced
 from .types import IGNORED, HyperParameters
 
 
@@ -158,7 +159,7 @@ class _RowLoss(torch.autograd.Function):
         *saved: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
         backend, hp, _, need_w, sparse, found, strict, reduction, _, made = ctx.options
-        early = made.pop() if made and not torch.compiler.is_compiling() else None
+        early = made.pop() if made and not traced() else None
         # compiled, or a batch: the backward may not look at it
         one = upstream if made is not None and not verify.is_batched(upstream) else None
         if found is not None and reduction == "sum":
@@ -280,7 +281,7 @@ def weight_without_rows(
 
 def _where_to_wait(weight: Tensor, pending: PendingGradient | None) -> PendingGradient | None:
     # a compiled backward cannot leave anything but gradients: an optimizer takes the dense one then
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+    if traced() or not (torch.is_grad_enabled() and weight.requires_grad):
         return None
     return pending_of(weight) if pending is None else pending
 
@@ -298,8 +299,8 @@ def _apply(
     labels: Labels | None = None,
     pending: PendingGradient | None = None,
 ) -> tuple[Tensor, ...]:
-    compiling, in_transform = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-    if compiling and in_transform:
+    in_transform = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() and in_transform:
         # PyTorch issue 193279: the compiler would differentiate what is in its forward, which gives zeros
         raise RuntimeError(
             "sface_loss: torch.compile loses its gradient inside torch.func.grad, vjp and other transforms; leave out "
@@ -311,7 +312,7 @@ def _apply(
     if pending is not None:
         found = []
         weight = _LetWait.apply(weight, pending, found)
-    eager = not (compiling or in_transform)
+    eager = not (in_transform or traced())
     function = _RowLoss if eager else _Transformable
     may_make = need_w and pending is None and not sparse and reduction != "none"
     # compilers and transforms would not see what is kept in a list

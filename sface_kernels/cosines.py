@@ -15,6 +15,7 @@ from torch import Tensor
 from . import validation
 from .ops import compute_dtype
 from .precision import full_precision
+from .tracing import traced
 
 BLOCK_ELEMENTS = 1 << 20  # of N·block and D·block: 4 MiB each of fp32 cosines and of unit rows at a time
 
@@ -80,7 +81,7 @@ def logits(embeddings: Tensor, weight: Tensor, scale: float) -> Tensor:
     validation.check_pair(embeddings, weight)
     dtype = compute_dtype(embeddings, weight)
     wanted = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
-    if wanted or torch.compiler.is_compiling():  # a graph of blocks would fix N
+    if wanted or traced():  # a graph of blocks would fix N
         return multiply(F.normalize(embeddings.to(dtype)), F.normalize(weight.to(dtype)).t()).clamp(-1, 1) * scale
     result = torch.empty(embeddings.shape[0], weight.shape[0], dtype=dtype, device=embeddings.device)
     for block, cosines in block_cosines(embeddings, weight):

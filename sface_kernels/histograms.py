@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .ops import compute_dtype
 from .precision import full_precision
+from .tracing import traced
 from .types import NORM_EPS, RowStats
 from .validation import integer
 
@@ -132,7 +133,7 @@ class AngleCounter(nn.Module):
             self.to_empty(device=weight.device)
         if self.counts.device != weight.device:
             raise ValueError(f"angle_counter: expected it on {weight.device}, as the weight, got {self.counts.device}")
-        if not torch.compiler.is_compiling():  # a number that changes with each call would be a graph for each
+        if not traced():  # a number that changes with each call would be a graph for each
             self.calls += 1
             if (self.calls - 1) % self.every:
                 return

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import traced
 from .types import IGNORED, INVALID, NO_TARGET
 
 NAMESPACE = "sface"
@@ -156,7 +157,7 @@ def prepare_labels(
     With `check`, an out-of-range label raises ValueError, which reads the data (a synchronisation on a GPU).
     """
     count = num_classes if count is None else count
-    if native_labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if native_labels is not None and labels.device.type == "cpu" and not traced():
         target, first_invalid = native_labels(labels.flatten().contiguous(), num_classes, ignore_index, first, count)
         if first_invalid < 0 or not check:
             return target

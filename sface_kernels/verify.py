@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .dispatch import BACKENDS, distrusted
+from .tracing import traced
 from .types import NO_TARGET, NORM_EPS, Forward, HyperParameters, RowStats
 
 ROWS = 32  # samples whose losses and ∂x are computed again
@@ -45,14 +45,14 @@ def _period() -> int:
 
 
 def _can_wait(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+    if traced(x):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_batched(grad: Tensor) -> bool:
     """Whether vmap may hold a Jacobian's batch of upstream gradients in it: it cannot be read, nor fill an `out`."""
-    if torch.compiler.is_compiling():
+    if traced():
         return False
     return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._are_functorch_transforms_active()
 

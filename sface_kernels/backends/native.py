@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
+from ..tracing import traced
 from ..types import Forward, HyperParameters, Request
 
 LIBRARY = Path(__file__).parents[1] / "_C.so"
@@ -120,7 +120,7 @@ def forward(
 
 def _early_rows(x: Tensor, w: Tensor) -> EarlyRows | None:
     """Where they are to be made: only in memory that an earlier ∂w has left, so that no call takes more for them."""
-    if w.dtype != torch.float32 or not 0 < x.shape[0] <= ops.SAMPLES_PER_GROUP or isinstance(w, FakeTensor):
+    if w.dtype != torch.float32 or not 0 < x.shape[0] <= ops.SAMPLES_PER_GROUP or traced(w):
         return None
     if (upstream := _upstreams.expect(w)) is None or (grad_w := _gradient_memory.left(w)) is None:
         return None
@@ -146,7 +146,7 @@ def finish(
     saved: tuple[Tensor, ...],
 ) -> Tensor:
     """`grad_weight`, where the upstream gradient `[]` of a mean or a sum is known."""
-    if isinstance(upstream, FakeTensor):
+    if traced(upstream):
         return grad_weight(x, w, target, hp, grad_row, saved)
     value = float(upstream)
     _upstreams.learn(w, value)

@@ -18,11 +18,12 @@ from tests.support.cases import ROOT, Case, f32
 
 PACKAGE = ROOT / "sface_kernels"
 # Imports point down: what a module may import of its own package, by the layer it is in. A new module needs its line.
-BACKEND = {"ops", "types", "precision"}
+BACKEND = {"ops", "types", "precision", "tracing"}
 MAY_IMPORT = {
     "types": set(),
     "_version": set(),
-    "ops": {"types"},
+    "tracing": set(),
+    "ops": {"types", "tracing"},
     "precision": set(),
     "pages": set(),
     "validation": {"types"},
@@ -34,13 +35,13 @@ MAY_IMPORT = {
     "backends.triton.kernels": {"types", "backends.triton.kernels"},
     "backends.triton.tools": BACKEND | {"backends.triton"},
     "dispatch": {"types", "backends", "validation"},
-    "verify": {"types", "dispatch"},
+    "verify": {"types", "dispatch", "tracing"},
     "pending": {"types", "dispatch", "precision", "verify"},
     "growing": {"pending"},
-    "autograd": {"types", "ops", "dispatch", "verify", "pending", "precision"},
-    "cosines": {"ops", "precision", "validation"},
+    "autograd": {"types", "ops", "dispatch", "verify", "pending", "precision", "tracing"},
+    "cosines": {"ops", "precision", "tracing", "validation"},
     "summary": {"types"},
-    "histograms": {"types", "ops", "validation", "precision"},
+    "histograms": {"types", "ops", "validation", "precision", "tracing"},
     "loss": {
         *{"types", "ops", "dispatch", "validation", "autograd", "growing"},
         *{"cosines", "histograms", "pages", "summary"},

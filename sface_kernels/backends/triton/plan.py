@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ...tracing import traced
 from ...types import HyperParameters
 from . import tiles
 
@@ -177,7 +177,7 @@ def _host_counts() -> Tensor:
 
 def _varies(x: Tensor) -> bool:
     """Whether the way of a call on `x` may follow an earlier call's counts."""
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or not x.is_cuda:
+    if not x.is_cuda or traced(x):
         return False
     return not torch.are_deterministic_algorithms_enabled()
 
