@@ -142,8 +142,6 @@ def _run(part: Part, limit: float, log: Path) -> tuple[str, str]:
 def run(parts: Sequence[Part], out: Path, seconds: float = SECONDS) -> int:
     """Runs the parts until `seconds` are over, and says how each ended and what was measured. Exit status."""
     out.mkdir(parents=True, exist_ok=True)
-    for part in parts:  # what others have measured stays, and the log goes on
-        (out / f"{part.name}.json").unlink(missing_ok=True)
     outcomes, tables, right, deadline = [], [], bool(parts), time.monotonic() + seconds
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, too
     for index, part in enumerate(parts):
@@ -151,8 +149,12 @@ def run(parts: Sequence[Part], out: Path, seconds: float = SECONDS) -> int:
         left = deadline - began
         limit = min(left, part.seconds + max(0.0, left - sum(later.seconds for later in parts[index:])))
         print(f"{part.name} …", flush=True)
-        state, detail = _run(part, limit, out / "log.txt") if limit > LEAST else ("unfinished", "no time was left")
-        if (path := out / f"{part.name}.json").exists():
+        state, detail, path = "unfinished", "no time was left", out / f"{part.name}.json"
+        runs = limit > LEAST
+        if runs:  # else what a run before has measured stays, as that of other parts; the log goes on
+            path.unlink(missing_ok=True)
+            state, detail = _run(part, limit, out / "log.txt")
+        if runs and path.exists():
             rows = report.load(path)["rows"]
             tables.append(bench_table(rows, part.name).markdown())
             if failed := {f"{row['provider']}: {row['reason']}" for row in rows if row["status"] in FAILED}:

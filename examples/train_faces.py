@@ -144,13 +144,12 @@ def train_head(
     total_steps = epochs * steps_per_epoch(images, options.batch_size or 1, fewest_rows())
     result, live = None, LivePlot(folder / LIVE if options.live_plot else None, name, options)
     try:
-        if options.tensorboard:
-            recorder.open_events()
+        recorder.begin(options.tensorboard)
         with training_progress(console) as progress:
             loss = metrics["steps"][-1]["loss"] if metrics["steps"] else math.nan
             bar = progress.add_task(name, total=epochs * images, completed=done * images, loss=loss, rate=0.0)
             for epoch in range(done + 1, epochs + 1):
-                start = time.perf_counter()
+                spent = 0.0  # seconds in steps, without what is drawn meanwhile
                 forget_angles(head)
                 for rows in batches(images, options.batch_size or 1, generator, fewest_rows()):
                     began, step = time.perf_counter(), len(metrics["steps"]) + 1
@@ -159,22 +158,22 @@ def train_head(
                     mine = own_rows()
                     values = training_step(network, head, optimizer, faces[mine], labels[mine].to(device))
                     seconds = time.perf_counter() - began
+                    spent += seconds
                     recorder.step({"step": step, "epoch": epoch, **values, "step_ms": seconds * 1e3})
                     if not math.isfinite(values["loss"]):
                         raise DivergedError(f"the loss is {values['loss']} at step {step}: try a lower --lr")
                     progress.update(bar, advance=len(rows), loss=values["loss"], rate=len(rows) / seconds)
                     live.update(metrics["steps"], head)
-                seconds = time.perf_counter() - start
                 result = verify(backbone, split.unseen, device)
-                recorder.epoch(epoch, seconds, result, batch_angles(head))
+                recorder.epoch(epoch, spent, result, batch_angles(head))
                 live.update(metrics["steps"], head, now=True)
                 save_checkpoint(folder, training, metrics)
                 recorder.save(backbone, head)
-                progress.console.print(epoch_line(name, epoch, epochs, metrics, images / seconds, result))
+                progress.console.print(epoch_line(name, epoch, epochs, metrics, images / spent, result))
     except OutputError as error:
         raise OutputError(f"{error}; {promise(folder, metrics)}", error.full) from None
     except BaseException as stop:  # Ctrl-C, a loss of NaN, too little memory: the steps so far are worth keeping
-        recorder.save_metrics()
+        recorder.save_steps()
         if isinstance(stop, KeyboardInterrupt):
             where = f"interrupted after step {len(metrics['steps'])} of {total_steps} of the {name} head"
             raise Interrupted(f"{where}; {promise(folder, metrics)}") from None

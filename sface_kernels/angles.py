@@ -150,9 +150,10 @@ def suggest(histograms: AngleHistograms) -> Suggestion:
     nearest, own = _quantile(hardest, 0.5), _quantile(target, 0.5)
     b = round(nearest, 2)
     a = round(max(0.0, min(own, b - SMALLEST_GAP)), 2)
+    far = f"half of the targets are farther than {own:.2f} rad from their class"
     reasons = [
         f"b: half of the rows have another class nearer than {nearest:.2f} rad, and are pushed from it",
-        f"a: half of the targets are farther than {own:.2f} rad from their class, and go on being pulled",
+        f"a: {far}, and go on being pulled" if own <= b - SMALLEST_GAP else far,
     ]
     if b < SMALLEST_GAP:
         reasons.append(
@@ -164,8 +165,8 @@ def suggest(histograms: AngleHistograms) -> Suggestion:
             f"a is kept {SMALLEST_GAP:.2f} below b, as in the published recipe with the smallest gap: the targets are "
             "not yet apart from the other classes, so look again later in the training"
         )
-    far = float(target[round(b * BINS / math.pi) :].sum() / target.sum())
-    reasons.append(f"{far:.1%} of the targets are farther than b from their class: wrong labels, or not yet learned")
+    share = float(target[round(b * BINS / math.pi) :].sum() / target.sum())
+    reasons.append(f"{share:.1%} of the targets are farther than b from their class: wrong labels, or not yet learned")
     return Suggestion(a, b, tuple(reasons))
 
 

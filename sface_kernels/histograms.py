@@ -21,6 +21,7 @@ NOWHERE = (
 )
 FRACTION_BITS = 24  # of where a class is drawn within its part
 GOLDEN = 0x9E3779B1  # 2³² over the golden ratio, made odd: its multiples modulo 2³² fill that range evenly
+ROOT_2 = 0x6A09E667  # 2³² times what √2 has beyond 1, which no multiple of the other meets
 NO_CLASS = -100  # no value of a target
 
 
@@ -48,7 +49,8 @@ def add_to_bins(counts: Tensor, place: Tensor) -> None:
 class AngleCounter(nn.Module):
     """Counts the angles of batches that pass through `sface_loss`, without an N×C tensor or a synchronisation.
 
-    Exact: the angle of each row to its own class and to the nearest other class. Estimated: those to all other classes.
+    Exact: the angle of each row to its own class, and to the nearest other class as `SFaceRowStats.cos_hardest` has it
+    (in rows without an active pair a screen may round that cosine). Estimated: those to all other classes.
     For them each step compares the batch with `classes_per_step` classes, one drawn from each of as many equal parts of
     the weight, so that every class is as likely as any other; the counts are scaled to all pairs. With no more classes
     than that, everything is counted and nothing is estimated.
@@ -63,8 +65,9 @@ class AngleCounter(nn.Module):
     of a step on a CPU, whether 64 or 256 classes were drawn. A compiled graph, where they are fused, counts every
     batch. A captured CUDA graph repeats what the captured call did: set `every` to 1 there.
 
-    The draws are a fixed sequence over the steps, Weyl's with the golden ratio, which reaches all classes of a part
-    evenly. PyTorch's generators are left alone, and a training is the same to the bit with and without a counter.
+    The draws are a fixed sequence over the steps, in each part Weyl's with the golden ratio, which reaches all of its
+    classes evenly. PyTorch's generators are left alone, and a training is the same to the bit with and without a
+    counter.
 
     Nothing of it is saved: the state dict of a head stays `weight` alone, and loads where there is no counter. Save
     what `histograms` returns where it is wanted. Its buffers follow the head between devices. DistributedDataParallel
@@ -156,5 +159,5 @@ class AngleCounter(nn.Module):
         """One class from each of min(classes_per_step, classes) equal parts of 0 … classes − 1, ascending."""
         size = min(self.classes_per_step, classes)
         part = torch.arange(size, device=self.steps.device)
-        fraction = ((self.steps * size + part) * GOLDEN & 0xFFFFFFFF) >> (32 - FRACTION_BITS)
+        fraction = (self.steps * GOLDEN + part * ROOT_2 & 0xFFFFFFFF) >> (32 - FRACTION_BITS)
         return (part * classes + (fraction * classes >> FRACTION_BITS)) // size

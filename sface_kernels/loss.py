@@ -313,7 +313,8 @@ class SFaceLoss(nn.Module):
     @torch.no_grad()
     def topk_correct(self, embeddings: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
         """How many rows have their own class among the k nearest, for each k of `topk`: int64 `[len(topk)]`, on the
-        device. Rows with `ignore_index` are no hits. `SFaceStats.accuracy` is the share for k = 1 and costs nothing.
+        device. Rows with `ignore_index` are no hits. `SFaceStats.accuracy` is the share for k = 1 up to the rounding of
+        a screen, and costs nothing.
 
         Raises:
             TypeError, ValueError: an argument is off, or a k > C.

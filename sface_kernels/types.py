@@ -89,7 +89,7 @@ class SFaceStats(NamedTuple):
     inter: Tensor  # mean over rows of the sum over other classes
     cos_target: Tensor  # mean cosine to the own class centre
     cos_other: Tensor  # mean cosine to the others: divides by N·C, the target counted as 0 (as the reference does)
-    accuracy: Tensor  # share of rows whose own centre is strictly the nearest, 0 … 1
+    accuracy: Tensor  # share of rows whose own centre is strictly nearer than SFaceRowStats.cos_hardest, 0 … 1
     active_pairs: Tensor  # int64, non-target pairs that got a gradient
     dropped: Tensor  # mean over rows of Σ dropped q_ij, the bound on the missing gradient of §2 in docs/math.md
     dense_share: Tensor  # of all pairs, the share that was computed by dense products, 0 … 1

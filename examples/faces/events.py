@@ -19,7 +19,7 @@ class Events:
 
     Args:
         folder: is there.
-        steps: already recorded by other files there; what these hold beyond is not shown. 0: they are removed.
+        steps: already recorded by other files there; what these hold beyond is not shown.
 
     Raises:
         OSError: here and in every method.
@@ -29,11 +29,9 @@ class Events:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        if steps == 0:
-            for old in folder.glob("events.out.tfevents.*"):
-                old.unlink()
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._file = open(folder / name, "wb")  # noqa: SIM115
+        self.path = folder / name
+        self._file = open(self.path, "wb")  # noqa: SIM115
         self._records, self._event = RecordWriter(self._file), Event
         self._write(Event(file_version="brain.Event:2"))
         if steps:

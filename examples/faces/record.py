@@ -35,11 +35,16 @@ class Recorder:
         about = {"options": options.as_json(), "head": head, "data": data}
         self.metrics: dict[str, Any] = {**about, "steps": [], "epochs": []}
         self._events: Events | None = None
+        self._former: list[Path] = []  # events of another training
 
-    def open_events(self) -> None:
-        """Starts the TensorBoard events after the steps already recorded; without any, those there are removed."""
-        with writing(self.folder / EVENTS):
-            self._events = Events(self.folder / EVENTS, len(self.metrics["steps"]))
+    def begin(self, tensorboard: bool) -> None:
+        """Before the next step: starts the TensorBoard events after the steps already recorded. Without any, what
+        another training left is removed when an epoch is done, and not before."""
+        if not self.metrics["steps"]:
+            self._former = list((self.folder / EVENTS).glob("events.out.tfevents.*"))
+        if tensorboard:
+            with writing(self.folder / EVENTS):
+                self._events = Events(self.folder / EVENTS, len(self.metrics["steps"]))
 
     def step(self, values: dict[str, float]) -> None:
         self.metrics["steps"].append(values)
@@ -47,6 +52,10 @@ class Recorder:
 
     def epoch(self, epoch: int, seconds: float, result: Verification, angles: AngleHistograms | None = None) -> None:
         """The end of an epoch. `angles` are those of its batches, which go to TensorBoard."""
+        with writing(self.folder / EVENTS):
+            for path in self._former:
+                path.unlink(missing_ok=True)
+        self._former = []
         verification = verification_json(result)
         self.metrics["epochs"].append({"epoch": epoch, "seconds": seconds, "verification": verification})
         curves = {f"unseen/{name}": verification[name] for name in ("auc", "accuracy")}
@@ -69,6 +78,11 @@ class Recorder:
     def save_metrics(self) -> None:
         write_json(self.folder / METRICS, self.metrics)
 
+    def save_steps(self) -> None:
+        """After a failure: the steps so far, but not in place of another training's record with what belongs to it."""
+        if self.metrics["epochs"] or not (self.folder / HEAD).exists():
+            self.save_metrics()
+
     def save(self, backbone: nn.Module, head: nn.Module) -> None:
         """Writes metrics.json, backbone.pt and head.pt (state dicts; the head's one key is `weight`)."""
         self.save_metrics()
@@ -79,6 +93,8 @@ class Recorder:
         with suppress(OSError):  # each epoch's curves are written already
             if self._events is not None:
                 self._events.close()
+                if self._former:  # it ended within its first epoch
+                    self._events.path.unlink()
 
 
 def packed(content: Any) -> memoryview:

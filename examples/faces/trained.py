@@ -20,7 +20,8 @@ from .source import load_faces
 
 
 def trained_angles(file: Path, data: Path | None, console: Console) -> tuple[AngleHistograms, dict[str, Any]]:
-    """The angles of a checkpoint's backbone and head on the faces that they were trained on, and the run's options.
+    """The angles of a checkpoint's backbone and head on the faces that they were trained on, and the run's options, with
+    the "head" that this checkpoint is of.
 
     Args:
         file: a checkpoint of `train_faces.py`.
@@ -48,10 +49,11 @@ def trained_angles(file: Path, data: Path | None, console: Console) -> tuple[Ang
                 f"--data: expected the faces that {printable(file)} was trained on, with {name.replace('_', ' ')} "
                 f"{was.get(name)}, got {now}"
             )
+    run = {**options, "head": state["metrics"]["head"]}
     backbone, weight = FaceNet(options["embedding_size"]), state["head"].get("weight")
     try:
         backbone.load_state_dict(state["backbone"])
-        return angle_histograms(backbone, weight, split.train, torch.device("cpu")), options
+        return angle_histograms(backbone, weight, split.train, torch.device("cpu")), run
     except (AttributeError, RuntimeError, ValueError) as error:
         reason = printable(" ".join(str(error).split()))[:200]
         raise CheckpointError(f"{printable(file)} is no checkpoint of this program: {reason}") from None

@@ -90,9 +90,11 @@ def versions() -> dict[str, str | None]:
 
 
 def commit(where: Path | None = None) -> str | None:
-    """The git commit of this checkout, with "-dirty" where code differs from it; None outside a checkout."""
+    """The git commit of this checkout, with "-dirty" where code differs from it. None outside a checkout, as where the
+    package is installed within some other project's."""
+    code = where or Path(__file__).resolve()
     options: Any = {
-        "cwd": where or Path(__file__).resolve().parent,
+        "cwd": code if code.is_dir() else code.parent,
         "capture_output": True,
         "text": True,
         "check": True,
@@ -101,6 +103,7 @@ def commit(where: Path | None = None) -> str | None:
     # "git status" rather than "git diff": it looks at contents where only a file's time differs
     status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/"]
     try:
+        subprocess.run(["git", "ls-files", "--error-unmatch", "--", code], **options)
         head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
         changed = subprocess.run([*status, *(f":(top,exclude){path}" for path in UNMEASURED)], **options).stdout
     except (OSError, subprocess.SubprocessError):

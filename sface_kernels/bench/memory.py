@@ -99,9 +99,12 @@ def cuda_peak(timed: TimedLoss) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     run_once(timed), run_once(timed)
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before - timed.x.nbytes - timed.w.nbytes
+    peak = torch.cuda.max_memory_allocated() - before
+    states = (t for optimizer in timed.optimizers for state in optimizer.state.values() for t in state.values())
+    left = [t for t in (timed.x.grad, timed.w.grad, *states) if isinstance(t, Tensor)]
+    extra = peak - sum(t.nbytes for t in left)
     timed.rest()
-    return {"peak_extra_bytes": max(0, peak), "method": "max_memory_allocated over two runs"}
+    return {"peak_extra_bytes": max(0, extra), "method": "max_memory_allocated over two runs"}
 
 
 def _resident_bytes() -> int:

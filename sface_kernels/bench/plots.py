@@ -35,6 +35,7 @@ VARIANTS: dict[str, Any] = {
     "2^-16": (DASHED, "s"),
     "0": ((0, (1, 1.5)), "^"),
 }
+MARKERS = {"sgd": "o", "head-sgd": "D", "adamw": "s", "head-adamw": "^"}  # of the optimizers of whole steps
 FEW = 200  # a logarithmic axis that spans less has labels between the powers of ten
 Panel = Callable[[Axes, list[Row]], None]
 
@@ -105,13 +106,14 @@ def _style(provider: str) -> dict[str, Any]:
     if provider in FLOORS:
         dashes, what = FLOORS[provider]
         return {"label": f"floor: {what}", "color": "black", "linestyle": dashes, "marker": "", "linewidth": 1.2}
-    base, _, variant = provider.partition("@" if "@" in provider else "-")
+    loss, _, optimizer = provider.partition("+")
+    base, _, variant = loss.partition("@" if "@" in loss else "-")
     dashes, marker = VARIANTS.get(variant, ("-.", "d"))
     return {
         "label": report.label(provider),
         "color": COLOURS.get(base, "#7c3aed"),
         "linestyle": dashes,
-        "marker": marker,
+        "marker": MARKERS.get(optimizer, marker),
     }
 
 

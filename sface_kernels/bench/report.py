@@ -60,8 +60,10 @@ def add_ratios(rows: list[Row]) -> None:
     medians = {row["provider"]: median(row) for row in rows}
     for row in rows:
         row["ratios"] = {}
+        optimizer = row["provider"].partition("+")[2].removeprefix("head-")
         for name, (other, speedup) in _RATIOS.items():
-            own, theirs = median(row), medians.get(other)
+            # a whole step beside the reference's with the same optimizer
+            own, theirs = median(row), medians.get(f"{other}+{optimizer}" if optimizer and speedup else other)
             row["ratios"][name] = (theirs / own if speedup else own / theirs) if own and theirs else None
 
 
@@ -109,7 +111,7 @@ def is_special(path: Path) -> bool:
 
 def write(path: Path, content: bytes) -> None:
     """Writes a file in one move: a reader sees the old file or the new one, and nothing else is left behind. A link
-    stays one. A device or a pipe is written to, and never replaced."""
+    stays one, and who may read the file stays as it was. A device or a pipe is written to, and never replaced."""
     name = None
     try:
         if is_special(path):
@@ -119,7 +121,7 @@ def write(path: Path, content: bytes) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=path.name, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(name, 0o644)
+        os.chmod(name, target.stat().st_mode & 0o777 if target.exists() else 0o644)
         os.replace(name, target)
     except OSError as error:
         raise WriteError(error.errno, error.strerror, str(path)) from None

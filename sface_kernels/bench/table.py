@@ -71,7 +71,7 @@ def kernel_table(rows: list[Row]) -> Table:
         lines += [
             [row["provider"], n[:70], f"{found[n]:.3f}", f"{100 * share[n]:.0f} %"] for n in found if share[n] > 0.01
         ]
-    return Table("Kernels of one forward and backward", ["provider", "kernel", "ms", "share"], lines, 2)
+    return Table("Kernels of one run", ["provider", "kernel", "ms", "share"], lines, 2)
 
 
 def density_table(rows: list[Row]) -> Table:

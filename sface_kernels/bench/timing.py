@@ -191,7 +191,7 @@ def settle(timed: TimedLoss) -> None:
 
 def kernel_times(timed: TimedLoss, runs: int = 5) -> dict[str, float]:
     """Milliseconds of one run by kernel on a GPU, by operation on a CPU, by torch.profiler: the MOST_KERNELS longest,
-    by the beginnings of their names, which templates make long."""
+    by the beginnings of their names, which templates make long, and what the others take together."""
     settle(timed)
     run_once(timed)  # an optimizer's state
     with profile(activities=[ProfilerActivity.CUDA if timed.cuda else ProfilerActivity.CPU]) as trace:
@@ -205,8 +205,9 @@ def kernel_times(timed: TimedLoss, runs: int = 5) -> dict[str, float]:
     for event in trace.key_averages():
         name = event.key[:NAME_LENGTH]
         found[name] = found.get(name, 0.0) + getattr(event, micro) / runs / 1e3
-    longest = sorted(found.items(), key=lambda pair: -pair[1])[:MOST_KERNELS]
-    return {name: ms for name, ms in longest if ms > 0}
+    longest = sorted(found.items(), key=lambda pair: -pair[1])
+    shown = [*longest[:MOST_KERNELS], ("others", sum(ms for _, ms in longest[MOST_KERNELS:]))]
+    return {name: ms for name, ms in shown if ms > 0}
 
 
 def _visit(timed: TimedLoss, clock: Clock) -> None:

@@ -15,9 +15,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     try:
         from .app import run
+
+        return run(sys.argv[1:] if arguments is None else arguments)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRA:
             raise
         print(f"sface-kernels: {error.name} is missing: pip install 'sface-kernels[cli]'", file=sys.stderr)
         return 2
-    return run(sys.argv[1:] if arguments is None else arguments)

@@ -48,7 +48,8 @@ def angles(
     except (trained.CheckpointError, trained.DataError) as error:
         raise typer.BadParameter(str(error)) from None
     suggestion = of.suggest(histograms)
-    recipes = {"of this run": (run["a"], run["b"]), **of.RECIPES, "suggested": suggestion[:2]}
+    own = {} if run["head"] == "arcface" else {"of this run": (run["a"], run["b"])}  # ArcFace has no a and b
+    recipes = {**own, **of.RECIPES, "suggested": suggestion[:2]}
     rows = []
     for name, (a, b) in recipes.items():
         found = of.shares(histograms, a, b, run["k"])

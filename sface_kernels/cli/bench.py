@@ -93,9 +93,7 @@ def bench(
     result = report.new_report("bench", kept, device)
 
     def finished(rows: list[report.Row]) -> None:
-        """Saves and shows rows as they come, so that whatever ends the run loses nothing finished."""
-        if out is not None:
-            report.save(result, out)
+        """Shows and saves rows as they come, so that whatever ends the run loses nothing finished."""
         show.progress()
         first = rows[0]
         if any(row["time_ms"] for row in rows):
@@ -108,6 +106,8 @@ def bench(
                 show.line(": ".join(filter(None, (row["provider"], row["status"], row["reason"]))))
         if (first["other_busy_cores"] or 0) > machine.BUSY_LIMIT:
             show.line(f"warning: others used {first['other_busy_cores']:.2f} cores meanwhile", warning=True)
+        if out is not None and not report.is_special(out):  # which cannot take back what it was given
+            report.save(result, out)
 
     try:
         for *shape, share in itertools.product(n, classes, d, densities):
@@ -115,9 +115,11 @@ def bench(
             run_case(case, providers, mode, settings, result, functools.partial(show.progress, case.name), finished)
     except KeyboardInterrupt:
         result["interrupted"] = True
-        where = f"in {out}" if out is not None else "not saved"
+        where = "not saved" if out is None else f"in {out}"
+        if not result["rows"] and out is not None:
+            where = f"there, {out} is left as it was"
         show.line(f"interrupted: {len(result['rows'])} finished rows are {where}", warning=True)
-    if out is not None:
+    if out is not None and (result["rows"] or not result["interrupted"]):
         report.save(result, out)
     found = {row["status"] for row in result["rows"]}
     amiss = "wrong" in found or (found and found <= {"failed", "unavailable"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,17 +83,17 @@ def device(text: str) -> torch.device:
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written; it is left as it is."""
+    """A file that can be written as `report.write` does; it is left as it is."""
     path = Path(text)
     if report.is_special(path):  # to open a pipe and close it again would end what reads it
         return path
-    existed = path.exists()
     try:
-        path.open("a").close()
+        target = path.resolve()
+        if target.exists():
+            target.open("a").close()
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from error
-    if not existed:
-        path.unlink()
     return path
 
 

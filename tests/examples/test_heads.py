@@ -145,6 +145,11 @@ def test_the_command_shows_the_angles_of_a_checkpoint(trained, tmp_path, capsys,
     state = torch.load(checkpoint, weights_only=True)
     assert torch.equal(weight, state["head"]["weight"]) and len(embeddings) == len(labels) == 8
     assert cli.main(["angles", str(trained / "generated" / "checkpoint.pt")]) == 0
+    state["metrics"]["head"] = "arcface"  # which has no a and b
+    torch.save(state, tmp_path / "checkpoint.pt")
+    capsys.readouterr()
+    assert cli.main(["angles", str(tmp_path / "checkpoint.pt"), "--data", str(trained / "faces")]) == 0
+    assert "of this run" not in capsys.readouterr().out
 
 
 def test_the_command_says_what_it_cannot_use(trained, tmp_path, capsys):

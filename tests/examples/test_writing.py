@@ -137,6 +137,20 @@ def test_each_step_of_each_write_in_turn(tmp_path, monkeypatch, losses, failure,
     assert failures == (8 if after else 32) and resumed >= 6
 
 
+def test_a_training_that_fails_in_its_first_epoch_leaves_another_as_it_was(tmp_path):
+    def content():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    assert run(*TINY, "--epochs", 2, "--out", tmp_path).exit_code == 0
+    before = content()
+    assert sum("tfevents" in path.name for path in before) == 1
+    again = (*TINY, "--epochs", 1, "--batch-size", 2, "--lr", 1e20, "--seed", 1)
+    failed(run(*again, "--out", tmp_path), 1, "nan at step 2")
+    assert content() == before
+    assert run(*TINY, "--epochs", 1, "--no-tensorboard", "--out", tmp_path).exit_code == 0
+    assert not any("tfevents" in path.name for path in content()), "of another training than the rest"
+
+
 @pytest.mark.parametrize("at", range(1, 5))
 @pytest.mark.parametrize("failure", [full, KeyboardInterrupt])
 def test_a_failing_write_keeps_the_old_file(tmp_path, failure, at):

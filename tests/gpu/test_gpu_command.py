@@ -56,8 +56,9 @@ def test_a_part_that_hangs_ends_with_what_it_wrote(tmp_path, monkeypatch):
 def test_parts_past_the_deadline_do_not_start_and_left_over_time_goes_on(tmp_path):
     assert gpu.run([part("quick", "pass", 50), part("slow", "pass", 50)], tmp_path, 100) == 0
     assert any(f"at most {seconds} s" in (tmp_path / "log.txt").read_text() for seconds in range(90, 101))
+    (tmp_path / "late.json").write_text("of an earlier run")
     assert gpu.run([part("late", "pass")], tmp_path, 1) == 1
-    assert states(tmp_path) == ["unfinished"]
+    assert states(tmp_path) == ["unfinished"] and (tmp_path / "late.json").exists()
 
 
 @pytest.mark.parametrize("required", [True, False])

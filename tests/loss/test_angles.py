@@ -109,6 +109,13 @@ def test_every_class_is_drawn_equally_often_and_from_the_whole_range():
         counter.steps += 1
     expected = 2000 * 64 / 1000
     assert bool(((seen - expected).abs() < 6 * expected**0.5).all())
+    for size in (55, 89, 377, 610, 987):  # Fibonacci's, whose multiples of the golden ratio are almost integers
+        counter = AngleCounter(classes_per_step=size)
+        seen = torch.zeros(85_742)
+        for _ in range(100):
+            seen[counter._draw(85_742)] = 1
+            counter.steps += 1
+        assert int(seen.sum()) > 0.99 * 85_742 * (1 - (1 - size / 85_742) ** 100), "as many as independent draws reach"
     large = AngleCounter(classes_per_step=4096)._draw(16_000_000)
     assert bool((large >= 0).all()) and bool((large < 16_000_000).all()) and len(large.unique()) == 4096
     assert torch.equal(AngleCounter()._draw(60), torch.arange(60))
@@ -346,6 +353,7 @@ def test_suggestion_on_synthetic_histograms():
     assert noisy.a > found.a and "20.0% of the targets" in noisy.reasons[-1]
     untrained = suggest(trained._replace(target=heap((1.57, 100))))
     assert untrained.a == pytest.approx(untrained.b - 0.30) and "look again later" in untrained.text()
+    assert "go on being pulled" in found.text() and "go on being pulled" not in untrained.text()
     collapsed = suggest(trained._replace(hardest=heap((0.05, 100))))
     assert collapsed.a == 0 and "collapsed" in collapsed.text() and "0.30 below b" not in collapsed.text()
 

@@ -41,6 +41,24 @@ def test_peak_memory_of_a_process_of_its_own():
     assert 5 * 8e6 < sorted(measured["peak_extra_bytes"] for measured in found)[1] < 21 * 8e6
 
 
+@pytest.mark.parametrize("optimizer, states", [("sgd", 1), ("head-sgd", 1), ("adamw", 2), ("head-adamw", 2)])
+def test_gradients_and_states_are_no_extra_memory_of_a_gpu(monkeypatch, optimizer, states):
+    timed = TimedLoss(providers.resolve(f"chunked+{optimizer}"), make_workload(SMALL, "cpu", torch.float32), "step")
+    ((x, w),) = timed.leaves
+    kept = x.nbytes + w.nbytes * (states + (not optimizer.startswith("head-")))
+    for name, value in {"memory_allocated": 100, "max_memory_allocated": 1100 + kept}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert memory.cuda_peak(timed)["peak_extra_bytes"] == pytest.approx(1000, abs=8)  # a counter of steps
+
+
+def test_kernels_shares_are_of_all():
+    timed = TimedLoss(providers.resolve("reference"), make_workload(SMALL, "cpu", torch.float32), "both")
+    found = timing.kernel_times(timed)
+    assert len(found) == timing.MOST_KERNELS + 1 and found["others"] > 0
+
+
 @pytest.mark.parametrize("function, out_of_memory", [(ran_out, True), (killed, True), (broken, False)])
 def test_memory_that_ran_out_in_the_process_is_told_from_other_failures(function, out_of_memory):
     found = memory.measure(providers.Provider("fake", providers.OPPONENT, "", function), SMALL, threads=1)

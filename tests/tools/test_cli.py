@@ -140,8 +140,13 @@ def test_no_option_shows_its_own_name_as_its_value():
     assert ("device", "NAME") in shown and all(metavar != name.upper() for name, metavar in shown)
 
 
-def test_without_the_extra_one_line_says_what_to_install():
-    code = "import sys; sys.modules['typer'] = None; from sface_kernels.cli import main; sys.exit(main(['info']))"
+@pytest.mark.parametrize(
+    "missing, arguments", [("typer", ["info"]), ("matplotlib", ["plot", "benchmarks/results/cpu-random.json"])]
+)
+def test_without_the_extra_one_line_says_what_to_install(missing, arguments):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from sface_kernels.cli import main; sys.exit(main({arguments}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "typer" in done.stderr and "pip install 'sface-kernels[cli]'" in done.stderr
+    assert missing in done.stderr and "pip install 'sface-kernels[cli]'" in done.stderr

@@ -6,10 +6,13 @@ import functools
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -78,6 +81,9 @@ def test_whole_steps_with_several_optimizers(tmp_path, capsys):
     status, result = run(tmp_path, "--mode", "step", names="reference+adamw,chunked+head-sgd,chunked@0+head-adamw")
     assert status == 0 and [row["status"] for row in result["rows"]] == ["ok"] * 3
     assert all(row["time_ms"]["median"] > 0 for row in result["rows"])
+    medians = [row["time_ms"]["median"] for row in result["rows"]]
+    ratios = [row["ratios"]["speedup_vs_reference"] for row in result["rows"]]
+    assert ratios == [1, None, medians[0] / medians[2]], "the reference with the same optimizer"
     assert cli.main(["bench", "--mode", "step", "--providers", "native+lion"]) == 2
     assert "unknown optimizer" in " ".join(capsys.readouterr().err.split())
     assert cli.main(["bench", "--providers", "chunked+head-sgd"]) == 2
@@ -159,6 +165,31 @@ def test_what_cannot_run_says_why(tmp_path, name, word):
     row = result["rows"][0]
     assert row["status"] == "unavailable" and word in row["reason"]
     assert run(tmp_path, names=name)[0] == 1, "nothing ran"
+
+
+def test_an_interrupt_before_the_first_row_leaves_an_older_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run_case", mock.Mock(side_effect=KeyboardInterrupt))
+    out = tmp_path / "out.json"
+    out.write_text("older")
+    assert cli.main([*TINY, "--out", str(out)]) == 130
+    assert out.read_text() == "older" and "is left as it was" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_measured_is_shown_where_it_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "save", mock.Mock(side_effect=report.WriteError(28, "No space left", "out.json")))
+    assert cli.main([*TINY, "--providers", "chunked", "--out", str(tmp_path / "out.json")]) == 1
+    shown = capsys.readouterr()
+    assert "chunked" in shown.out and "cannot write out.json: No space left" in shown.err
+
+
+def test_a_pipe_gets_one_document(tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    assert cli.main([*TINY, "--c", "60,61", "--providers", "chunked", "--out", str(pipe)]) == 0
+    reader.join()
+    assert len(json.loads(got[0])["rows"]) == 2
 
 
 def test_ctrl_c_in_a_terminal(tmp_path):

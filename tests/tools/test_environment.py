@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import typer
 
 from sface_kernels import cli
 from sface_kernels.bench import report
@@ -65,6 +67,24 @@ def test_a_result_that_cannot_be_written_names_the_file(tmp_path):
         report.save({"rows": []}, tmp_path / "folder")
     assert caught.value.filename == str(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_file_keeps_its_place_and_its_readers(tmp_path):
+    link, target = tmp_path / "link.json", tmp_path / "real.json"
+    link.symlink_to(target)
+    assert options.output_file(str(link)) == link and link.is_symlink() and not target.exists()
+    target.touch(0o600)
+    report.save({"rows": []}, link)
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "out.json").touch()  # itself writable, but a file is replaced
+    monkeypatch.setattr(
+        options.tempfile, "TemporaryFile", mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    )
+    with pytest.raises(typer.BadParameter, match=r"cannot write .*out\.json: Permission denied"):
+        options.output_file(str(tmp_path / "out.json"))
 
 
 def test_a_pipe_is_written_to_and_a_link_stays_one(tmp_path):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from benchmarks import accuracy, gpu_model, tables
 from sface_kernels import cli
-from sface_kernels.bench import machine, plots, report
+from sface_kernels.bench import machine, plots, providers, report
 from tests.support.cases import ROOT
 from tests.support.command import one_line
 
@@ -117,6 +117,12 @@ def test_axes_say_what_is_on_them_and_the_floor_is_drawn():
     assert [bar.get_width() for bar in bars] == pytest.approx([1, 2, 25, 10])
 
 
+def test_whole_steps_tell_apart():
+    styles = [plots._style(name) for name in providers.STEPS]
+    looks = [(style["color"], style["linestyle"], style["marker"]) for style in styles]
+    assert len(set(looks)) == len(looks)
+
+
 @pytest.mark.parametrize(
     "content, options, word",
     [
@@ -188,6 +194,10 @@ def test_commit_is_dirty_where_code_differs_and_not_where_results_do(tmp_path, m
     assert machine.commit(code.parent) == head
     code.write_text("new")
     assert machine.commit(code.parent) == head + "-dirty"
+    installed = tmp_path / ".venv" / "package"
+    installed.mkdir(parents=True)
+    (installed / "code.py").touch()
+    assert machine.commit(installed) is None, "of some project that it is installed in"
 
 
 def test_tables_are_written_from_the_results(tmp_path, monkeypatch, capsys):
