@@ -128,7 +128,6 @@ class Kind:
             "INT8": int8,
             "SPLIT": split,
             "TMA": family in tiles.BY_DESCRIPTOR,
-            "UPCAST": family == "interpreter",
         }
 
     def tile(self, kernel: str) -> tiles.Tile:

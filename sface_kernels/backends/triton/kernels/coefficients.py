@@ -37,7 +37,7 @@ def shift_to_peak(g, AXIS: tl.constexpr):
 @triton.jit
 def cosine_tile(
     unit_x, unit_w, first_x, first_w, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, not clamped."""
     PARTS: tl.constexpr = 2 if SPLIT else 1
@@ -61,9 +61,9 @@ def cosine_tile(
             w, w_rest = load_operand(w_tile + first, PADDED_D, None, SPLIT)
         if PARTS == 2:
             # a sum of its own for each step: a tensor core cuts off what it adds to a long one
-            cos += product(x, x_rest, w, w_rest, tl.zeros_like(cos), SPLIT, UPCAST)
+            cos += product(x, x_rest, w, w_rest, tl.zeros_like(cos), SPLIT)
         else:
-            cos = product(x, x_rest, w, w_rest, cos, SPLIT, UPCAST)
+            cos = product(x, x_rest, w, w_rest, cos, SPLIT)
     return cos * (1.0 / (SPLIT_SCALE * SPLIT_SCALE)) if PARTS == 2 else cos
 
 
@@ -167,7 +167,6 @@ def coefficients(
     NEED_GRAD_W: tl.constexpr,  # whether class_gradient does
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,  # unit rows are given by descriptors, else by pointers
-    UPCAST: tl.constexpr,
 ):
     """A program owns a block of samples, and takes every `stripes`-th tile of classes.
 
@@ -201,7 +200,7 @@ def coefficients(
         active = tl.load(count_ptr + at + row, mask=later, other=0)
     for tile in range(pid // row_blocks, tiles, stripes):
         cos = cosine_tile(
-            unit_x, unit_w, block * BLOCK_N, tile * BLOCK_C, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, SPLIT, TMA, UPCAST
+            unit_x, unit_w, block * BLOCK_N, tile * BLOCK_C, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, SPLIT, TMA
         )
         if not BACKWARD:
             cos_sum += tl.sum(cos, 1)  # before NaN is dropped

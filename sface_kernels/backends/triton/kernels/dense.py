@@ -50,7 +50,6 @@ def row_gradient(
     COLUMNS: tl.constexpr,  # classes of such a tile
     PADDED_D: tl.constexpr,
     SPLIT: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Adds the chunk's coefficients times its unit rows to the sum of (7); a split takes every `splits`-th step."""
     PARTS: tl.constexpr = 2 if SPLIT else 1
@@ -70,10 +69,10 @@ def row_gradient(
         w, w_rest = load_operand(w_tile, PADDED_D, (out < PADDED_D)[None, :], SPLIT)
         if PARTS == 2:
             shift = tl.load(row_shift_ptr + step * BLOCK_K // COLUMNS * padded_n + i)
-            added = product(g, g_rest, w, w_rest, tl.zeros_like(grad), SPLIT, UPCAST)
+            added = product(g, g_rest, w, w_rest, tl.zeros_like(grad), SPLIT)
             grad += added * without_shift(shift, SPLIT)[:, None]
         else:
-            grad = product(g, g_rest, w, w_rest, grad, SPLIT, UPCAST)
+            grad = product(g, g_rest, w, w_rest, grad, SPLIT)
     tl.store(at, grad, mask=inside)
 
 
@@ -108,7 +107,6 @@ def class_gradient(
     OWN_U: tl.constexpr,
     MEAN: tl.constexpr,
     SPLIT: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """(8) for the chunk's classes."""
     PARTS: tl.constexpr = 2 if SPLIT else 1
@@ -127,7 +125,7 @@ def class_gradient(
         in_block = first // ROWS * padded_chunk + row  # [BLOCK_C]
         shift = tl.load(class_shift_ptr + in_block)
         along += tl.load(along_ptr + in_block, mask=row < tl.where(first % ROWS == 0, padded_chunk, 0), other=0.0)
-        added = product(g, g_rest, x, x_rest, tl.zeros_like(raw), SPLIT, UPCAST)
+        added = product(g, g_rest, x, x_rest, tl.zeros_like(raw), SPLIT)
         raw += added * without_shift(shift, SPLIT)[:, None]
     j = first_class + row
     inv_w = tl.load(inv_norm_ptr + j, mask=j < c, other=0.0)

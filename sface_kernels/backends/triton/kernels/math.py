@@ -136,22 +136,12 @@ def load_operand(ptr, second, mask, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def half_product(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a·b of fp16. UPCAST multiplies in fp32 what is stored in fp16: the interpreter."""
-    if UPCAST:
-        acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        acc = tl.dot(a, b, acc)
-    return acc
-
-
-@triton.jit
-def product(a, a_rest, b, b_rest, acc, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+def product(a, a_rest, b, b_rest, acc, SPLIT: tl.constexpr):
     """acc + a·b; of what is split without a_rest·b_rest, which is below 2⁻²² of it."""
     if SPLIT:
-        acc = half_product(a_rest, b, acc, UPCAST)
-        acc = half_product(a, b_rest, acc, UPCAST)
-    return half_product(a, b, acc, UPCAST)
+        acc = tl.dot(a_rest, b, acc)
+        acc = tl.dot(a, b_rest, acc)
+    return tl.dot(a, b, acc)
 
 
 @triton.jit

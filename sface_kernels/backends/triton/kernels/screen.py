@@ -159,7 +159,6 @@ def screen(
     ROWS: tl.constexpr,  # that a program of `prepare` takes
     TMA: tl.constexpr,  # unit rows are given by descriptors, else by pointers
     INT8: tl.constexpr,  # unit rows are int8, else fp16
-    UPCAST: tl.constexpr,  # multiply in fp32 what is stored in fewer bits: the interpreter
 ):
     pid = tl.program_id(0)
     stripe = (pid // row_blocks).to(tl.int64)
@@ -186,7 +185,7 @@ def screen(
 
     for tile in range(pid // row_blocks, tiles, stripes):
         first = tile * BLOCK_C  # of the chunk
-        tile_product = tl.zeros([BLOCK_N, BLOCK_C], tl.int32 if INT8 and not UPCAST else tl.float32)
+        tile_product = tl.zeros([BLOCK_N, BLOCK_C], tl.int32 if INT8 else tl.float32)
         for k in range(0, PADDED_D, BLOCK_K):
             if TMA:
                 x = unit_x.load([first_row, k])
@@ -194,10 +193,7 @@ def screen(
             else:
                 x = tl.load(unit_x + i[:, None] * PADDED_D + (k + feature)[None, :])
                 w = tl.load(unit_w + (first.to(tl.int64) + column)[None, :] * PADDED_D + (k + feature)[:, None])
-            if UPCAST:
-                tile_product += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
-            else:
-                tile_product = tl.dot(x, w, tile_product, out_dtype=tile_product.dtype)
+            tile_product = tl.dot(x, w, tile_product, out_dtype=tile_product.dtype)
         reach = threshold
         if INT8:
             w_moved = most_moved(moved_w_ptr, first, BLOCK_C, ROWS)
