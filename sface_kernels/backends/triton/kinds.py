@@ -159,8 +159,7 @@ class Kind:
             ring := tiles.ring(self.family, self.operands, triton.__version__, self.padded_d)
         ):
             self.specialised = True
-            screen |= {"RING": ring, "REGISTERS": tiles.SPECIALISED_REGISTERS}
-            screen["LOADER_REGISTERS"] = tiles.LOADER_REGISTERS
+            screen["RING"] = ring
             screen.pop("maxnreg", None)  # of each group of warps its own
         elif self.padded_d > tiles.DEEP_FEATURES:
             screen["num_stages"] = min(screen["num_stages"], tiles.DEEP_STAGES)

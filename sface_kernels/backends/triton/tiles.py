@@ -74,9 +74,7 @@ PROGRAMS = {"sm_90": {"screen": 2, "coefficients": 3, "class_gradient": 3}}
 # version, and SFACE_TILES where it names the screen, take the one above. On an H200 it takes 0.82 of its time.
 SPECIALISED = {"sm_90": ("3.6.", "3.7.")}
 SPECIALISED_TILES = 2  # of each stripe at least: with fewer the loads of a program's x are most of it
-# Registers of a thread that computes and of one that loads: 512 and 128 threads share 61,440. Shared memory for rows.
-SPECIALISED_REGISTERS, LOADER_REGISTERS = 112, 24
-SPECIALISED_BYTES, LEAST_RING, MOST_RING = 222 << 10, 3, 8
+SPECIALISED_BYTES, LEAST_RING, MOST_RING = 222 << 10, 3, 8  # of shared memory for rows; steps of the classes' ring
 # Stages of the screen with more features: with three of them sm_90 spills in the loop of the product at 1024.
 DEEP_FEATURES, DEEP_STAGES = 512, 2
 # The dense kernels' products, the shape that plain products run best at. block_n and block_c are the tile of the

@@ -13,14 +13,13 @@ from .math import (
     IGNORED,
     NO_COSINE,
     SPLIT_EXPONENT,
-    SPLIT_SCALE,
     arccos,
+    cosine_tile,
     exponent_of,
     finite_or_nan,
-    load_operand,
+    load_sums,
     nearer_class,
     power_of_two,
-    product,
     sigmoid_of_angle,
     store_operand,
 )
@@ -32,39 +31,6 @@ FP16_PEAK: tl.constexpr = tl.constexpr(13)  # exponent of the largest coefficien
 def shift_to_peak(g, AXIS: tl.constexpr):
     """Exponents of the powers of two that bring the largest along AXIS of the tile `g` to FP16_PEAK."""
     return tl.minimum(-exponent_of(tl.max(tl.abs(g), AXIS)) + FP16_PEAK, 126 - SPLIT_EXPONENT)
-
-
-@triton.jit
-def cosine_tile(
-    unit_x, unit_w, first_x, first_w, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, not clamped."""
-    PARTS: tl.constexpr = 2 if SPLIT else 1
-    if not TMA:
-        k = tl.arange(0, BLOCK_K)
-        x_row = (first_x + tl.arange(0, BLOCK_N)).to(tl.int64)
-        w_row = (first_w + tl.arange(0, BLOCK_C)).to(tl.int64)
-        x_tile = unit_x + x_row[:, None] * (PARTS * PADDED_D) + k[None, :]
-        w_tile = unit_w + w_row[None, :] * (PARTS * PADDED_D) + k[:, None]
-    cos = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for first in range(0, PADDED_D, BLOCK_K):
-        if TMA:
-            x = unit_x.load([first_x, first])
-            w = unit_w.load([first_w, first]).T
-            x_rest, w_rest = x, w
-            if SPLIT:
-                x_rest = unit_x.load([first_x, first + PADDED_D])
-                w_rest = unit_w.load([first_w, first + PADDED_D]).T
-        else:
-            x, x_rest = load_operand(x_tile + first, PADDED_D, None, SPLIT)
-            w, w_rest = load_operand(w_tile + first, PADDED_D, None, SPLIT)
-        if PARTS == 2:
-            # a sum of its own for each step: a tensor core cuts off what it adds to a long one
-            cos += product(x, x_rest, w, w_rest, tl.zeros_like(cos), SPLIT)
-        else:
-            cos = product(x, x_rest, w, w_rest, cos, SPLIT)
-    return cos * (1.0 / (SPLIT_SCALE * SPLIT_SCALE)) if PARTS == 2 else cos
 
 
 @triton.jit
@@ -192,15 +158,12 @@ def coefficients(
         u = finite_or_nan(u * power_of_two(-exponent_of(tl.load(largest_ptr))))
     if not BACKWARD:
         later = row < begun - first_row
-        inter = tl.load(sums_ptr + at + row, mask=later, other=0.0)
-        dropped = tl.load(sums_ptr + plane + at + row, mask=later, other=0.0)
-        cos_sum = tl.load(sums_ptr + 2 * plane + at + row, mask=later, other=0.0)
-        best = tl.load(sums_ptr + 3 * plane + at + row, mask=later, other=NO_COSINE)
-        best_class = tl.load(best_class_ptr + at + row, mask=later, other=-1)
-        active = tl.load(count_ptr + at + row, mask=later, other=0)
+        sums, best_classes, counts = sums_ptr + at, best_class_ptr + at, count_ptr + at
+        inter, dropped, cos_sum, best, best_class = load_sums(sums, best_classes, row, plane, later)
+        active = tl.load(counts + row, mask=later, other=0)
     for tile in range(pid // row_blocks, tiles, stripes):
         cos = cosine_tile(
-            unit_x, unit_w, block * BLOCK_N, tile * BLOCK_C, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, SPLIT, TMA
+            unit_x, unit_w, block * BLOCK_N, tile * BLOCK_C, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, SPLIT, False, TMA
         )
         if not BACKWARD:
             cos_sum += tl.sum(cos, 1)  # before NaN is dropped
@@ -227,9 +190,9 @@ def coefficients(
                 BLOCK_N, BLOCK_C, False, FILTERED, BACKWARD, OWN_U, NEED_GRAD, NEED_GRAD_W, SPLIT,
             )  # fmt: skip
     if not BACKWARD:
-        tl.store(sums_ptr + at + row, inter)
-        tl.store(sums_ptr + plane + at + row, dropped)
-        tl.store(sums_ptr + 2 * plane + at + row, cos_sum)
-        tl.store(sums_ptr + 3 * plane + at + row, best)
-        tl.store(best_class_ptr + at + row, best_class)
-        tl.store(count_ptr + at + row, active)
+        tl.store(sums + row, inter)
+        tl.store(sums + plane + row, dropped)
+        tl.store(sums + 2 * plane + row, cos_sum)
+        tl.store(sums + 3 * plane + row, best)
+        tl.store(best_classes + row, best_class)
+        tl.store(counts + row, active)

@@ -74,14 +74,9 @@ def finish_samples(
     norm = tl.load(norm_ptr + i)
     x_unit = unit_row(x_ptr, norm, i, k, tl.where(counted, d, 0), x_stride_n, x_stride_d)  # [BLOCK_D]
 
-    part = tl.arange(0, BLOCK_PARTS)
-    is_part = part < stripes
-    at = part.to(tl.int64) * padded_n + i
-    plane = padded_n.to(tl.int64) * stripes
-    inter = tl.sum(tl.load(sums_ptr + at, mask=is_part, other=0.0), 0)
-    dropped = tl.sum(tl.load(sums_ptr + plane + at, mask=is_part, other=0.0), 0)
-    cos_sum = tl.sum(tl.load(sums_ptr + 2 * plane + at, mask=is_part, other=0.0), 0)
-    hardest, hardest_class, active = screened(sums_ptr, best_class_ptr, count_ptr, i, padded_n, stripes, BLOCK_PARTS)
+    inter, dropped, cos_sum, hardest, hardest_class, active = screened(
+        sums_ptr, best_class_ptr, count_ptr, i, padded_n, stripes, BLOCK_PARTS
+    )
     poison = ~is_finite(cos_sum)  # the sample, or a class
     grad = tl.zeros([BLOCK_D], tl.float32)
     if DENSE:

@@ -70,6 +70,16 @@ def inter_weight_below(c, k_inter, b):
 
 
 @triton.jit
+def load_sums(sums_ptr, best_class_ptr, at, plane, mask):
+    """What samples summed over a stripe of classes, planes that stand `plane` apart; nothing outside the mask."""
+    inter = tl.load(sums_ptr + at, mask=mask, other=0.0)
+    dropped = tl.load(sums_ptr + plane + at, mask=mask, other=0.0)
+    cos_sum = tl.load(sums_ptr + 2 * plane + at, mask=mask, other=0.0)
+    best = tl.load(sums_ptr + 3 * plane + at, mask=mask, other=NO_COSINE)
+    return inter, dropped, cos_sum, best, tl.load(best_class_ptr + at, mask=mask, other=-1)
+
+
+@triton.jit
 def nearer_class(best, best_class, cos, first, column, BLOCK_C: tl.constexpr):
     """The larger of `best` `[N]` and each row of `cos` `[N, BLOCK_C]`, and its class, the lowest of equals."""
     nearest = tl.max(cos, 1)
@@ -141,7 +151,40 @@ def product(a, a_rest, b, b_rest, acc, SPLIT: tl.constexpr):
     if SPLIT:
         acc = tl.dot(a_rest, b, acc)
         acc = tl.dot(a, b_rest, acc)
-    return tl.dot(a, b, acc)
+    return tl.dot(a, b, acc, out_dtype=acc.dtype)
+
+
+@triton.jit
+def cosine_tile(
+    unit_x, unit_w, first_x, first_w, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    PADDED_D: tl.constexpr, SPLIT: tl.constexpr, INT8: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(1) `[BLOCK_N, BLOCK_C]` from padded unit rows, not clamped; with INT8 its products of whole numbers."""
+    PARTS: tl.constexpr = 2 if SPLIT else 1
+    if not TMA:
+        k = tl.arange(0, BLOCK_K)
+        x_row = (first_x + tl.arange(0, BLOCK_N)).to(tl.int64)
+        w_row = (first_w + tl.arange(0, BLOCK_C)).to(tl.int64)
+        x_tile = unit_x + x_row[:, None] * (PARTS * PADDED_D) + k[None, :]
+        w_tile = unit_w + w_row[None, :] * (PARTS * PADDED_D) + k[:, None]
+    cos = tl.zeros([BLOCK_N, BLOCK_C], tl.int32 if INT8 else tl.float32)
+    for first in range(0, PADDED_D, BLOCK_K):
+        if TMA:
+            x = unit_x.load([first_x, first])
+            w = unit_w.load([first_w, first]).T
+            x_rest, w_rest = x, w
+            if SPLIT:
+                x_rest = unit_x.load([first_x, first + PADDED_D])
+                w_rest = unit_w.load([first_w, first + PADDED_D]).T
+        else:
+            x, x_rest = load_operand(x_tile + first, PADDED_D, None, SPLIT)
+            w, w_rest = load_operand(w_tile + first, PADDED_D, None, SPLIT)
+        if PARTS == 2:
+            # a sum of its own for each step: a tensor core cuts off what it adds to a long one
+            cos += product(x, x_rest, w, w_rest, tl.zeros_like(cos), SPLIT)
+        else:
+            cos = product(x, x_rest, w, w_rest, cos, SPLIT)
+    return cos * (1.0 / (SPLIT_SCALE * SPLIT_SCALE)) if PARTS == 2 else cos
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NO_CLASS, NO_COSINE, NORM_EPS, arccos, is_finite, sigmoid_of_angle
+from .math import IGNORED, NO_CLASS, NO_COSINE, NORM_EPS, arccos, is_finite, load_sums, sigmoid_of_angle
 from .regroup import COUNT
 
 # What a program of `rescore` leaves for `finish_samples` beside its part of ∂x, each [parts, padded N]:
@@ -47,17 +47,17 @@ def unit_row(x_ptr, norm, i, k, d, x_stride_n, x_stride_d):
 
 @triton.jit
 def screened(sums_ptr, best_class_ptr, count_ptr, i, padded_n, stripes, BLOCK_PARTS: tl.constexpr):
-    """Of sample i over all stripes: the largest cosine and its class, and how many candidates or active pairs."""
+    """Of sample i over all stripes: the sums, the largest cosine and its class, how many candidates or active pairs."""
     part = tl.arange(0, BLOCK_PARTS)
     is_part = part < stripes
     at = part.to(tl.int64) * padded_n + i
     plane = padded_n.to(tl.int64) * stripes
-    best = tl.load(sums_ptr + 3 * plane + at, mask=is_part, other=NO_COSINE)
-    best_class = tl.load(best_class_ptr + at, mask=is_part, other=NO_CLASS)
-    counts = tl.load(count_ptr + at, mask=is_part, other=0)
+    inter, dropped, cos_sum, best, best_class = load_sums(sums_ptr, best_class_ptr, at, plane, is_part)
+    count = tl.sum(tl.load(count_ptr + at, mask=is_part, other=0) & COUNT, 0)
     hardest = tl.max(best, 0)
     hardest_class = tl.min(tl.where(best == hardest, best_class, NO_CLASS), 0)  # the lowest of equals
-    return hardest, tl.where(hardest > NO_COSINE, hardest_class, -1), tl.sum(counts & COUNT, 0)
+    hardest_class = tl.where(hardest > NO_COSINE, hardest_class, -1)
+    return tl.sum(inter, 0), tl.sum(dropped, 0), tl.sum(cos_sum, 0), hardest, hardest_class, count
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def rescore(
     i, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     k = tl.arange(0, BLOCK_D).to(tl.int64)
     code = tl.load(target_ptr + i)
-    _, nearest, total = screened(sums_ptr, best_class_ptr, count_ptr, i, padded_n, stripes, BLOCK_PARTS)
+    _, _, _, _, nearest, total = screened(sums_ptr, best_class_ptr, count_ptr, i, padded_n, stripes, BLOCK_PARTS)
     own_list = tl.load(begin_ptr + i)
     overflowed = (code != IGNORED) & (own_list < 0)
     total = tl.where(overflowed, c, total)

@@ -19,17 +19,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import IGNORED, NO_CLASS, NO_COSINE, inter_weight_below, sums_with_one_trip
+from .math import IGNORED, NO_CLASS, NO_COSINE, cosine_tile, inter_weight_below, load_sums, sums_with_one_trip
 from .regroup import COUNT, LOST, RANK_BITS
 
 # Shares of a tile's columns that are summed apart; 128 columns have as many in each as a word has bits.
 LANES: tl.constexpr = tl.constexpr(4)
-
-
-@triton.jit
-def by_lane(tile, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, RUN: tl.constexpr):
-    """A tile `[BLOCK_N, BLOCK_C]` as `[BLOCK_N, runs of a lane, LANES, RUN]`."""
-    return tile.reshape(BLOCK_N, BLOCK_C // (LANES * RUN), LANES, RUN)
 
 
 @triton.jit
@@ -40,15 +34,10 @@ def lane_sums(tile):
 
 @triton.jit
 def lane_columns(BLOCK_C: tl.constexpr, RUN: tl.constexpr):
-    """Columns of a tile by lane, `[1, runs, 1, RUN]`, counted from the first of the lane."""
+    """Columns of a tile by lane `[1, runs, 1, RUN]`, counted from the first column of each lane `[1, LANES]`."""
     run = tl.arange(0, BLOCK_C // (LANES * RUN)) * (LANES * RUN)
-    return (run[:, None] + tl.arange(0, RUN)[None, :])[None, :, None, :]
-
-
-@triton.jit
-def first_of_lane(RUN: tl.constexpr):
-    """The first column of each lane, `[1, LANES]`."""
-    return (RUN * tl.arange(0, LANES))[None, :]
+    column = (run[:, None] + tl.arange(0, RUN)[None, :])[None, :, None, :]
+    return column, (RUN * tl.arange(0, LANES))[None, :]
 
 
 @triton.jit
@@ -62,40 +51,41 @@ def count_bits(word):
 
 
 @triton.jit
-def append_candidates(
-    cos, reach, counted, class_ptr, tag_ptr, count, first_class, room, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    RUN: tl.constexpr, INT8: tl.constexpr,
-):  # fmt: skip
-    """Appends the columns of `cos` by lane that come up to `reach` to a list, row by row: classes, tags beside them.
-    Of rows that are not `counted` `[BLOCK_N]` none: their cosines are 0, and with INT8 `reach` may be less.
+def by_tile(lanes):
+    """`[N, LANES]` as `[N, 1, LANES, 1]`."""
+    return lanes.expand_dims(2).expand_dims(1)
 
-    `count` `[BLOCK_N]` is how many candidates of each row there have been. Returns the new counts, which go on past the
-    list's `room` and are marked LOST where one of the row's found none, and how many of each lane are new
-    `[BLOCK_N, LANES]`. A lane's columns are the bits of a word, and a pass takes one bit of every word.
-    """
-    column = lane_columns(BLOCK_C, RUN)
-    bit = tl.full([1, 1, 1, 1], 1, tl.uint32) << (column // (LANES * RUN) * RUN + column % RUN).to(tl.uint32)
-    words = lane_sums(tl.where(cos >= reach, bit, 0).to(tl.uint32)).to(tl.uint32)  # [BLOCK_N, LANES]
-    if INT8:
-        words = tl.where(counted[:, None], words, 0)
-    found = count_bits(words)
-    new = tl.sum(found, 1)  # [BLOCK_N]
-    rank = count & COUNT
-    end = tl.sum(rank, 0) + tl.cumsum(new, 0)
-    in_row = tl.cumsum(found, 1) - found  # of the lane's first
-    place = (end - new)[:, None] + in_row
-    tag = ((tl.arange(0, BLOCK_N) << RANK_BITS) + rank)[:, None] + in_row
-    for _ in range(0, tl.max(sums_with_one_trip(tl.max(found, 1)), 0)):
-        lowest = words & (words ^ (words - 1))
-        number = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        cls = first_class + first_of_lane(RUN) + ((number & -RUN) * LANES | (number & (RUN - 1)))
-        stored = (words != 0) & (place.to(tl.uint32) < room)  # counts past 2³¹ are below 0
-        tl.store(class_ptr + place, cls, mask=stored)
-        tl.store(tag_ptr + place, tag.to(tl.float32, bitcast=True), mask=stored)
-        place += 1
-        tag += 1
-        words = words & (words - 1)
-    return (count + new) | tl.where((new > 0) & (end > room), LOST, 0), found
+
+@triton.jit
+def others(cos, column, own, past):
+    """`cos` by lane, NO_COSINE in a row's column `own` and from `past` on, both `[N or 1, LANES]`."""
+    return tl.where((column != by_tile(own)) & (column < by_tile(past)), cos, NO_COSINE)
+
+
+@triton.jit
+def nearest_column(cos, column, BLOCK_C: tl.constexpr):
+    """The largest of each lane of `cos` by lane, its `column` as its low bits."""
+    # num_programs(1) is 1: as a register this mask and the column, a constant, go into one instruction
+    kept = -BLOCK_C * tl.num_programs(1)
+    tagged = (cos.to(tl.int32, bitcast=True) & kept) | column
+    return tl.max(tl.max(tagged.to(tl.float32, bitcast=True), 1), 2)
+
+
+@triton.jit
+def add_tile(
+    cos, reach, column, first_class, inter, dropped, best, best_class, k_inter, b, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Adds a tile to a program's sums by lane, whose first columns are the classes `first_class` `[1, LANES]`; returns
+    its `nearest_column` too."""
+    nearest = nearest_column(cos, column, BLOCK_C)  # [BLOCK_N, LANES]
+    tag = nearest.to(tl.int32, bitcast=True) & (BLOCK_C - 1)
+    best_class = tl.where(nearest > best, first_class + tag, best_class)
+
+    below = tl.minimum(cos, reach)
+    weight = inter_weight_below(below, k_inter, b)
+    inter += lane_sums(weight * below)
+    dropped += lane_sums(weight)
+    return nearest, inter, dropped, tl.maximum(nearest, best), best_class
 
 
 @triton.jit
@@ -105,12 +95,57 @@ def tag_margin(BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def nearest_column(cos, BLOCK_C: tl.constexpr, RUN: tl.constexpr):
-    """The largest of each lane of `cos` by lane, its column, counted from the first of the lane, as its low bits."""
-    # num_programs(1) is 1: as a register this mask and the column, a constant, go into one instruction
-    kept = -BLOCK_C * tl.num_programs(1)
-    tagged = (cos.to(tl.int32, bitcast=True) & kept) | lane_columns(BLOCK_C, RUN)
-    return tl.max(tl.max(tagged.to(tl.float32, bitcast=True), 1), 2)
+def candidate_bits(cos, reach, counted, column, RUN: tl.constexpr, INT8: tl.constexpr):
+    """Which columns of `cos` by lane come up to `reach`, as bits of a word `[BLOCK_N, LANES]`, and how many.
+
+    Of rows that are not `counted` `[BLOCK_N]` none: their cosines are 0, and with INT8 `reach` may be less.
+    """
+    bit = (column * 0 + 1).to(tl.uint32) << (column // (LANES * RUN) * RUN + column % RUN).to(tl.uint32)
+    words = lane_sums(tl.where(cos >= reach, bit, 0).to(tl.uint32)).to(tl.uint32)
+    if INT8:
+        words = tl.where(counted.expand_dims(1), words, 0)
+    return words, count_bits(words)
+
+
+@triton.jit
+def append_candidates(
+    words, found, to_row, to_lane, passes, row, count, first_class, class_ptr, tag_ptr, room, RUN: tl.constexpr
+):  # fmt: skip
+    """Appends the candidates of a tile to a list, row by row: classes, tags beside them.
+
+    `to_row` and `to_lane` are how many the tile has up to each `row` `[BLOCK_N]`, and the row up to each lane. `count`
+    is how many of each row there have been. Returns the new counts, which go on past the list's `room` and are marked
+    LOST where one of the row's found none. A pass takes one bit of every word.
+    """
+    new = tl.sum(found, 1)  # [BLOCK_N]
+    rank = count & COUNT
+    end = tl.sum(rank, 0) + to_row
+    in_row = to_lane - found  # of the lane's first
+    place = (end - new).expand_dims(1) + in_row
+    tag = ((row << RANK_BITS) + rank).expand_dims(1) + in_row
+    for _ in range(0, passes):
+        lowest = words & (words ^ (words - 1))
+        number = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        cls = first_class + ((number & -RUN) * LANES | (number & (RUN - 1)))
+        stored = (words != 0) & (place.to(tl.uint32) < room)  # counts past 2³¹ are below 0
+        tl.store(class_ptr + place, cls, mask=stored)
+        tl.store(tag_ptr + place, tag.to(tl.float32, bitcast=True), mask=stored)
+        place += 1
+        tag += 1
+        words = words & (words - 1)
+    return (count + new) | tl.where((new > 0) & (end > room), LOST, 0)
+
+
+@triton.jit
+def store_lanes(sums_ptr, best_class_ptr, count_ptr, at, plane, inter, dropped, cos_sum, best, best_class, count):
+    """For `load_sums`, what is summed by lane; each sum is stored before the next is made, as registers are scarce."""
+    nearest = tl.max(best, 1)  # [BLOCK_N]
+    tl.store(sums_ptr + at, tl.sum(inter, 1))
+    tl.store(sums_ptr + plane + at, tl.sum(dropped, 1))
+    tl.store(sums_ptr + 2 * plane + at, tl.sum(cos_sum, 1))
+    tl.store(sums_ptr + 3 * plane + at, nearest)
+    tl.store(best_class_ptr + at, tl.min(tl.where(best == nearest.expand_dims(1), best_class, NO_CLASS), 1))
+    tl.store(count_ptr + at, count)
 
 
 @triton.jit
@@ -165,7 +200,7 @@ def screen(
     first_row = (pid % row_blocks) * BLOCK_N
     i = first_row.to(tl.int64) + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     column = tl.arange(0, BLOCK_C)
-    feature = tl.arange(0, BLOCK_K)
+    lane_column, first_column = lane_columns(BLOCK_C, RUN)
     target = tl.load(target_ptr + i, mask=i < n, other=IGNORED).to(tl.int32)
 
     at = stripe * padded_n + i  # [BLOCK_N], the program's slot in the sums
@@ -173,11 +208,7 @@ def screen(
     # what an earlier chunk began goes on in the first lane
     in_lane = at[:, None] + tl.zeros([1, LANES], tl.int64)
     later = (i < begun)[:, None] & (tl.arange(0, LANES) == 0)[None, :]  # [BLOCK_N, LANES]
-    inter = tl.load(sums_ptr + in_lane, mask=later, other=0.0)
-    dropped = tl.load(sums_ptr + plane + in_lane, mask=later, other=0.0)
-    cos_sum = tl.load(sums_ptr + 2 * plane + in_lane, mask=later, other=0.0)
-    best = tl.load(sums_ptr + 3 * plane + in_lane, mask=later, other=NO_COSINE)
-    best_class = tl.load(best_class_ptr + in_lane, mask=later, other=-1)
+    inter, dropped, cos_sum, best, best_class = load_sums(sums_ptr, best_class_ptr, in_lane, plane, later)
     count = tl.load(count_ptr + at, mask=i < begun, other=0)
 
     if INT8:
@@ -185,15 +216,9 @@ def screen(
 
     for tile in range(pid // row_blocks, tiles, stripes):
         first = tile * BLOCK_C  # of the chunk
-        tile_product = tl.zeros([BLOCK_N, BLOCK_C], tl.int32 if INT8 else tl.float32)
-        for k in range(0, PADDED_D, BLOCK_K):
-            if TMA:
-                x = unit_x.load([first_row, k])
-                w = unit_w.load([first, k]).T
-            else:
-                x = tl.load(unit_x + i[:, None] * PADDED_D + (k + feature)[None, :])
-                w = tl.load(unit_w + (first.to(tl.int64) + column)[None, :] * PADDED_D + (k + feature)[:, None])
-            tile_product = tl.dot(x, w, tile_product, out_dtype=tile_product.dtype)
+        tile_product = cosine_tile(
+            unit_x, unit_w, first_row, first, BLOCK_N, BLOCK_C, BLOCK_K, PADDED_D, False, INT8, TMA
+        )
         reach = threshold
         if INT8:
             w_moved = most_moved(moved_w_ptr, first, BLOCK_C, ROWS)
@@ -201,44 +226,31 @@ def screen(
             x_step = tl.load(step_x_ptr + first_row + tl.arange(0, BLOCK_N))  # here, as registers are scarce
             w_step = tl.load(step_w_ptr + first + column)
             tile_product = tile_product.to(tl.float32) * x_step[:, None] * w_step[None, :]
-        cos = by_lane(tile_product, BLOCK_N, BLOCK_C, RUN)
+        cos = tile_product.reshape(BLOCK_N, BLOCK_C // (LANES * RUN), LANES, RUN)
         cos_sum += lane_sums(cos)
 
         first += first_class
         own = target - first  # [BLOCK_N], the own class as a column
         owned = tl.max(((own >= 0) & (own < BLOCK_C)).to(tl.int32), 0)
         if (owned > 0) | (first + BLOCK_C > c):
-            lane_column, first_column = lane_columns(BLOCK_C, RUN), first_of_lane(RUN)
-            own_column, past = own[:, None] - first_column, c - first - first_column  # [BLOCK_N or 1, LANES]
-            other = (lane_column != own_column[:, None, :, None]) & (lane_column < past[:, None, :, None])
-            cos = tl.where(other, cos, NO_COSINE)
-
-        nearest = nearest_column(cos, BLOCK_C, RUN)  # [BLOCK_N, LANES]
-        tag = nearest.to(tl.int32, bitcast=True) & (BLOCK_C - 1)
-        best_class = tl.where(nearest > best, first + first_of_lane(RUN) + tag, best_class)
-        best = tl.maximum(nearest, best)
-
-        below = tl.minimum(cos, reach)
-        weight = inter_weight_below(below, k_inter, b)
-        inter += lane_sums(weight * below)
-        dropped += lane_sums(weight)
+            cos = others(cos, lane_column, own[:, None] - first_column, c - first - first_column)
+        lane_class = first + first_column
+        nearest, inter, dropped, best, best_class = add_tile(
+            cos, reach, lane_column, lane_class, inter, dropped, best, best_class, k_inter, b, BLOCK_C
+        )
 
         # not `>=`: a NaN, which some interpreters' max keeps, must not hide the candidates of other rows
         if not (tl.max(sums_with_one_trip(tl.max(nearest, 1)), 0) < reach - tag_margin(BLOCK_C)):
             room = BLOCK_N * capacity
             own_list = ((pid % row_blocks).to(tl.int64) * stripes + stripe) * room
-            count, found = append_candidates(
-                cos, reach, target != IGNORED, links_ptr + own_list, list_cos_ptr + own_list, count, first, room,
-                BLOCK_N, BLOCK_C, RUN, INT8,
+            words, found = candidate_bits(cos, reach, target != IGNORED, lane_column, RUN, INT8)
+            passes = tl.max(sums_with_one_trip(tl.max(found, 1)), 0)
+            count = append_candidates(
+                words, found, tl.cumsum(tl.sum(found, 1), 0), tl.cumsum(found, 1), passes, tl.arange(0, BLOCK_N), count,
+                lane_class, links_ptr + own_list, list_cos_ptr + own_list, room, RUN,
             )  # fmt: skip
             taken = found.to(tl.float32) * inter_weight_below(reach, k_inter, b)
             inter -= taken * reach
             dropped -= taken
 
-    nearest = tl.max(best, 1)  # [BLOCK_N]
-    tl.store(sums_ptr + at, tl.sum(inter, 1))
-    tl.store(sums_ptr + plane + at, tl.sum(dropped, 1))
-    tl.store(sums_ptr + 2 * plane + at, tl.sum(cos_sum, 1))
-    tl.store(sums_ptr + 3 * plane + at, nearest)
-    tl.store(best_class_ptr + at, tl.min(tl.where(best == nearest[:, None], best_class, NO_CLASS), 1))
-    tl.store(count_ptr + at, count)
+    store_lanes(sums_ptr, best_class_ptr, count_ptr, at, plane, inter, dropped, cos_sum, best, best_class, count)

@@ -18,16 +18,18 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from . import math
 from . import screen as plain
-from .math import IGNORED, NO_CLASS, NO_COSINE
-from .regroup import COUNT, LOST, RANK_BITS
+from .math import IGNORED
 
-inter_weight_below = GluonJITFunction(math.inter_weight_below.fn)
-tag_margin = GluonJITFunction(plain.tag_margin.fn)
-most_moved = GluonJITFunction(plain.most_moved.fn)
-count_bits = GluonJITFunction(plain.count_bits.fn)
-lane_sums = GluonJITFunction(plain.lane_sums.fn)
+inter_weight_below, load_sums = (GluonJITFunction(f.fn) for f in (math.inter_weight_below, math.load_sums))
+tag_margin, most_moved = GluonJITFunction(plain.tag_margin.fn), GluonJITFunction(plain.most_moved.fn)
+lane_sums, add_tile = GluonJITFunction(plain.lane_sums.fn), GluonJITFunction(plain.add_tile.fn)
+others, store_lanes = GluonJITFunction(plain.others.fn), GluonJITFunction(plain.store_lanes.fn)
+candidate_bits = GluonJITFunction(plain.candidate_bits.fn)
+append_candidates = GluonJITFunction(plain.append_candidates.fn)
 cumsum = GluonJITFunction(tl.cumsum.fn)
 WARPS: gl.constexpr = gl.constexpr(8)  # of a group
+# of a thread that computes and of one that loads: 512 and 128 threads share 61,440
+REGISTERS, LOADER_REGISTERS = gl.constexpr(112), gl.constexpr(24)
 LANES: gl.constexpr = gl.constexpr(4)
 RUN: gl.constexpr = gl.constexpr(2)
 
@@ -35,12 +37,6 @@ RUN: gl.constexpr = gl.constexpr(2)
 @gluon.jit
 def either(a, b):
     return a | b
-
-
-@gluon.jit
-def by_tile(lanes):
-    """`[N, LANES]` as `[N, 1, LANES, 1]`."""
-    return lanes.expand_dims(2).expand_dims(1)
 
 
 @gluon.jit
@@ -100,16 +96,11 @@ def compute(
     plane = padded_n.to(gl.int64) * stripes
     in_lane = at.expand_dims(1) + gl.full([1, LANES], 0, gl.int64, lanes)
     later = (i < begun).expand_dims(1) & (lane == 0).expand_dims(0)
-    inter = gl.load(sums_ptr + in_lane, mask=later, other=0.0)
-    dropped = gl.load(sums_ptr + plane + in_lane, mask=later, other=0.0)
-    cos_sum = gl.load(sums_ptr + 2 * plane + in_lane, mask=later, other=0.0)
-    best = gl.load(sums_ptr + 3 * plane + in_lane, mask=later, other=NO_COSINE)
-    best_class = gl.load(best_class_ptr + in_lane, mask=later, other=-1)
+    inter, dropped, cos_sum, best, best_class = load_sums(sums_ptr, best_class_ptr, in_lane, plane, later)
     count = gl.load(count_ptr + at, mask=i < begun, other=0)
     if INT8:
         x_moved = most_moved(moved_x_ptr, first_row, BLOCK_N, ROWS)
         x_step = gl.load(step_x_ptr + first_row + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))).expand_dims(1)
-    kept = -BLOCK_C * gl.num_programs(1)
     # which of the stripe's tiles have own classes: a bit of each, the last for all that are further on
     own_tile = (target - first_class) // BLOCK_C - stripe
     own_bit = gl.full([BLOCK_N], 1, gl.int64, of_rows) << gl.minimum(own_tile // stripes, 63).to(gl.int64)
@@ -154,62 +145,30 @@ def compute(
 
         first += first_class
         if ((owned & 1) != 0) | (first + BLOCK_C > c):
-            own_column = by_tile((target - first).expand_dims(1) - first_column)
-            past = by_tile(c - first - first_column)
-            cos = gl.where((column != own_column) & (column < past), cos, NO_COSINE)
+            cos = others(cos, column, (target - first).expand_dims(1) - first_column, c - first - first_column)
         owned = gl.where(gl.to_tensor(tile // stripes >= 63), owned, (owned >> 1) & 0x7FFFFFFFFFFFFFFF)
 
-        tagged = (cos.to(gl.int32, bitcast=True) & kept) | column
-        nearest = gl.max(gl.max(tagged.to(gl.float32, bitcast=True), 1), 2)
-        tag = nearest.to(gl.int32, bitcast=True) & (BLOCK_C - 1)
-        best_class = gl.where(nearest > best, first + first_column + tag, best_class)
-        best = gl.maximum(nearest, best)
-
-        below = gl.minimum(cos, reach)
-        weight = inter_weight_below(below, k_inter, b)
-        inter += lane_sums(weight * below)
-        dropped += lane_sums(weight)
+        lane_class = first + first_column
+        nearest, inter, dropped, best, best_class = add_tile(
+            cos, reach, column, lane_class, inter, dropped, best, best_class, k_inter, b, BLOCK_C
+        )
 
         if not (gl.max(gl.max(nearest, 1), 0) < reach - tag_margin(BLOCK_C)):
-            # `screen.append_candidates`, whose cumulative sums Gluon makes in other layouts only
             room = BLOCK_N * capacity
             own_list = ((first_row // BLOCK_N).to(gl.int64) * stripes + stripe) * room
-            bit = gl.full([1, 1, 1, 1], 1, gl.uint32, tile_layout) << (column // (LANES * RUN) * RUN + column % RUN).to(
-                gl.uint32
-            )
-            words = lane_sums(gl.where(cos >= reach, bit, 0).to(gl.uint32)).to(gl.uint32)
-            if INT8:
-                words = gl.where((target != IGNORED).expand_dims(1), words, 0)
-            found = count_bits(words)
-            new = gl.sum(found, 1)
-            rank = count & COUNT
-            end = gl.sum(rank, 0) + gl.convert_layout(cumsum(gl.convert_layout(new, in_order), 0), of_rows)
-            in_row = gl.convert_layout(cumsum(gl.convert_layout(found, in_order_of_rows), 1), lanes) - found
-            place = (end - new).expand_dims(1) + in_row
-            mark = ((row << RANK_BITS) + rank).expand_dims(1) + in_row
-            for _ in range(0, gl.max(gl.max(found, 1), 0)):
-                lowest = words & (words ^ (words - 1))
-                number = (lowest.to(gl.float32).to(gl.int32, bitcast=True) >> 23) - 127
-                cls = first + first_column + ((number & -RUN) * LANES | (number & (RUN - 1)))
-                stored = (words != 0) & (place.to(gl.uint32) < room)
-                gl.store(links_ptr + own_list + place, cls, mask=stored)
-                gl.store(list_cos_ptr + own_list + place, mark.to(gl.float32, bitcast=True), mask=stored)
-                place += 1
-                mark += 1
-                words = words & (words - 1)
-            count = (count + new) | gl.where((new > 0) & (end > room), LOST, 0)
+            words, found = candidate_bits(cos, reach, target != IGNORED, column, RUN, INT8)
+            to_row = gl.convert_layout(cumsum(gl.convert_layout(gl.sum(found, 1), in_order), 0), of_rows)
+            to_lane = gl.convert_layout(cumsum(gl.convert_layout(found, in_order_of_rows), 1), lanes)
+            count = append_candidates(
+                words, found, to_row, to_lane, gl.max(gl.max(found, 1), 0), row, count, lane_class,
+                links_ptr + own_list, list_cos_ptr + own_list, room, RUN,
+            )  # fmt: skip
             taken = found.to(gl.float32) * inter_weight_below(reach, k_inter, b)
             inter -= taken * reach
             dropped -= taken
 
     if stripe < stripes:
-        nearest = gl.max(best, 1)
-        gl.store(sums_ptr + at, gl.sum(inter, 1))
-        gl.store(sums_ptr + plane + at, gl.sum(dropped, 1))
-        gl.store(sums_ptr + 2 * plane + at, gl.sum(cos_sum, 1))
-        gl.store(sums_ptr + 3 * plane + at, nearest)
-        gl.store(best_class_ptr + at, gl.min(gl.where(best == nearest.expand_dims(1), best_class, NO_CLASS), 1))
-        gl.store(count_ptr + at, count)
+        store_lanes(sums_ptr, best_class_ptr, count_ptr, at, plane, inter, dropped, cos_sum, best, best_class, count)
 
 
 @gluon.jit(do_not_specialize=["n", "row_blocks", "tiles", "stripes", "capacity", "begun"])
@@ -226,8 +185,6 @@ def screen(
     ROWS: gl.constexpr,
     INT8: gl.constexpr,
     RING: gl.constexpr,  # steps of classes in shared memory
-    REGISTERS: gl.constexpr,  # of a thread that computes
-    LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     STEPS: gl.constexpr = PADDED_D // BLOCK_K
     pid = gl.program_id(0)
