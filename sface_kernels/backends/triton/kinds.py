@@ -133,16 +133,13 @@ class Kind:
     def tile(self, kernel: str) -> tiles.Tile:
         return tiles.tile(kernel, self.family, self.operands, triton.__version__)
 
-    def _product(self, kernel: str, **others: int) -> dict[str, int]:
+    def _product(self, kernel: str) -> dict[str, int]:
         """Arguments of a kernel that multiplies."""
         t = self.tile(kernel)
-        blocks = {"BLOCK_N": t.block_n, "BLOCK_C": t.block_c, "BLOCK_K": t.block_k}
-        options = {"num_warps": t.warps, "num_stages": t.stages, **self._limit(kernel, t.warps)}
-        return {**blocks, "row_blocks": cdiv(self.n, t.block_n), **options, **others}
-
-    def _limit(self, kernel: str, warps: int) -> dict[str, int]:
-        limit = tiles.most_registers(kernel, self.family, self.operands, warps) if LIMITS_REGISTERS else None
-        return {} if limit is None else {"maxnreg": limit}
+        own = {"BLOCK_N": t.block_n, "BLOCK_C": t.block_c, "BLOCK_K": t.block_k, "row_blocks": cdiv(self.n, t.block_n)}
+        own |= {"num_warps": t.warps, "num_stages": t.stages}
+        programs = tiles.programs(kernel, self.family, self.operands)
+        return own | {"maxnreg": tiles.most_registers(programs, t.warps)} if programs > 1 and LIMITS_REGISTERS else own
 
     def _by_lists(self, block_d: int) -> dict[str, dict[str, int]]:
         granules = max(1, buffers.CHUNK_BYTES // (self.padded_d * self.unit_dtype.itemsize * GRANULE))
@@ -152,9 +149,9 @@ class Kind:
         room = self.chunk * self.padded_d * self.unit_dtype.itemsize // a_part
         if self.c >= tiles.CLASSES_OF_PARTS and room > 1:
             self.list_parts = min(room, MOST_LIST_PARTS.value)
-        screen = self._product("screen", ROWS=self.row_block)
+        screen = self._product("screen")
         tiles_each = cdiv(self.c, screen["BLOCK_C"]) // self.stripes
-        screen["RUN"] = min(tiles.RUN[self.family], screen["BLOCK_C"] // LANES.value)
+        screen["ROWS"], screen["RUN"] = self.row_block, min(tiles.RUN[self.family], screen["BLOCK_C"] // LANES.value)
         if tiles_each >= tiles.SPECIALISED_TILES and (
             ring := tiles.ring(self.family, self.operands, triton.__version__, self.padded_d)
         ):

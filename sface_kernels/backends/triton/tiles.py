@@ -177,10 +177,9 @@ def programs(kernel: str, family: str, operands: str) -> int:
     return PROGRAMS.get(family, {}).get(kernel, 1)
 
 
-def most_registers(kernel: str, family: str, operands: str, warps: int) -> int | None:
-    """Registers of a thread, in eights, that leave room for so many programs; None for as many as there are."""
-    count = programs(kernel, family, operands)
-    return min(255, 65536 // (count * 32 * warps) // 8 * 8) if count > 1 else None
+def most_registers(count: int, warps: int) -> int:
+    """Registers of a thread, in eights, that leave room for so many programs."""
+    return min(255, 65536 // (count * 32 * warps) // 8 * 8)
 
 
 def family(capability: tuple[int, int] | None, hip: str | None) -> str:
