@@ -138,10 +138,8 @@ def move(
     **numbers: Any,
 ) -> None:
     """Moves w, and an optimizer's state, by ∂w without making it; `rule` and the numbers as in `sequence.Move`."""
-    launch, sequence = _launches()
-    with launch.on_device(x):
-        step = sequence.Move(rule, **numbers)
-        sequence.grad_weight(x, w, target, grad_row.float(), hp, False, list(saved), step)
+    step = _sequence().Move(rule, **numbers)
+    _sequence().grad_weight(x, w, target, grad_row.float(), hp, False, list(saved), step)
 
 
 def class_block(rows: int) -> int:
@@ -163,30 +161,24 @@ def way(x: Tensor, saved: tuple[Tensor, ...]) -> str | None:
 
 
 @functools.cache
-def _launches() -> tuple[ModuleType, ModuleType]:
-    """The modules that import Triton."""
-    from . import launch, sequence
+def _sequence() -> ModuleType:
+    """The module that imports Triton."""
+    from . import sequence
 
-    return launch, sequence
+    return sequence
 
 
 def _forward(x, w, labels, ignore_index, no_target, hyper, *which) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    launch, sequence = _launches()
-    with launch.on_device(x):
-        hp = HyperParameters(*hyper)
-        return sequence.forward(x, w, labels, hp, *which, ignore_index=ignore_index, no_target=no_target)
+    hp = HyperParameters(*hyper)
+    return _sequence().forward(x, w, labels, hp, *which, ignore_index=ignore_index, no_target=no_target)
 
 
 def _grad_weight(x, w, target, grad_row, hyper, dense, saved) -> Tensor:  # type: ignore[no-untyped-def]
-    launch, sequence = _launches()
-    with launch.on_device(x):
-        return sequence.grad_weight(x, w, target, grad_row, HyperParameters(*hyper), dense, saved)
+    return _sequence().grad_weight(x, w, target, grad_row, HyperParameters(*hyper), dense, saved)
 
 
 def _scale(grad_w, factor) -> None:  # type: ignore[no-untyped-def]
-    launch, sequence = _launches()
-    with launch.on_device(grad_w):
-        sequence.scale_by(grad_w, factor)
+    _sequence().scale_by(grad_w, factor)
 
 
 ops.implement("triton_forward", _forward)

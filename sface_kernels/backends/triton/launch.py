@@ -25,9 +25,9 @@ SUM_PLANES = 4  # per sample: Σ weight·cosine, Σ dropped weight, Σ cosine, t
 ALIGNMENT = 256  # bytes, of a buffer: what PyTorch's allocator gives at least, on any GPU
 
 
-def on_device(t: Tensor) -> contextlib.AbstractContextManager:
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; the tensors may be on another."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _recorder() -> Callable[[Any, tuple[int, ...], dict[str, Any]], None] | None:
@@ -45,13 +45,14 @@ def gluon_descriptor(buffer: Tensor, block: list[int]) -> Any:
     return Descriptor.from_tensor(buffer, block, language.NVMMASharedLayout.get_default_for(block, element))
 
 
-def launched_alone(kernel: Any, programs: int, **arguments: Any) -> None:
+def launched_alone(kernel: Any, device: torch.device, programs: int, **arguments: Any) -> None:
     """Launches a kernel that belongs to no call."""
     options = {**COMPILE_OPTIONS, "num_warps": tiles.ROW_WARPS}
     if (record := _recorder()) is not None:
         record(kernel, (programs,), {**options, **arguments})
     else:
-        kernel[(programs,)](**arguments, **options)
+        with _on(device):
+            kernel[(programs,)](**arguments, **options)
 
 
 class Call:
@@ -75,9 +76,10 @@ class Call:
         if _recorder() is not None:
             return steps(self)
         variant = self.variant(steps, given)
-        if (known := self.kind.steps.get(variant)) is not None:
-            return self._repeat(known)
-        steps(self)
+        with _on(self.device):
+            if (known := self.kind.steps.get(variant)) is not None:
+                return self._repeat(known)
+            steps(self)
         if self.launches:  # in the interpreter nothing is compiled
             self.kind.steps[variant] = self._noted()
 
@@ -119,12 +121,6 @@ class Call:
         self.scratch[name] = buffer = buffers.whole(*shape, dtype=dtype)
         (self.own[name],) = buffers.empty([buffer], self.device)
 
-    def describe(self, name: str, block: list[int]) -> None:
-        """A descriptor of a buffer that was made, by which kernels read blocks of it."""
-        self.units[name] = self.scratch.pop(f"{name}_ptr")
-        buffer = self.own[f"{name}_ptr"]
-        self.own[name] = (gluon_descriptor if self.kind.specialised else TensorDescriptor.from_tensor)(buffer, block)
-
     def also(self, name: str, other: str, buffer: Tensor) -> None:
         """Another name for a `buffer` in the same memory."""
         self.same.append((name, other))
@@ -148,14 +144,15 @@ class Call:
         `own` is of the kernel that multiplies the two, and takes them by descriptors where the GPU has such loads.
         """
         kind = self.kind
+        described = gluon_descriptor if kind.specialised else TensorDescriptor.from_tensor
         for name, rows, block in (("x", kind.padded_n, own["BLOCK_N"]), ("w", kind.chunk, own["BLOCK_C"])):
-            blocks = cdiv(rows, kind.row_block)
-            size = blocks * kind.row_block, kind.parts * kind.padded_d
-            self.make(f"unit_{name}_ptr", *size, dtype=kind.unit_dtype)
+            blocks, unit, pointer = cdiv(rows, kind.row_block), f"unit_{name}", f"unit_{name}_ptr"
+            self.make(pointer, blocks * kind.row_block, kind.parts * kind.padded_d, dtype=kind.unit_dtype)
             if kind.arguments["TMA"]:
-                self.describe(f"unit_{name}", [block, own["BLOCK_K"]])
+                self.units[unit] = self.scratch.pop(pointer)
+                self.own[unit] = described(self.own[pointer], [block, own["BLOCK_K"]])
             else:
-                self.also(f"unit_{name}", f"unit_{name}_ptr", self.own[f"unit_{name}_ptr"])
+                self.also(unit, pointer, self.own[pointer])
             if kind.int8:
                 self.make(f"step_{name}_ptr", blocks * kind.row_block)
                 self.make(f"moved_{name}_ptr", blocks)

@@ -218,4 +218,4 @@ def scale_by(grad_w: Tensor, factor: Tensor) -> None:
     """Multiplies a ∂w `[C, D]` that a forward made by an upstream gradient, a tensor of one number, in place."""
     size, block = grad_w.numel(), tiles.ROW_ELEMENTS
     programs = min(8 * gpu_of(grad_w.device).multiprocessors, cdiv(size, block))
-    launched_alone(scale, programs, grad_w_ptr=grad_w, factor_ptr=factor, size=size, BLOCK=block)
+    launched_alone(scale, grad_w.device, programs, grad_w_ptr=grad_w, factor_ptr=factor, size=size, BLOCK=block)
