@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ from triton.compiler import ASTSource
 from ....types import HyperParameters
 from .. import sequence
 from ..device import MULTIPROCESSORS, gpu_of, pretend
+from ..kinds import COMPILE_OPTIONS, OPTIONS
 from ..plan import screens_int8
 from . import machine_code
 
@@ -47,7 +49,6 @@ TARGETS = {
     "sm_120": Target(GPUTarget("cuda", 120, 32), (12, 0), 99 << 10),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), None, 64 << 10),
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")  # of the compiler, among a launch's arguments
 ONCE_A_TILE = 16  # words that a kernel in Gluon may keep elsewhere during a tile
 TENSOR_MEMORY = 512  # columns that a program may have on sm_100; where it asks for more, Triton's code is one trap
 TYPES = {
@@ -125,19 +126,13 @@ def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], s
                 yield kernel, arguments, f"{short} D={shape[2]}" + f", {rule}" * bool(rule)
 
 
-def _gluon_source(*arguments: Any) -> Any:
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    return GluonASTSource(*arguments)
-
-
 def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The kernel specialised as Triton does at a launch, and the compiler's options.
 
     1 is a constant and multiples of 16 are marked, but where the kernel says not to.
     """
     signature, constants, attributes = {}, {}, {}
-    options = {key: arguments[key] for key in OPTIONS if key in arguments}
+    options = {key: arguments[key] for key in (*OPTIONS, *COMPILE_OPTIONS) if key in arguments}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
         looks = not parameter.do_not_specialize
@@ -155,7 +150,10 @@ def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, 
             signature[name], divisible = "i32" if value < 2**31 else "i64", looks and value % 16 == 0
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return (_gluon_source if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes), options
+    source: Any = ASTSource
+    if kernel.is_gluon():
+        source = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    return source(kernel, signature, constants, attributes), options
 
 
 def distinct(launches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
