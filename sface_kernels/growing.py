@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from .pending import pending_of, wait_no_longer
 
 
+def _has_rows(name: str, state: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether an optimizer's state has its parameter's shape, or a number for each row. Adafactor's numbers for each
+    column have the shape of a weight of one row."""
+    return state.shape in (parameter.shape, (len(parameter), 1)) and name != "col_var"
+
+
 def replace_parameter(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, grow: Callable[[Tensor], Tensor]
 ) -> None:
@@ -36,6 +42,6 @@ def replace_parameter(
         pending.watch(new)
     if old in optimizer.state:
         optimizer.state[new] = {
-            name: grow(value) if isinstance(value, Tensor) and value.shape in (old.shape, (len(old), 1)) else value
+            name: grow(value) if isinstance(value, Tensor) and _has_rows(name, value, old) else value
             for name, value in optimizer.state.pop(old).items()
         }

@@ -7,6 +7,7 @@ import importlib
 import io
 import sys
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sface_kernels
+from sface_kernels import dispatch
+from tests.support.problems import trained_problem
 from tests.support.published_script import UNIT
 
 pytest.importorskip("pytorch_metric_learning", reason="needs pytorch-metric-learning (requirements-dev.txt)")
@@ -235,3 +238,27 @@ def test_without_the_library(monkeypatch):
     monkeypatch.delitem(sys.modules, "sface_kernels.compat.metric_learning")
     with pytest.raises(ImportError, match="pip install 'pytorch-metric-learning>=2,<3'"):
         importlib.import_module("sface_kernels.compat.metric_learning")
+
+
+OTHER = [("s", 32.0), ("k", 20.0), ("k_inter", 30.0), ("a", 1.4), ("b", 0.9), ("filter_eps", 0.2)]
+
+
+@pytest.mark.parametrize("option, value", OTHER)
+def test_every_option_reaches_the_loss(option, value):
+    x, w, labels, _ = trained_problem(9, 40, 16)
+    head = SFaceLoss(40, 16, backend="chunked", **{option: value})
+    head.W.data.t().copy_(w)
+    head(x, labels).backward()
+    w.requires_grad_()
+    (ours,) = torch.autograd.grad(sface_kernels.sface_loss(x, w, labels, backend="chunked", **{option: value}), w)
+    (default,) = torch.autograd.grad(sface_kernels.sface_loss(x, w, labels, backend="chunked"), w)
+    torch.testing.assert_close(head.W.grad.t(), ours)
+    assert not torch.allclose(ours, default)
+
+
+def test_the_backend_is_the_one_asked_for(monkeypatch):
+    entry = dispatch.BACKENDS["reference"]
+    forward = mock.Mock(wraps=entry.forward)
+    monkeypatch.setitem(dispatch.BACKENDS, "reference", entry._replace(forward=forward))
+    SFaceLoss(40, 16, backend="reference")(torch.randn(9, 16), torch.arange(9))
+    forward.assert_called_once()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from unittest import mock
 
 import pytest
 import torch
 
-from sface_kernels import validation
+from sface_kernels import dispatch, sface_loss, validation
 from sface_kernels.compat.official import SFaceLoss
+from tests.support.problems import trained_problem
 from tests.support.published_script import (
     CLASSES,
     FEATURES,
@@ -197,3 +199,42 @@ def test_any_combination_of_loss_and_parts_is_differentiable(case32, parts):
     for truth, plain, ours in zip(*gradients, strict=True):
         limit = 2 * ((plain - truth).norm() + UNIT * 80 * truth.norm())  # k = 80 times one rounding of an angle
         assert (ours - truth).norm() <= limit
+
+
+def test_the_own_pull_is_a_constant_where_its_slope_is_steep():
+    """Rows at θ = a: through p the gradient would be some thirty times as long."""
+    unit = torch.nn.functional.normalize
+    w, labels, x = torch.randn(20, 16, dtype=torch.float64), torch.arange(8), torch.randn(8, 16, dtype=torch.float64)
+    own = unit(w[labels])
+    side = unit(x - (x * own).sum(1, keepdim=True) * own)
+    x = (math.cos(0.8) * own + math.sin(0.8) * side).requires_grad_()
+    head = SFaceLoss(16, 20, None)
+    head.weight.data = w.float()
+    head(x, labels)[2].backward()
+    plain = x.detach().clone().requires_grad_()
+    cos = (unit(plain) * unit(w.float().double()[labels])).sum(1)
+    (-(64 * torch.sigmoid(80 * (cos.detach().acos() - 0.8)) * cos).mean()).backward()
+    torch.testing.assert_close(x.grad, plain.grad, rtol=1e-3, atol=1e-5)
+
+
+OTHER = [("s", 32.0), ("k", 20.0), ("a", 1.4), ("b", 0.9), ("filter_eps", 0.2)]
+
+
+@pytest.mark.parametrize("option, value", OTHER)
+def test_every_option_reaches_the_loss(option, value):
+    x, w, labels, _ = trained_problem(9, 40, 16)
+    head = SFaceLoss(16, 40, None, backend="chunked", **{option: value})
+    head.weight.data.copy_(w)
+    head(x, labels)[1].backward()
+    w.requires_grad_()
+    (ours,) = torch.autograd.grad(sface_loss(x, w, labels, backend="chunked", **{option: value}), w)
+    (default,) = torch.autograd.grad(sface_loss(x, w, labels, backend="chunked"), w)
+    assert torch.equal(head.weight.grad, ours) and not torch.equal(ours, default)
+
+
+def test_the_backend_is_the_one_asked_for(monkeypatch):
+    entry = dispatch.BACKENDS["reference"]
+    forward = mock.Mock(wraps=entry.forward)
+    monkeypatch.setitem(dispatch.BACKENDS, "reference", entry._replace(forward=forward))
+    SFaceLoss(16, 40, None, backend="reference")(torch.randn(9, 16), torch.arange(9))
+    forward.assert_called_once()

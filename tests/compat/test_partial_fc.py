@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sface_kernels import SFaceLoss
+from sface_kernels.compat import partial_fc
 from sface_kernels.compat.partial_fc import PartialFCSFace
 from sface_kernels.distributed.convert import load_partial_fc
 from sface_kernels.distributed.layout import partial_fc_range
@@ -237,3 +238,25 @@ def sampled_in_two():
 
 def test_sampling(pool):
     pool.run(2, sampled_in_two)
+
+
+def test_the_initial_size_is_that_of_all_classes(monkeypatch):
+    monkeypatch.setattr(partial_fc, "partial_fc_range", lambda classes, *_: (0, classes // 16))
+    head = PartialFCSFace(64, 16_000)
+    assert float(head.weight.detach().std()) == pytest.approx(2 * (2 / 16_000) ** 0.5, rel=0.05)
+
+
+def test_fp16_leaves_float64_as_it_is():
+    head = PartialFCSFace(8, 20, fp16=True).double()
+    assert head(torch.randn(3, 8, dtype=torch.float64), torch.arange(3)).dtype == torch.float64
+
+
+def disagreeing(option):
+    values = {"sample_rate": (0.5, 0.6), "init_std": (0.1, 0.2), "fp16": (True, False)}[option]
+    with pytest.raises(ValueError, match=f"{option}: expected the same on every process"):
+        PartialFCSFace(8, 20, **{option: values[dist.get_rank()]})
+
+
+@pytest.mark.parametrize("option", ["sample_rate", "init_std", "fp16"])
+def test_processes_that_disagree(pool, option):
+    pool.run(2, disagreeing, option)

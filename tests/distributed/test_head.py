@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from sface_kernels import SFaceLoss
 from sface_kernels.distributed import ClassParallelSFaceLoss, collectives
 from sface_kernels.distributed.layout import class_range, fill_normal
+from sface_kernels.optim import HeadSGD
 from tests.distributed.batches import OPTIONS, assert_near, make_head, one_process, single, split
 from tests.support.cases import bf16, f16, f32, f64
 
@@ -301,6 +302,45 @@ def along_one_dimension():
 
 def test_mesh_and_group(pool):
     pool.run(4, along_one_dimension)
+
+
+def heads_of_two_groups():
+    """Two heads of two processes each, {0, 2} and {1, 3}, with batches of their own: nothing crosses over."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("classes", "replica"))
+    replica, rank = mesh.get_local_rank("replica"), mesh.get_local_rank("classes")
+    batch = split("even", (24, 9, 16), f64, seed=replica)
+    half, theirs = slice(12 * rank, 12 * rank + 12), one_process(batch)
+    head = make_head(batch.w, mesh=mesh["classes"])
+    x = batch.x[half].clone().requires_grad_()
+    loss, stats = head(x, batch.labels[half], return_stats=True)
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * theirs.grad_x[half])
+    torch.testing.assert_close(head.weight.grad.full_tensor(), theirs.grad_w)
+    for name in ("intra", "inter", "cos_target", "accuracy"):
+        torch.testing.assert_close(getattr(stats, name), getattr(theirs.stats, name))
+
+    torch.manual_seed(replica)
+    weights = [torch.empty(0)] * 4
+    dist.all_gather_object(weights, ClassParallelSFaceLoss(16, 9, mesh=mesh["classes"]).full_weight())
+    assert torch.equal(weights[0], weights[2]) and torch.equal(weights[1], weights[3])
+    assert not torch.equal(weights[0], weights[1])
+
+    head.weight.grad = None
+    optimizer = HeadSGD(head, lr=0.05)
+    head(x.detach(), batch.labels[half]).backward()
+    torch.testing.assert_close(optimizer.grad_norm(), theirs.grad_w.norm())
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    loss = scaler.scale(head(x.detach(), batch.labels[half]))
+    (loss * torch.inf if replica else loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == (2.0 if replica else 4.0)
+    assert torch.equal(head.full_weight(), batch.w) == bool(replica)
+
+
+def test_two_groups(pool):
+    pool.run(4, heads_of_two_groups)
 
 
 def state_and_names():

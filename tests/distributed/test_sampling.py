@@ -236,3 +236,13 @@ def resumed_partial_fc():
 
 def test_a_resumed_partial_fc(pool):
     pool.run(2, resumed_partial_fc)
+
+
+def test_a_share_of_less_than_a_class_draws_one():
+    assert len(draw(torch.arange(3), Sampling(0.1, 0, 1), 0)) == 1
+
+
+def test_drawn_classes_are_numbered_among_all():
+    classes = take_classes(torch.eye(4), torch.tensor([0]), torch.tensor([0]), torch.tensor([2, 3]), first=10)
+    rows = sampled_rows(torch.tensor([[1.0, 0.0, 0.2, 0.6]]), classes, HP, "chunked")
+    assert rows.hardest_class.tolist() == [13]

@@ -396,3 +396,36 @@ def test_matplotlib_waits_for_the_plot():
     code = "import sys, sface_kernels.angles; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_count_angles_in_blocks_with_any_ignore_index(monkeypatch):
+    monkeypatch.setattr(angles, "BLOCK_ELEMENTS", 16 * 7)
+    x, w, labels = torch.randn(9, 16), torch.randn(40, 16), torch.arange(9) * 4
+    w[3] = x[8] + 0.1 * torch.randn(16)  # the nearest is not in the last block
+    expected = brute_force(x, w, labels.masked_fill(labels == 4, -100))
+    for counts, found in zip(count_angles(x, w, labels, ignore_index=4), expected, strict=True):
+        assert_counts(counts, found, ERROR)
+
+
+def test_another_slope_for_the_others():
+    found = AngleHistograms(heap((0.8, 10)), heap((1.3, 4)), heap((1.3, 1)))
+    assert shares(found, k=80, k_inter=20).rows_pushed == shares(found, k=20).rows_pushed
+    assert shares(found, k=20).rows_pushed != shares(found, k=80).rows_pushed
+
+
+def test_a_plot_has_the_curves_of_both_slopes():
+    pytest.importorskip("matplotlib")
+    suggestion = angles.Suggestion(0.8, 1.2, ())
+    figure = angles.plot(AngleHistograms(*[heap((0.8, 10))] * 3), a=0.8, b=1.2, k=80, k_inter=5, suggestion=suggestion)
+    (right,) = (axes for axes in figure.axes if axes.get_ylabel().startswith("rescale"))
+    theta = torch.linspace(0, math.pi, 1000, dtype=torch.float64)
+    for line in right.lines[1::2]:
+        torch.testing.assert_close(torch.as_tensor(line.get_ydata()), torch.sigmoid(-5 * (theta - 1.2)))
+
+
+def test_a_head_that_begins_anew_forgets_the_angles():
+    head = SFaceLoss(16, 40, angle_histogram=True)
+    head(torch.randn(4, 16), torch.arange(4))
+    assert head.angle_counter.counts.any() and head.angle_counter.steps
+    head.reset_parameters()
+    assert not head.angle_counter.counts.any() and not head.angle_counter.steps

@@ -204,3 +204,8 @@ def test_classes_out_of_range_without_the_check(monkeypatch):
     found = head.cosine(x, classes).detach()
     assert found[:, 1:].isnan().all() and not found[:, 0].isnan().any()
     assert math.isclose(float(found[0, 0]), float(cos[0, labels[0]]), abs_tol=1e-5)
+
+
+def test_topk_correct_with_another_ignore_index():
+    head, labels = SFaceLoss(16, 40, ignore_index=7), torch.tensor([3, 7, 5])
+    assert head.topk_correct(head.weight.detach()[labels], labels).tolist() == [2, 2]

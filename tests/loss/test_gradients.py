@@ -271,3 +271,13 @@ def test_every_backend_takes_the_same_step():
     allowed = 2 * truth(*problem).worst.w.norm()
     for name, grad_w in steps.items():
         assert (grad_w - steps["reference"]).norm() <= allowed, name
+
+
+def test_an_upstream_gradient_cannot_be_differentiated_either():
+    """The trick of two backwards, which would else get a gradient of 0."""
+    x, w, labels, _ = GEOMETRIES["random"](3, 9, 5)
+    w.requires_grad_()
+    upstream = torch.tensor(1.0, requires_grad=True)
+    (grad,) = torch.autograd.grad(sface_loss(x, w, labels), w, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(grad.sum(), upstream)

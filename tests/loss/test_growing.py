@@ -77,3 +77,12 @@ def test_bad_input():
     with pytest.raises(TypeError, match="weight: expected a Parameter, got what a parametrization computes"):
         head.add_classes(2)
     assert head.weight.shape == (10, 8) and head.out_features == 10
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_from_a_single_class(name):
+    head = SFaceLoss(8, 1)
+    optimizer = OPTIMIZERS[name](head.parameters())
+    step(head, optimizer, 0, 1)
+    head.add_classes(4, optimizer)
+    assert math.isfinite(step(head, optimizer, 1, 5)) and head.weight.isfinite().all()

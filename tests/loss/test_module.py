@@ -191,3 +191,9 @@ def test_script_friendly_names():
     """Training scripts pick head parameters by these words in a module's class string."""
     name = str(SFaceLoss).lower()
     assert "sfaceloss" in name and not any(word in name for word in ("model", "container", "batchnorm"))
+
+
+def test_numbers_that_float64_alone_can_hold():
+    assert SFaceLoss(8, 4, dtype=f64, s=1e39).s == 1e39
+    with pytest.raises(ValueError, match="s: expected"):
+        SFaceLoss(8, 4, s=1e39)

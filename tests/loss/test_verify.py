@@ -209,3 +209,67 @@ def test_what_is_checked_is_what_a_gpu_computed():
     assert triton.way(x, saved) is None
     with device.pretend((9, 0)):
         assert triton.way(x, saved) == "lists"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_rows_are_no_difference(fake, reduction):
+    problem = PROBLEM._replace(labels=PROBLEM.labels.clone())
+    problem.labels[::2] = -100
+    w = problem.w.clone().requires_grad_()
+    sface_loss(problem.x, w, problem.labels, backend="triton", reduction=reduction).sum().backward()
+
+
+def test_without_rows_there_is_nothing_to_check(fake):
+    step("triton", PROBLEM._replace(x=PROBLEM.x[:0], labels=PROBLEM.labels[:0]))
+    assert not fake.calls
+
+
+def test_memory_that_runs_out_in_a_check_is_no_error(fake, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(verify, "_compare_forward", full)
+    monkeypatch.setattr(verify, "_compare_backward", full)
+    step("triton")
+
+
+def test_a_setting_that_is_wrong_is_not_taken_for_the_compilers(fake):
+    def wrong(_):
+        raise ValueError("SFACE_TILES: expected")
+
+    fake.spoil_forward = wrong
+    with pytest.raises(ValueError, match=r"^SFACE_TILES: expected"):
+        step()
+
+
+@pytest.mark.parametrize("other", ["dtype", "need_x", "classes"])
+def test_other_kernels_are_checked_by_themselves(fake, other):
+    for _ in range(3):
+        step("triton")
+    x, w, before = PROBLEM.x, PROBLEM.w, len(fake.calls)
+    if other == "dtype":
+        x = x.half()
+    elif other == "classes":
+        w = torch.cat([w] * 3)
+    x = x.clone().requires_grad_(other != "need_x")
+    sface_loss(x, w.clone().requires_grad_(), PROBLEM.labels, backend="triton")
+    assert len(fake.calls) == before + 1
+
+
+@pytest.mark.parametrize("which", ["own", "last"])
+def test_a_gradient_that_is_wrong_in_few_classes(fake, which):
+    """Own classes are looked at, and others from the first to the last."""
+    problem = PROBLEM._replace(labels=PROBLEM.labels.clone())
+    spread = set(verify._spread(verify.CLASSES, len(PROBLEM.w), torch.device("cpu")).tolist())
+    looked_at = set(verify._spread(verify.CLASSES, len(PROBLEM.x), torch.device("cpu")).tolist())
+    sample = next(i for i in range(len(PROBLEM.x)) if i not in looked_at)
+    problem.labels[sample] = len(PROBLEM.w) - 1  # which then has a gradient
+    wrong = sorted(set(problem.labels.tolist()) - spread) if which == "own" else [len(PROBLEM.w) - 1]
+
+    def spoil(grad):
+        grad[wrong] *= 1.5
+        return grad
+
+    fake.spoil_backward = spoil
+    with pytest.raises(verify.WrongResult, match="∂w differs by"):
+        step("triton", problem)

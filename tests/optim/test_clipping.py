@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sface_kernels.distributed import clip_grad_norm_
+from sface_kernels.optim import HeadSGD
 from tests.optim.trainings import RULES, SHAPE, batch, make_head, train, waiting
 from tests.support.problems import trained_problem
 
@@ -148,3 +149,16 @@ class TestGradScaler:
         head, optimizer = waiting(problem)
         torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
         assert not torch.equal(head.weight, problem.w)
+
+
+def test_another_gradient_beside_it_counts_and_is_scaled():
+    problem, moved = trained_problem(*SHAPE), []
+    for ours in (True, False):
+        head = make_head(problem)
+        optimizer = HeadSGD(head, lr=0.1, max_norm=0.5) if ours else torch.optim.SGD(head.parameters(), lr=0.1)
+        (head(*batch(problem, 0)) + head.weight.pow(2).sum()).backward()
+        if not ours:
+            torch.nn.utils.clip_grad_norm_(head.parameters(), 0.5)
+        optimizer.step()
+        moved.append(head.weight.detach())
+    torch.testing.assert_close(*moved)

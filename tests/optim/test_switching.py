@@ -373,3 +373,18 @@ def test_adamw_in_a_cuda_graph_is_refused(problem, monkeypatch):
     monkeypatch.undo()
     optimizer.step()
     assert optimizer.state[head.weight]["step"] == 1
+
+
+def test_what_waits_keeps_no_graph():
+    problem = trained_problem(*SHAPE)
+    head = make_head(problem)
+    optimizer = HeadSGD(head)
+    x, labels = batch(problem, 0)
+    head(x.requires_grad_() * 1, labels).backward()
+    (gradient,) = optimizer._pending.gradients()
+    assert gradient.x.grad_fn is None and not gradient.w.requires_grad
+
+
+def test_a_copy_keeps_its_max_norm():
+    head, optimizer = waiting(trained_problem(*SHAPE), max_norm=0.25)
+    assert copy.deepcopy((head, optimizer))[1].max_norm == 0.25

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sface_kernels import SFaceLoss, pending
 from sface_kernels.testing.workloads import Case as Workload
 from sface_kernels.testing.workloads import Shape, make_workload
-from tests.optim.trainings import RULES, batch, make, train
+from tests.optim.trainings import OPTIONS, RULES, batch, make, train
 from tests.support.cases import Case, f32
 from tests.support.problems import GEOMETRIES, Problem, random_problem, trained_problem
 
@@ -226,3 +227,28 @@ def test_not_a_number_reaches_the_same_weights(backend, bad, rule):
         optimizer.step()
         seen.append(head.weight.isnan())
     assert seen[1].any() and torch.equal(*seen)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ranges_of_blocks_of_several_sizes(rule, monkeypatch):
+    """∂w a block at a time, of lists and of dense products: batches of 1100 and 900 rows have blocks of 256 and 291
+    classes, the first of which are dense."""
+    monkeypatch.setattr(pending, "RANGE_BYTES", 1)
+    g = torch.Generator().manual_seed(1)
+    axis, w = torch.randn(1, 24, generator=g), torch.randn(1500, 24, generator=g)
+    w[:600] = axis + 0.1 * w[:600]
+    batches = [
+        (axis + 0.3 * torch.randn(n, 24, generator=g), torch.randint(1500, (n,), generator=g)) for n in (1100, 900)
+    ]
+    moved = []
+    for ours in (True, False):
+        head = SFaceLoss(24, 1500, backend="chunked", filter_eps=2.0**-12)
+        head.load_state_dict({"weight": w})
+        optimizer = RULES[rule][0 if ours else 1](head if ours else head.parameters(), **OPTIONS[rule])
+        for _ in range(2):
+            for x, labels in batches:
+                head(x, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(head.weight.detach())
+    torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-6)
