@@ -110,7 +110,11 @@ def recorded(
         if rule:
             taken.clear()
         move = sequence.Move(rule, 0.1, 1e-4, w, w if rule == "adamw" else None) if rule else None
-        sequence.grad_weight(x, w, y, x.new_empty(n, dtype=f32), hp, dense, list(outputs[5:-3]), move)
+        upstreams = [x.new_empty(n, dtype=f32)]
+        if dense:  # of a mean or a sum, too
+            upstreams.append(upstreams[0][:1].expand(n))
+        for grad_row in upstreams:
+            sequence.grad_weight(x, w, y, grad_row, hp, dense, list(outputs[5:-3]), move)
     return taken
 
 
