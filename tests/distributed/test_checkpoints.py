@@ -186,7 +186,12 @@ def test_what_cannot_be_converted(tmp_path, capsys):
     whole = partial_fc_files(tmp_path / "theirs", (4, 4, 3))
     assert "no such file or directory" in error(tmp_path / "none", tmp_path / "x.pt")
     assert "expected checkpoint_gpu_{rank}.pt files" in error(tmp_path, tmp_path / "x.pt")
-    (tmp_path / "theirs" / "checkpoint_gpu_1.pt").unlink()
+    file = tmp_path / "theirs" / "checkpoint_gpu_1.pt"
+    state = torch.load(file, weights_only=True)
+    half = {"weight": state["state_dict_softmax_fc"]["weight"].half()}
+    torch.save(state | {"state_dict_softmax_fc": half}, file)
+    assert "float32 as rank 1" in error(tmp_path / "theirs", tmp_path / "x.pt")
+    file.unlink()
     assert "missing ranks [1]" in error(tmp_path / "theirs", tmp_path / "x.pt")
     partial_fc_files(tmp_path / "odd", (5, 3, 3))
     assert "expected [4, 4]" in error(tmp_path / "odd", tmp_path / "x.pt")

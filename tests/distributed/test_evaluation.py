@@ -99,6 +99,8 @@ def refusals():
                 ask(wrong if last else x, 2)
     with pytest.raises(ValueError, match=r"^embeddings, k: expected the same dtype and k on every process"):
         head.topk(x, 3 if last else 2)
+    with pytest.raises(ValueError, match=r"^embeddings, k: expected the same dtype and k on every process"):
+        make_head(batch.w.float()).topk(x.bfloat16() if last else x.float(), 2)
     for counts in (0, (), (10,), ("1",)):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=r"^topk: expected|rank 2 raised"):
             head.topk_correct(x, labels, topk=counts if last else (1, 2))
