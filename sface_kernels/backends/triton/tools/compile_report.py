@@ -91,9 +91,10 @@ def recorded(
     need_x: bool = True,
     rule: str = "",
     reduction: str = "",
+    own_upstream: bool = True,
 ) -> list[tuple[Any, dict[str, Any]]]:
     """(kernel, arguments) of each launch of a forward and backward, or of a step by a rule of `sequence.Move`, on a GPU
-    of a name in TARGETS."""
+    of a name in TARGETS. Each sample has an upstream gradient of its own, or all have that of a mean."""
     n, c, d = shape
     x = torch.empty(n, d, dtype=dtype, device="meta")
     w = torch.empty(c, d, dtype=weight_dtype, device="meta")
@@ -110,11 +111,8 @@ def recorded(
         if rule:
             taken.clear()
         move = sequence.Move(rule, 0.1, 1e-4, w, w if rule == "adamw" else None) if rule else None
-        upstreams = [x.new_empty(n, dtype=f32)]
-        if dense:  # of a mean or a sum, too
-            upstreams.append(upstreams[0][:1].expand(n))
-        for grad_row in upstreams:
-            sequence.grad_weight(x, w, y, grad_row, hp, dense, list(outputs[5:-3]), move)
+        upstream = x.new_empty(n if own_upstream else 1, dtype=f32).expand(n)
+        sequence.grad_weight(x, w, y, upstream, hp, dense, list(outputs[5:-3]), move)
     return taken
 
 
@@ -125,9 +123,14 @@ def _launches(target: str, every: bool) -> Iterator[tuple[Any, dict[str, Any], s
         eps = 2.0**-24 if dtype == f32 else 2.0**-16  # the defaults: screens in fp16, and in int8
         hp = HyperParameters(64.0, 80.0, 80.0, 0.8, 1.23, eps if filtered else 0.0)
         short = "×".join(TYPES[t] for t in dict.fromkeys((dtype, weight_dtype)))
-        for rule in ("",) if dense or weight_dtype != f32 else ("", "momentum", "adamw"):
-            for kernel, arguments in recorded(target, shape, dtype, weight_dtype, hp, dense, need_x, rule, reduction):
-                yield kernel, arguments, f"{short} D={shape[2]}" + f", {rule}" * bool(rule)
+        calls: list[dict[str, Any]] = [{"reduction": reduction}]
+        if dense and not reduction:
+            calls.append({"own_upstream": False})
+        elif not dense and weight_dtype == f32:
+            calls += [{"rule": "momentum"}, {"rule": "adamw"}]
+        for call in calls:
+            for kernel, arguments in recorded(target, shape, dtype, weight_dtype, hp, dense, need_x, **call):
+                yield kernel, arguments, f"{short} D={shape[2]}" + (f", {call['rule']}" if "rule" in call else "")
 
 
 def specialised(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
