@@ -115,11 +115,10 @@ def bench(
             run_case(case, providers, mode, settings, result, functools.partial(show.progress, case.name), finished)
     except KeyboardInterrupt:
         result["interrupted"] = True
-        where = "not saved" if out is None else f"in {out}"
-        if not result["rows"] and out is not None:
-            where = f"there, {out} is left as it was"
-        show.line(f"interrupted: {len(result['rows'])} finished rows are {where}", warning=True)
-    if out is not None and (result["rows"] or not result["interrupted"]):
+        where = f"in {out}" if out is not None else "not saved"
+        rows = f"{len(result['rows'])} finished rows are {where}" if result["rows"] else "before the first row"
+        show.line(f"interrupted: {rows}", warning=True)
+    if out is not None and (result["rows"] or not result["interrupted"]):  # nothing takes no older file's place
         report.save(result, out)
     found = {row["status"] for row in result["rows"]}
     amiss = "wrong" in found or (found and found <= {"failed", "unavailable"})

@@ -172,7 +172,7 @@ def test_an_interrupt_before_the_first_row_leaves_an_older_file(tmp_path, monkey
     out = tmp_path / "out.json"
     out.write_text("older")
     assert cli.main([*TINY, "--out", str(out)]) == 130
-    assert out.read_text() == "older" and "is left as it was" in " ".join(capsys.readouterr().err.split())
+    assert out.read_text() == "older" and "before the first row" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_is_measured_is_shown_where_it_cannot_be_written(tmp_path, monkeypatch, capsys):
