@@ -60,7 +60,7 @@ sanitize: build
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		SFACE_CPU_ISA=$$isa SFACE_FUZZ=1000 python -m pytest -p no:cacheprovider \
 		-k "not Past32Bits and not parity_with and not two_hundred and not chunked and not triton and not reference" \
-		tests/backends/test_native.py tests/backends/test_native_rows.py tests/backends/test_exact.py \
+		tests/backends/test_native.py tests/backends/test_native_rows.py tests/backends/test_native_far.py tests/backends/test_exact.py \
 		tests/backends/test_native_memory.py tests/backends/test_native_fuzz.py \
 		tests/optim/test_operators.py tests/optim/test_trajectory.py) || exit 1; \
 	done

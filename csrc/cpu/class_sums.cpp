@@ -4,8 +4,17 @@ namespace sface {
 
 namespace {
 
+// Words of the arena that a record of a block of `pairs` stands for; −1 where it is no record.
+int64_t record_words(const Kernels& kernels, int64_t count, int64_t pairs, int64_t far_tile) {
+  if (count == kDenseStored) return pairs;
+  if (count == kRecompute) return 0;
+  if (count >= 0) return count <= pairs ? 2 * count : -1;
+  const int64_t near = kFar - count;
+  return kernels.add_far && near <= pairs ? 2 * near + far_tile : -1;
+}
+
 // Raises where a record points out of the arena.
-Ways check_segments(const Problem& problem, const Tensor& segments, int64_t words) {
+Ways check_segments(const Problem& problem, const Kernels& kernels, const Tensor& segments, int64_t words) {
   check_tensor("segments", segments, ScalarType::Long, {2 * problem.groups * problem.blocks});
   const Segment* records = reinterpret_cast<const Segment*>(segments.const_data_ptr<int64_t>());
   Ways ways{};
@@ -13,11 +22,13 @@ Ways check_segments(const Problem& problem, const Tensor& segments, int64_t word
     for (int64_t b = 0; b < problem.blocks; ++b) {
       const auto [begin, count] = records[g * problem.blocks + b];
       const int64_t pairs = problem.group_count(g) * problem.block_rows(b);
-      const bool known = count >= kRecompute && count <= pairs;
-      const int64_t size = !known || count == kRecompute ? 0 : count == kDenseStored ? pairs : 2 * count;
-      check(known && begin >= 0 && begin <= words && size <= words - begin, "segments: expected a part of an arena of ",
-            words, " words, got ", begin, " and ", count, " for samples ", g, " and classes ", b);
-      ways.dense |= count < 0;
+      const int64_t far_tile = problem.block_rows(b) * far_words(static_cast<int>(problem.group_count(g)));
+      const int64_t size = record_words(kernels, count, pairs, far_tile);
+      check(size >= 0 && begin >= 0 && begin <= words && size <= words - begin,
+            "segments: expected a part of an arena of ", words, " words, got ", begin, " and ", count, " for samples ",
+            g, " and classes ", b);
+      ways.dense |= count == kDenseStored || count == kRecompute;
+      ways.far |= count <= kFar;
       ways.recompute |= count == kRecompute;
     }
   return ways;
@@ -57,22 +68,30 @@ SavedPairs::SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, c
                        const Tensor& segments_, float scale)
     : problem(x, w, target),
       kernels(sface::kernels()),
-      rules(make_rules(hyper, problem.d, smallest_own(problem, target_weight))),
+      rules(make_rules(hyper, problem.d, {.smallest = smallest_own(problem, target_weight)})),
       words(data_of<int32_t>("arena", arena, ScalarType::Int, arena.numel())),
-      ways(check_segments(problem, segments_, arena.numel())),
+      ways(check_segments(problem, kernels, segments_, arena.numel())),
       segments(reinterpret_cast<const Segment*>(segments_.const_data_ptr<int64_t>())),
       inv_norm(data_of<float>("inv_norm", inv_norm_, ScalarType::Float, problem.c)),
       up(problem, grad_row, target_weight, scale),
       samples(problem, kernels, {.fixed_point = false, .int8 = false}),
       call{problem, kernels, rules, samples},
-      columns(ways.dense ? ceil_div(problem.n, kernels.panel_samples) * problem.padded_d * kernels.column_words : 0) {
+      columns(ways.dense ? ceil_div(problem.n, kernels.panel_samples) * problem.padded_d * kernels.column_words : 0),
+      far_columns(ways.far ? ceil_div(problem.n, kFarPanel) * kFarPanel / 2 * problem.padded_d : 0) {
   if (ways.dense)
     for (const Group& group : samples.groups)
       kernels.pack_features(group.rows, group.count, group.padded_d, columns_of(group));
+  if (ways.far)
+    for (const Group& group : samples.groups)
+      kernels.pack_far(group.rows, group.count, group.padded_d, far_columns_of(group));
 }
 
 float* SavedPairs::columns_of(const Group& group) const {
   return columns.data.get() + group.first / kernels.panel_samples * problem.padded_d * kernels.column_words;
+}
+
+int32_t* SavedPairs::far_columns_of(const Group& group) const {
+  return far_columns.data.get() + group.first / 2 * problem.padded_d;
 }
 
 // The part of one group of samples, as the forward left it.
@@ -84,6 +103,10 @@ void BlockSums::add_segment(int64_t g, int64_t b) {
     recompute(group, block);
   } else if (segment.count == kDenseStored) {
     add_tile(group, block, saved_.words + segment.begin, group.count);
+  } else if (segment.count <= kFar) {
+    const int64_t near = kFar - segment.count;
+    add_far(group, block, saved_.words + segment.begin + 2 * near);
+    add_pairs(group, block, saved_.words + segment.begin, near);
   } else {
     add_pairs(group, block, saved_.words + segment.begin, segment.count);
   }
@@ -122,10 +145,20 @@ void BlockSums::add_pairs(const Group& group, const Block& block, const int32_t*
   add(block, run);
 }
 
-void BlockSums::add_tile(const Group& group, Block& block, const void* tile, int64_t stride) {
-  // what write_row reads next; rows of another dtype are converted one by one
+// What write_row reads next; rows of another dtype are converted one by one.
+void BlockSums::expect_rows(Block& block) {
   if (saved_.problem.float_weight())
     block.next = saved_.problem.weight_rows(block.first, block.count, work_.converted, &block.row_stride);
+}
+
+void BlockSums::add_far(const Group& group, Block& block, const int32_t* words) {
+  expect_rows(block);
+  saved_.kernels.add_far(words, &saved_.up.u[group.first], block, saved_.far_columns_of(group), group.count,
+                         group.padded_d, rows_.touch_all(), work_);
+}
+
+void BlockSums::add_tile(const Group& group, Block& block, const void* tile, int64_t stride) {
+  expect_rows(block);
   saved_.kernels.add_dense(saved_.rules, static_cast<const float*>(tile), static_cast<int>(stride),
                            &saved_.up.u[group.first], block, saved_.columns_of(group), group.count, group.padded_d,
                            rows_.touch_all(), work_);

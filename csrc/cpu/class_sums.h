@@ -20,7 +20,7 @@ struct Upstream {
 
 // Which ways the blocks of a forward went.
 struct Ways {
-  bool dense, recompute;
+  bool dense, far, recompute;
 };
 
 // What a forward saved, and the upstream gradients of its rows. Stays where it was made: its parts refer to each other.
@@ -35,7 +35,8 @@ struct SavedPairs {
   const Upstream up;
   const Samples samples;
   const Call call;
-  Uninitialised<float> columns;  // x̂ as Kernels::pack_features writes it, where some block went the dense way
+  Uninitialised<float> columns;        // x̂ as Kernels::pack_features writes it, where some block went the dense way
+  Uninitialised<int32_t> far_columns;  // x̂ as Kernels::pack_far does, where some block has far pairs
 
   // Raises unless everything fits.
   SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, const Tensor& grad_row, const Hyper& hyper,
@@ -43,6 +44,7 @@ struct SavedPairs {
              float scale);
   SavedPairs(const SavedPairs&) = delete;
   float* columns_of(const Group& group) const;  // the part of a group
+  int32_t* far_columns_of(const Group& group) const;
 };
 
 // The sums of the rows of one block, in Workspace::raw.
@@ -98,6 +100,8 @@ class BlockSums {
   void add(const Block& block, Run& run);
   void add(const Block& block, int row, int64_t sample, float scale, Run& run);
   void add_pairs(const Group& group, const Block& block, const int32_t* words, int64_t count);
+  void add_far(const Group& group, Block& block, const int32_t* words);
+  void expect_rows(Block& block);
   void add_tile(const Group& group, Block& block, const void* tile, int64_t stride);
   void recompute(const Group& group, Block& block);
   void shorten(Block& block);

@@ -218,11 +218,16 @@ class RowFinisher {
   std::vector<float> converted_, own_converted_;  // rows of w that are not taken in place
 };
 
-// The smallest share p_i / s of the samples that count; 0 where one of them has no class here.
-float smallest_own(const Problem& problem, const Kernels& kernels, const Hyper& hyper, const Samples& samples) {
-  float smallest = 1;
-  for (int64_t i = 0; i < problem.n; ++i)
-    if (!problem.ignored(i) && problem.codes()[i] < 0) return 0;
+// Of the samples that count; `smallest` is 0 where one of them has no class here.
+OwnShares own_shares(const Problem& problem, const Kernels& kernels, const Hyper& hyper, const Samples& samples) {
+  OwnShares shares{.smallest = 1};
+  double shortest = std::numeric_limits<double>::max(), largest = 0;
+  const auto length = [&](int64_t i) { return std::max<double>(samples.norms[i], kNormEps); };
+  for (int64_t i = 0; i < problem.n; ++i) {
+    if (problem.ignored(i)) continue;
+    if (problem.codes()[i] < 0) shares.smallest = 0;
+    if (samples.usable(i)) shortest = std::min(shortest, length(i));
+  }
   std::vector<float> converted;
   const int d = static_cast<int>(problem.d);
   for (const Labelled& own : problem.labelled) {
@@ -233,9 +238,11 @@ float smallest_own(const Problem& problem, const Kernels& kernels, const Hyper& 
     float p = 0;  // where the cosine is not this product
     if (norm > kNormEps && is_finite(norm))
       kernels.intra(hyper, clamp_cosine(kernels.dot(samples.row(own.sample), w, d) / norm), &p);
-    smallest = std::min(smallest, p);
+    shares.smallest = std::min(shares.smallest, p);
+    largest = std::max(largest, p / length(own.sample));
   }
-  return smallest;
+  shares.visible = static_cast<float>(largest * shortest);
+  return shares;
 }
 
 // Where rows of ∂w are to be made, and for which upstream gradient.
@@ -250,10 +257,14 @@ ForwardTensors forward(const Tensor& x, const Tensor& w, const Tensor& target, c
   const Problem problem(x, w, target);
   check(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
   const Kernels& kernels = sface::kernels();
-  Rules rules = make_rules(hyper, problem.d, 0);
-  const Samples samples(problem, kernels, {.fixed_point = rules.screen, .int8 = rules.int8});
-  if (!rules.screen && kernels.parts_bytes(problem.padded_d) > 0)
-    rules = make_rules(hyper, problem.d, smallest_own(problem, kernels, hyper, samples));
+  Rules rules = make_rules(hyper, problem.d, {});
+  const bool far = !rules.screen && kernels.add_far;
+  const Samples samples(problem, kernels, {.fixed_point = rules.screen || far, .int8 = rules.int8});
+  if (!rules.screen && kernels.parts_bytes(problem.padded_d) > 0) {
+    OwnShares own = own_shares(problem, kernels, hyper, samples);
+    if (!far) own.visible = 0;
+    rules = make_rules(hyper, problem.d, own);
+  }
   const Call call{problem, kernels, rules, samples};
   std::optional<EarlyRows> early;
   if (early_grad) early.emplace(call, early_grad->grad, early_grad->rows, early_grad->upstream, early_grad->mean);
@@ -265,7 +276,7 @@ ForwardTensors forward(const Tensor& x, const Tensor& w, const Tensor& target, c
   Tensor row_grad_x = empty({need_grad_x ? problem.n : 0, problem.d});
   Tensor inv_norm = empty({problem.c}), target_weight = empty({problem.n});
   Tensor arena = empty({words}, ScalarType::Int);
-  if (!rules.screen) arena = empty_kept(arena);  // all of it will be written
+  if (!rules.screen || rules.far) arena = empty_kept(arena);  // most of it will be written
   Tensor segments = empty({2 * records}, ScalarType::Long);
   const Results out{
       .loss = row_loss.mutable_data_ptr<float>(),

@@ -58,6 +58,14 @@ struct Segment {
 };
 constexpr int64_t kDenseStored = -1;  // the coefficients stand in the arena as a dense tile, one word each
 constexpr int64_t kRecompute = -2;    // the arena was full: the backward computes the tile again
+constexpr int64_t kFar = -3;  // kFar − n: n active pairs as above, then the coefficients of far pairs, far_words a row
+
+// Words of a row of far coefficients: each holds those of two samples of a panel, i and i + 16, in 16 bits.
+constexpr int kFarPanel = 32;
+SFACE_INLINE int far_words(int count) {
+  const int last = count % kFarPanel;
+  return count / kFarPanel * (kFarPanel / 2) + (last < kFarPanel / 2 ? last : kFarPanel / 2);
+}
 
 // Uninitialised memory: pages are mapped on first write, so unused parts cost no memory.
 // Aligned to a cache line, so that no vector of the kernels straddles two.
@@ -82,6 +90,7 @@ struct Rules {
   float slope_log2;       // k_inter·log2(e)
   float keep_above;       // an entry has a gradient where its sigmoid is ≥ this
   bool screen;            // false: every block is dense
+  bool far;               // every pair is active, and candidates are the near ones: the others' products may be coarse
   int32_t candidate_min;  // a pair whose screened product is ≥ this is a candidate: it may be active
   bool cheap_below;       // inter_weight_below is accurate for every pair below candidate_min
   bool int8;              // the int8 screen may be used, where there is one
@@ -248,6 +257,12 @@ struct Kernels {
                     const float* columns, int count, int padded_d, float* raw, Workspace&);
   // `rows` x̂ [count][padded D] in the order that add_dense reads, in the memory of `columns` of as many panels.
   void (*pack_features)(const float* rows, int count, int padded_d, float* columns);
+
+  // The same of far pairs, whose coefficients stand in the arena: `words` [rows][far_words(count)], with `samples` as
+  // pack_far makes them, far_words(count)·padded_d of them. Null where products of fp32 are as fast.
+  void (*add_far)(const int32_t* words, const float* u, const Block& block, const int32_t* samples, int count,
+                  int padded_d, float* raw, Workspace&);
+  void (*pack_far)(const float* rows, int count, int padded_d, int32_t* samples);
 
   float (*dot)(const float*, const float*, int d);
   void (*axpy)(float scale, const float* x, float* y, int d);  // y += scale·x

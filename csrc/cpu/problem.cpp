@@ -12,8 +12,13 @@ constexpr int64_t kMinRanges = 4, kMaxRanges = 64;
 constexpr int64_t kMaxRows = INT32_MAX - kGroupSamples;  // a tile's places past the last row are numbered in int too
 constexpr int64_t kMaxFeatures = 1 << 24;                // its products with a panel or a block are taken in int
 
-// Steeper ones turn the error of an int8 cosine into too much of a coefficient.
-constexpr double kInt8Steepest = 160;
+// A steeper one turns the error of an int8 cosine into too much of a coefficient, that of an int16 one where each far
+// coefficient counts.
+constexpr double kSteepest = 160;
+// With fewer features products in fp32 are as fast.
+constexpr int64_t kFarMinFeatures = 128;
+// What other roundings may move of a far coefficient's entry, as a share of it.
+constexpr double kFarRounding = 1.0 / 512;
 
 // fp32 rounding in a rescored cosine: of norms and products, and of a sum in at least 8 partial sums over D
 double rounding_slack(int64_t d) { return 2e-6 + d / 8.0 * 0x1p-24; }
@@ -208,31 +213,39 @@ void make_columns(const Group& group) {
   });
 }
 
-Rules make_rules(const Hyper& hyper, int64_t d, float smallest_own) {
+Rules make_rules(const Hyper& hyper, int64_t d, const OwnShares& own) {
   Rules rules{};
   rules.hyper = hyper;
   rules.slope_log2 = hyper.k_inter * 1.44269504088896340736f;
   rules.keep_above = hyper.filter_eps;
   const double k = hyper.k_inter, b = hyper.b;
-  const double share = std::min<double>(hyper.filter_eps, kCandidateShare);
-  // the angle at which the sigmoid of (4) reaches `share`
-  const double angle = share > 0 ? b + std::log((1 - share) / share) / k : INFINITY;
+  // the angle at which the sigmoid of (4) reaches a share
+  const auto angle_of = [&](double share) { return share > 0 ? b + std::log((1 - share) / share) / k : INFINITY; };
   // rounding to int16 moves a cosine by at most this: |x̂·f| + |e·ŵ| + |e·f| with |e|, |f| ≤ √D/2 (docs/math.md)
   const double bound = (std::sqrt(static_cast<double>(d)) + d / (4.0 * kScale)) / kScale + rounding_slack(d);
-  const double threshold = angle < M_PI ? std::cos(std::max(angle, 0.0)) - bound : -2.0;
+  const bool drops = hyper.filter_eps > 0x1p-126f;  // no coefficient is computed to be less
+  double angle = angle_of(drops ? std::min<double>(hyper.filter_eps, kCandidateShare) : 0);
+  const auto threshold_of = [&](double at) { return at < M_PI ? std::cos(std::max(at, 0.0)) - bound : -2.0; };
+  if (threshold_of(angle) <= -1 && d >= kFarMinFeatures && k <= kSteepest) {
+    // every pair is active: where a screened cosine and coarse products move no row of ∂x by more than 2⁻²⁴ of what
+    // the own classes do (docs/math.md, 3)
+    angle = angle_of(std::min(own.visible * 0x1p-24 / (bound * (1 + k) + kFarRounding), kCandidateShare));
+    rules.far = threshold_of(angle) > -1;
+  }
+  const double threshold = threshold_of(angle);
   rules.screen = threshold > -1;
   rules.candidate_min = rules.screen ? static_cast<int32_t>(std::floor(threshold * kScale * kScale)) : 0;
-  // where its series is not accurate, the weight must be below 2⁻⁶⁰
-  const double far_exponent = k * (std::acos(-0.5) - b) / std::log(2.0);
-  rules.cheap_below = threshold + 2 * bound <= 0.26 && far_exponent > 60;
+  // where its series is not accurate, the weight must be below 2⁻⁶⁰; that of far pairs, within 1 %, below 2⁻¹¹⁰
+  const double far_exponent = k * (std::acos(rules.far ? -0.6 : -0.5) - b) / std::log(2.0);
+  rules.cheap_below = threshold + 2 * bound <= 0.26 && far_exponent > (rules.far ? 110 : 60);
   rules.active_cosine = static_cast<float>(std::cos(std::max(angle, 0.0)) - rounding_slack(d) - 1e-6);
-  rules.int8 =
-      rules.screen && rules.cheap_below && d >= kInt8MinFeatures && d <= kInt8MaxFeatures && k <= kInt8Steepest;
+  rules.int8 = rules.screen && !rules.far && rules.cheap_below && d >= kInt8MinFeatures && d <= kInt8MaxFeatures &&
+               k <= kSteepest;
   // Two parts of each number lose 3·2⁻¹⁶ of a product at most, and so move a cosine by as much and a coefficient by k
   // times that; one part loses 2⁻⁸ + 2⁻¹⁸. The share below which this is no more than 2⁻²⁴ of any sample's own class
   // (docs/math.md, 3).
   constexpr double kTwoParts = 3.0 / 65536, kOnePart = 1.0 / 256 + 1.0 / 262144;
-  const double far = rules.screen ? 0 : smallest_own * 0x1p-24 / (kTwoParts * (1 + k) + kOnePart);
+  const double far = rules.screen ? 0 : own.smallest * 0x1p-24 / (kTwoParts * (1 + k) + kOnePart);
   const double far_angle = far > 0 ? b + std::log((1 - far) / far) / k : M_PI;
   rules.far_share = static_cast<float>(far);
   rules.far_cosine = far_angle < M_PI ? static_cast<float>(std::cos(std::max(far_angle, 0.0)) - kTwoParts) : -2.0f;

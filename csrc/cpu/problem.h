@@ -109,8 +109,13 @@ struct Call {
   const Samples& samples;
 };
 
-// `smallest_own`: no sample has less of its own class's coefficient than this share of s; 0 where that is not known.
-Rules make_rules(const Hyper& hyper, int64_t d, float smallest_own);
+// What is known of the coefficients of the samples' own classes; 0 where nothing is.
+struct OwnShares {
+  float smallest = 0;  // as a share of s, no sample has less
+  float visible = 0;   // the largest p_i / ‖x_i‖ times the smallest ‖x_i‖: what moves ∂x as much, in any row
+};
+
+Rules make_rules(const Hyper& hyper, int64_t d, const OwnShares& own);
 Workspace make_workspace(const Problem& problem, const Kernels& kernels);
 
 // body(begin, end) on PyTorch's threads, over parts of [0, count). An exception would lose its text on its way through

@@ -141,8 +141,9 @@ class TestListOfActivePairs:
     @pytest.mark.parametrize("words", [1, 50, 1000, 20_000])
     @pytest.mark.parametrize("geometry", GEOMETRIES)
     @pytest.mark.parametrize("filter_eps", [0.0, 2.0**-12])
-    def test_any_capacity(self, native, monkeypatch, geometry, filter_eps, words):
-        problem = GEOMETRIES[geometry](300, 331, 96)
+    @pytest.mark.parametrize("d", [96, 130])
+    def test_any_capacity(self, native, monkeypatch, geometry, filter_eps, words, d):
+        problem = GEOMETRIES[geometry](300, 331, d)
         roomy = run(native, problem, filter_eps=filter_eps)
         monkeypatch.setattr(backend, "ARENA_WORDS", words)
         tight = run(native, problem, filter_eps=filter_eps)
@@ -227,7 +228,7 @@ class TestOperators:
             with pytest.raises(RuntimeError, match=f"{which if which != 'arena' else '(arena|segments)'}: expected"):
                 backward(value)
 
-    @pytest.mark.parametrize("record", [(-1, 1), (0, 2**62), (2**62, 1), (0, -3), (10_000, -1)])
+    @pytest.mark.parametrize("record", [(-1, 1), (0, 2**62), (2**62, 1), (0, -4 - 30 * 48), (9_000, -3), (10_000, -1)])
     def test_records_that_point_out_of_the_arena(self, native, record):
         x, w, labels, upstream = trained_problem(30, 100, 16)
         inv_norm, target_weight, arena, segments = self.forward(x, w, labels)[5:-1]

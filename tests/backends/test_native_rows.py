@@ -44,7 +44,9 @@ class TestRowsOfAnyLength:
         # a gradient that fp32 cannot hold as a normal number may be 0 when denormals are flushed
         lost = torch.finfo(f32).tiny * 96**0.5 * 64 if flush else torch.finfo(f32).tiny * 2.0**-22 * 96**0.5
         assert_rows_within("grad_x", result.grad_x.double() - t.grad_x, t.worst.x + t.flip_x + lost)
-        assert_rows_within("grad_w", result.grad_w.double() - t.grad_w, t.worst.w + t.flip_w + lost)
+        # 1 % of far pairs' rows where they have coarse products (docs/math.md, 3), which a tile computed again has not
+        coarse = 0.01 * t.grad_w.norm(dim=1) if filter_eps == 0 and words else 0
+        assert_rows_within("grad_w", result.grad_w.double() - t.grad_w, t.worst.w + t.flip_w + lost + coarse)
 
     def test_near_the_longest(self, native):
         """Whether a row is longer is asked of two sums; here the last of each block is, and the others may be by either."""

@@ -50,7 +50,7 @@ def test_a_short_last_block_alone_and_after_another(native, one_thread, last):
 
 
 @pytest.mark.parametrize("n, c, d", [(N, BLOCK + 4, D), (300, 3 * BLOCK + 1, 256), (65, 3001, 257)])
-@pytest.mark.parametrize("filter_eps", [2.0**-24, 2.0**-12])
+@pytest.mark.parametrize("filter_eps", [0.0, 2.0**-24, 2.0**-12])
 def test_any_number_of_threads(native, n, c, d, filter_eps):
     problem = random_problem(n, c, d)
     problem.w[4:12, 0] *= 50

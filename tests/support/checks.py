@@ -104,7 +104,7 @@ class Judge:
         return self.truth, self.reference
 
     def _tail(self, rows: Tensor, backend: str) -> Tensor:
-        """What exact calls may lack in each row of ∂w where AMX multiplies in two parts (docs/math.md, 3): of each of
+        """What exact calls may lack in each row of ∂w where far pairs have coarse products (docs/math.md, 3): of each of
         its N terms 2⁻²⁴ of the largest row, and of the row itself 1 %, at most."""
         length = rows.norm(dim=1)
         if backend != "native" or self.options.get("filter_eps") != 0:

@@ -28,6 +28,7 @@ constexpr int kStreams = 1;
 #include "avx512_vectors.inl"
 
 #define SFACE_INT8 "../vnni_int8.inl"
+#define SFACE_FAR "../avx512_far.inl"
 #include "generic/all.inl"
 }  // namespace
 extern const Kernels* const table = &kTable;

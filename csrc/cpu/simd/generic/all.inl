@@ -27,4 +27,20 @@ struct Int8 {
 };
 #endif
 
+#if defined(SFACE_FAR)
+#include SFACE_FAR
+#else
+// No coarser products for far pairs: what kernels.inl asks of them.
+struct Far {
+  static constexpr bool kThere = false;
+  static constexpr decltype(Kernels::pack_far) pack = nullptr;
+  static constexpr decltype(Kernels::add_far) add = nullptr;
+  static constexpr int kSamples = 0;
+  static double near_share(int) { return 0; }
+  static int64_t bytes(int64_t) { return 0; }
+  static void add_unit_rows(const Group&, const Block&, Workspace&) {}
+  static void store(const Group&, const Block&, const Workspace&, Arena&) {}
+};
+#endif
+
 #include "kernels.inl"

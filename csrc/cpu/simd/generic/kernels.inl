@@ -73,6 +73,13 @@ inline void prepare_rows(const Group& group, Block& block, Screening screening, 
   }
 }
 
+// Of samples that take part with the classes, own ones among them.
+inline int64_t pairs_in(const Group& group, const Block& block) {
+  int64_t samples = 0;
+  for (int panel = 0; panel < group.panels; ++panel) samples += __builtin_popcount(group.participates[panel]);
+  return samples * block.count;
+}
+
 inline int64_t dense_block(const Rules& rules, const Group& group, const Block& block, Task& task, Ahead& ahead,
                            Workspace& work) {
   Arena& arena = task.arena;
@@ -82,8 +89,7 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
   } else {
     cosine_tile<false>(rules, group, block, work, &ahead);
   }
-  for (int panel = 0; panel < group.panels; ++panel)
-    task.tally.dense_pairs += static_cast<int64_t>(block.count) * __builtin_popcount(group.participates[panel]);
+  task.tally.dense_pairs += pairs_in(group, block);
   task.tally.active += coefficient_tile<true>(rules, group, block, work, &task.sums);
   if (task.sums.grad) add_unit_rows(group, block, work);
   const int64_t words = static_cast<int64_t>(block.count) * group.count;
@@ -97,17 +103,46 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
 constexpr int kInt16Blocks = 15;
 
 inline Screening screening_of(const Rules& rules, const Group& group, Workspace& work) {
-  if (!rules.screen) return Screening::kNone;
+  if (!rules.screen || (rules.far && group.count < Far::kSamples)) return Screening::kNone;
   if (work.skip_screens > 0) {
     --work.skip_screens;
     return Screening::kNone;
   }
-  if (group.int8.words == nullptr) return Screening::kInt16;
+  if (rules.far || group.int8.words == nullptr) return Screening::kInt16;
   if (work.skip_int8 > 0) {
     --work.skip_int8;
     return Screening::kInt16;
   }
   return Screening::kInt8;
+}
+
+// By itself: among the others' code the loops of all of them would run short of registers.
+__attribute__((noinline)) void screen_far(const Rules& rules, const Group& group, const Block& block, Ahead& ahead,
+                                          RowSums& sums, Workspace& work) {
+  if (rules.cheap_below) {
+    screen_block(Int16Screen<true, true>(rules, group, work), group, block, ahead, sums, work);
+  } else {
+    screen_block(Int16Screen<false, true>(rules, group, work), group, block, ahead, sums, work);
+  }
+}
+
+// The rest of a block of an exact call whose near pairs are listed: the far ones, whose coefficients stand in the tile.
+inline int64_t far_block(const Group& group, const Block& block, int64_t begin, bool listed, int candidates, Task& task,
+                         Workspace& work) {
+  Arena& arena = task.arena;
+  const int64_t near = (arena.used - begin) / 2, words = int64_t{block.count} * far_words(group.count);
+  const int64_t pairs = pairs_in(group, block);
+  task.tally.dense_pairs += pairs;
+  task.tally.active += pairs - candidates;
+  for (int i = 0; i < block.own_count; ++i)
+    task.tally.active -= group.participates[block.own[i].sample / kPanel] >> block.own[i].sample % kPanel & 1;
+  if (task.sums.grad) Far::add_unit_rows(group, block, work);
+  if (!listed || arena.used + words > arena.capacity) {
+    arena.used = begin;
+    return kRecompute;
+  }
+  Far::store(group, block, work, arena);
+  return kFar - near;
 }
 
 int64_t forward_block(const Rules& rules, const Group& group, const Block& given, Task& task, Workspace& work) {
@@ -122,13 +157,16 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
   std::memset(work.below_weight.data(), 0, sizeof(float) * stride);
   if (screening == Screening::kInt8) {
     Int8::screen(rules, group, block, ahead, task.sums, work);
+  } else if (Far::kThere && rules.far) {
+    screen_far(rules, group, block, ahead, task.sums, work);
   } else if (rules.cheap_below) {
-    screen_block(Int16Screen<true>(rules, group, work), group, block, ahead, task.sums, work);
+    screen_block(Int16Screen<true, false>(rules, group, work), group, block, ahead, task.sums, work);
   } else {
-    screen_block(Int16Screen<false>(rules, group, work), group, block, ahead, task.sums, work);
+    screen_block(Int16Screen<false, false>(rules, group, work), group, block, ahead, task.sums, work);
   }
   const int64_t pairs = int64_t{block.count} * group.count, before = task.tally.active;
-  const int candidates = list_candidates(group, block, static_cast<int64_t>(kDenseShare * pairs), work);
+  const double most = rules.far ? Far::near_share(group.d) : kDenseShare;
+  const int candidates = list_candidates(group, block, static_cast<int64_t>(most * pairs), work);
   if (candidates < 0) {
     work.skip_screens = kBlindBlocks;
     return dense_block(rules, group, block, task, ahead, work);
@@ -136,23 +174,26 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
 
   for (int i = 0; i < group.count; ++i) {
     task.sums.inter[i] += work.below[i];
-    task.sums.dropped[i] += work.below_weight[i];
+    if (!rules.far) task.sums.dropped[i] += work.below_weight[i];
   }
   const int64_t begin = task.arena.used;
   const bool listed = rescore_block(rules, group, block, candidates, task, work);
   const int64_t wasted = candidates - (task.tally.active - before);
+  if (rules.far) return far_block(group, block, begin, listed, candidates, task, work);
   if (screening == Screening::kInt8 && wasted > Int8::kWaste * pairs) work.skip_int8 = kInt16Blocks;
   if (listed) return (task.arena.used - begin) / 2;
   task.arena.used = begin;
   return kRecompute;
 }
 
+int64_t scratch_bytes(int64_t padded_d) { return parts_bytes(padded_d) + Far::bytes(padded_d); }
+
 const Kernels kTable = {
     .name = kName,
     .panel_samples = kPanel,
     .strip_rows = kStripRows,
     .column_words = kColumnWords,
-    .parts_bytes = parts_bytes,
+    .parts_bytes = scratch_bytes,
     .pack_panel = pack_panel,
     .pack_columns = pack_columns,
     .pack_int8 = Int8::pack,
@@ -161,6 +202,8 @@ const Kernels kTable = {
     .recompute_tile = recompute_tile,
     .add_dense = add_dense,
     .pack_features = pack_features,
+    .add_far = Far::add,
+    .pack_far = Far::pack,
     .dot = dot,
     .axpy = axpy,
     .add_rows = add_rows,

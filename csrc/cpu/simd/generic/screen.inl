@@ -22,16 +22,15 @@ SFACE_INLINE void multiply(const int32_t* w_words, const int32_t* x_words, const
   const char* next = ahead.from + ahead.at;  // one place: nothing was fetched before, or kStreams is 1
   // A pointer per row would leave no register for the prefetch, and a spilled one costs 8 % of the time: every fourth
   // row has a pointer, and addressing adds the strides of the three after it.
-  constexpr int kQuads = (kStripRows + 3) / 4;
+  static_assert(kStripRows <= 12);
   int64_t stride = depth, three = 3 * stride;
   keep_in_register(stride);
   keep_in_register(three);
-  const int32_t* quad[kQuads];
-  for (int q = 0; q < kQuads; ++q) quad[q] = w_words + 4 * q * stride;
+  const int32_t *first = w_words, *second = first + 4 * stride, *third = kStripRows > 8 ? second + 4 * stride : second;
   I32 sum[kStripRows][kPanelVectors];
   for (int r = 0; r < kStripRows; ++r)
     for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = start[v];
-  for (int k = 0; k < depth; ++k, x_words += kPanel) {
+  for (const int32_t* const end = x_words + int64_t{depth} * kPanel; x_words != end; x_words += kPanel) {
     __builtin_prefetch(next, 0, 2);
     __builtin_prefetch(next + 64, 0, 2);
     next += ahead.bytes;
@@ -40,11 +39,12 @@ SFACE_INLINE void multiply(const int32_t* w_words, const int32_t* x_words, const
 #pragma GCC unroll 16
     for (int r = 0; r < kStripRows; ++r) {
       const int64_t offset = r % 4 == 0 ? 0 : r % 4 == 1 ? stride : r % 4 == 2 ? 2 * stride : three;
-      const I32 w = broadcast_int(quad[r / 4][offset]);
+      const I32 w = broadcast_int((r < 4 ? first : r < 8 ? second : third)[offset]);
       for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = Screen::dot(sum[r][v], x[v], w);
     }
-#pragma GCC unroll 4
-    for (int q = 0; q < kQuads; ++q) keep_in_register(++quad[q]);
+    keep_in_register(++first);
+    keep_in_register(++second);
+    if (kStripRows > 8) keep_in_register(++third);
   }
   ahead.at = next - ahead.from;
 #pragma GCC unroll 16
@@ -71,9 +71,9 @@ inline void mask_own_classes(const Block& block, int strip, int panel, Products&
     for (int v = 0; v < kPanelVectors; ++v) products.sum[r][v] = load_int(values[r] + v * kLanes);
 }
 
-// Sums the loss of every pair of a tile below the threshold, and marks the others, the candidates. Two classes at a
-// time.
-template <bool kCheap>
+// Sums the loss of every pair of a tile below the threshold, and marks the others, the candidates. With kTile the
+// coefficients of those below go to Workspace::tile, and 0 for the others. Two classes at a time.
+template <bool kCheap, bool kTile>
 SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, int panel, int panels,
                            const Products& products, RowSums& sums, Workspace& work) {
   constexpr float kToCosine = 1.0f / (kScale * kScale);
@@ -105,6 +105,8 @@ SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, in
       const int v = i % kPanelVectors, r = i / kPanelVectors;
       const I32 candidate = I32(product[i] > below_candidates);
       const F32 counted = select(candidate, F32{}, weight.v[i]);
+      if constexpr (kTile)
+        store(work.tile.data() + ((first_row + row + r) * panels * kPanel + at + v * kLanes), counted);
       loss[v] += counted * c.v[i];
       weights[v] += counted;
       const I32 rest = select(candidate, broadcast_int(INT32_MIN), product[i]);
@@ -125,7 +127,7 @@ SFACE_INLINE void sum_tile(const Rules& rules, const Block& block, int strip, in
 }
 
 // The screen in int16, on every instruction set.
-template <bool kCheap>
+template <bool kCheap, bool kTile>
 class Int16Screen {
  public:
   Int16Screen(const Rules& rules, const Group& group, Workspace& work)
@@ -145,7 +147,7 @@ class Int16Screen {
   }
 
   void sum(const Block& block, int strip, int panel, bool, const Products& products, RowSums& sums, Ahead&) {
-    sum_tile<kCheap>(rules_, block, strip, panel, group_.panels, products, sums, work_);
+    sum_tile<kCheap, kTile>(rules_, block, strip, panel, group_.panels, products, sums, work_);
   }
 
  private:
@@ -296,9 +298,10 @@ inline bool take(const Rules& rules, const Group& group, const Block& block, con
   return true;
 }
 
-// What list_candidates found. False where the arena was too small for the active ones.
-inline bool rescore_block(const Rules& rules, const Group& group, const Block& block, int count, Task& task,
-                          Workspace& work) {
+// What list_candidates found. False where the arena was too small for the active ones. By itself: within forward_block
+// its loops would not have the registers that they need.
+__attribute__((noinline)) bool rescore_block(const Rules& rules, const Group& group, const Block& block, int count,
+                                             Task& task, Workspace& work) {
   bool listed = true;
   Candidates list;
   for (int first = 0; first < count; first += Candidates::kMost) {
