@@ -27,7 +27,7 @@ Ways check_segments(const Problem& problem, const Kernels& kernels, const Tensor
       check(size >= 0 && begin >= 0 && begin <= words && size <= words - begin,
             "segments: expected a part of an arena of ", words, " words, got ", begin, " and ", count, " for samples ",
             g, " and classes ", b);
-      ways.dense |= count == kDenseStored || count == kRecompute;
+      ways.dense |= count == kDenseStored;
       ways.far |= count <= kFar;
       ways.recompute |= count == kRecompute;
     }
@@ -38,15 +38,6 @@ template <typename T>
 const T* data_of(const char* name, const Tensor& t, ScalarType dtype, int64_t size) {
   check_tensor(name, t, dtype, {size});
   return t.const_data_ptr<T>();
-}
-
-// As the forward had it, for make_rules.
-float smallest_own(const Problem& problem, const Tensor& target_weight) {
-  const float* weight = data_of<float>("target_weight", target_weight, ScalarType::Float, problem.n);
-  float smallest = 1;
-  for (int64_t i = 0; i < problem.n; ++i)
-    if (!problem.ignored(i)) smallest = problem.codes()[i] >= 0 ? std::fmin(smallest, -weight[i]) : 0;
-  return smallest;
 }
 
 }  // namespace
@@ -68,22 +59,25 @@ SavedPairs::SavedPairs(const Tensor& x, const Tensor& w, const Tensor& target, c
                        const Tensor& segments_, float scale)
     : problem(x, w, target),
       kernels(sface::kernels()),
-      rules(make_rules(hyper, problem.d, {.smallest = smallest_own(problem, target_weight)})),
       words(data_of<int32_t>("arena", arena, ScalarType::Int, arena.numel())),
       ways(check_segments(problem, kernels, segments_, arena.numel())),
       segments(reinterpret_cast<const Segment*>(segments_.const_data_ptr<int64_t>())),
       inv_norm(data_of<float>("inv_norm", inv_norm_, ScalarType::Float, problem.c)),
       up(problem, grad_row, target_weight, scale),
-      samples(problem, kernels, {.fixed_point = false, .int8 = false}),
-      call{problem, kernels, rules, samples},
-      columns(ways.dense ? ceil_div(problem.n, kernels.panel_samples) * problem.padded_d * kernels.column_words : 0),
-      far_columns(ways.far ? ceil_div(problem.n, kFarPanel) * kFarPanel / 2 * problem.padded_d : 0) {
-  if (ways.dense)
+      samples(problem, kernels, ways.recompute ? layouts_of(hyper, problem.d, kernels) : Samples::Layouts{}),
+      rules(make_rules(hyper, problem.d, own_shares(problem, kernels, samples, target_weight.const_data_ptr<float>()))),
+      call{problem, kernels, rules, samples} {
+  if (ways.dense || ways.recompute) {
+    columns =
+        Uninitialised<float>(ceil_div(problem.n, kernels.panel_samples) * problem.padded_d * kernels.column_words);
     for (const Group& group : samples.groups)
       kernels.pack_features(group.rows, group.count, group.padded_d, columns_of(group));
-  if (ways.far)
+  }
+  if (ways.far || (ways.recompute && rules.far)) {
+    far_columns = Uninitialised<int32_t>(ceil_div(problem.n, kFarPanel) * kFarPanel / 2 * problem.padded_d);
     for (const Group& group : samples.groups)
       kernels.pack_far(group.rows, group.count, group.padded_d, far_columns_of(group));
+  }
 }
 
 float* SavedPairs::columns_of(const Group& group) const {
@@ -100,20 +94,32 @@ void BlockSums::add_segment(int64_t g, int64_t b) {
   const Segment& segment = saved_.segments[g * saved_.problem.blocks + b];
   Block block = saved_.problem.block_of(g, b, own_);
   if (segment.count == kRecompute) {
-    recompute(group, block);
-  } else if (segment.count == kDenseStored) {
-    add_tile(group, block, saved_.words + segment.begin, group.count);
-  } else if (segment.count <= kFar) {
-    const int64_t near = kFar - segment.count;
-    add_far(group, block, saved_.words + segment.begin + 2 * near);
-    add_pairs(group, block, saved_.words + segment.begin, near);
+    const int64_t count = recompute(group, block);
+    add_record(group, block, count, again_.data());
   } else {
-    add_pairs(group, block, saved_.words + segment.begin, segment.count);
+    add_record(group, block, segment.count, saved_.words + segment.begin);
   }
   Run run;
   for (const OwnClass& own : own_)
     add(block, own.row, group.first + own.sample, saved_.up.own[group.first + own.sample], run);
   add(block, run);
+}
+
+void BlockSums::add_record(const Group& group, Block& block, int64_t count, const int32_t* words) {
+  if (count >= 0) return add_pairs(group, block, words, count);
+  const Problem& problem = saved_.problem;
+  // what write_row reads next; rows of another dtype are converted one by one
+  if (problem.float_weight())
+    block.next = problem.weight_rows(block.first, block.count, work_.converted, &block.row_stride);
+  const float* const u = &saved_.up.u[group.first];
+  float* const raw = rows_.touch_all();
+  if (count == kDenseStored)
+    return saved_.kernels.add_dense(saved_.rules, reinterpret_cast<const float*>(words), group.count, u, block,
+                                    saved_.columns_of(group), group.count, group.padded_d, raw, work_);
+  const int64_t near = kFar - count;
+  saved_.kernels.add_far(words + 2 * near, u, block, saved_.far_columns_of(group), group.count, group.padded_d, raw,
+                         work_);
+  add_pairs(group, block, words, near);
 }
 
 void BlockSums::add(const Block& block, int row, int64_t sample, float scale, Run& run) {
@@ -145,43 +151,15 @@ void BlockSums::add_pairs(const Group& group, const Block& block, const int32_t*
   add(block, run);
 }
 
-// What write_row reads next; rows of another dtype are converted one by one.
-void BlockSums::expect_rows(Block& block) {
-  if (saved_.problem.float_weight())
-    block.next = saved_.problem.weight_rows(block.first, block.count, work_.converted, &block.row_stride);
-}
-
-void BlockSums::add_far(const Group& group, Block& block, const int32_t* words) {
-  expect_rows(block);
-  saved_.kernels.add_far(words, &saved_.up.u[group.first], block, saved_.far_columns_of(group), group.count,
-                         group.padded_d, rows_.touch_all(), work_);
-}
-
-void BlockSums::add_tile(const Group& group, Block& block, const void* tile, int64_t stride) {
-  expect_rows(block);
-  saved_.kernels.add_dense(saved_.rules, static_cast<const float*>(tile), static_cast<int>(stride),
-                           &saved_.up.u[group.first], block, saved_.columns_of(group), group.count, group.padded_d,
-                           rows_.touch_all(), work_);
-}
-
-void BlockSums::recompute(const Group& group, Block& block) {
-  const float* inv_norm = saved_.inv_norm + block.first;
+// The block's forward again, with an arena of its own, which has room for every pair.
+int64_t BlockSums::recompute(const Group& group, Block block) {
   block.w = saved_.problem.weight_rows(block.first, block.count, work_.converted, &block.row_stride);
-  if (std::any_of(inv_norm, inv_norm + block.count, [](float inv) { return inv < 0; })) shorten(block);
-  for (int r = 0; r < block.count; ++r) work_.inv_norm[r] = std::abs(inv_norm[r]);
-  saved_.kernels.recompute_tile(saved_.rules, group, block, work_);
-  add_tile(group, block, work_.tile.data(), group.panels * saved_.kernels.panel_samples);
-}
-
-// As the forward did: the rows whose inv_norm is negative.
-void BlockSums::shorten(Block& block) {
-  const int64_t d = saved_.problem.d;
-  float* rows = work_.short_rows.data.get();
-  for (int r = 0; r < block.count; ++r)
-    for (int64_t k = 0; k < d; ++k)
-      rows[r * d + k] = block.w[r * block.row_stride + k] * (saved_.inv_norm[block.first + r] < 0 ? kShortening : 1);
-  block.w = rows;
-  block.row_stride = d;
+  again_.resize(kBlockClasses * kGroupSamples);
+  if (!unread_) unread_.emplace(kGroupSamples);
+  Task task{
+      .sums = unread_->of(0), .arena = {true, again_.data(), 0, static_cast<int64_t>(again_.size())}, .tally = {}};
+  work_.skip_screens = work_.skip_int8 = 0;
+  return saved_.kernels.forward_block(saved_.rules, group, block, task, work_);
 }
 
 RowGradient row_gradient(const Kernels& kernels, float* raw, const WeightRow& row, int d, float scale) {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "ops.h"
+#include "partials.h"
 #include "problem.h"
 
 namespace sface {
@@ -18,7 +19,7 @@ struct Upstream {
   Upstream(const Problem& problem, const Tensor& grad_row, const Tensor& target_weight, float scale);
 };
 
-// Which ways the blocks of a forward went.
+// Which ways the blocks of a forward went, of those that are recorded.
 struct Ways {
   bool dense, far, recompute;
 };
@@ -27,13 +28,13 @@ struct Ways {
 struct SavedPairs {
   const Problem problem;
   const Kernels& kernels;
-  const Rules rules;
   const int32_t* const words;  // the arena
   const Ways ways;
   const Segment* const segments;  // [groups][blocks]
   const float* const inv_norm;    // [C]
   const Upstream up;
   const Samples samples;
+  const Rules rules;
   const Call call;
   Uninitialised<float> columns;        // x̂ as Kernels::pack_features writes it, where some block went the dense way
   Uninitialised<int32_t> far_columns;  // x̂ as Kernels::pack_far does, where some block has far pairs
@@ -100,16 +101,16 @@ class BlockSums {
   void add(const Block& block, Run& run);
   void add(const Block& block, int row, int64_t sample, float scale, Run& run);
   void add_pairs(const Group& group, const Block& block, const int32_t* words, int64_t count);
-  void add_far(const Group& group, Block& block, const int32_t* words);
-  void expect_rows(Block& block);
-  void add_tile(const Group& group, Block& block, const void* tile, int64_t stride);
-  void recompute(const Group& group, Block& block);
-  void shorten(Block& block);
+  // What a record of `count` says, from the words that it points to.
+  void add_record(const Group& group, Block& block, int64_t count, const int32_t* words);
+  int64_t recompute(const Group& group, Block block);  // returns the count of its record, whose words are `again_`
 
   const SavedPairs& saved_;
   Workspace& work_;
   RawRows& rows_;
   std::vector<OwnClass> own_;
+  std::vector<int32_t> again_;        // the arena of a block that is computed again
+  std::optional<SampleSums> unread_;  // what the forward of such a block adds up
 };
 
 enum class Order { kForwards, kBackwards };

@@ -218,31 +218,21 @@ class RowFinisher {
   std::vector<float> converted_, own_converted_;  // rows of w that are not taken in place
 };
 
-// Of the samples that count; `smallest` is 0 where one of them has no class here.
-OwnShares own_shares(const Problem& problem, const Kernels& kernels, const Hyper& hyper, const Samples& samples) {
-  OwnShares shares{.smallest = 1};
-  double shortest = std::numeric_limits<double>::max(), largest = 0;
-  const auto length = [&](int64_t i) { return std::max<double>(samples.norms[i], kNormEps); };
-  for (int64_t i = 0; i < problem.n; ++i) {
-    if (problem.ignored(i)) continue;
-    if (problem.codes()[i] < 0) shares.smallest = 0;
-    if (samples.usable(i)) shortest = std::min(shortest, length(i));
-  }
-  std::vector<float> converted;
+// −p_i / s of the samples whose class is here, before any block is computed.
+std::vector<float> target_weights(const Call& call) {
+  const auto& [problem, kernels, rules, samples] = call;
+  std::vector<float> weights(problem.n, 0.0f), converted;
   const int d = static_cast<int>(problem.d);
   for (const Labelled& own : problem.labelled) {
-    if (!samples.usable(own.sample)) continue;
     int64_t stride;
     const float* w = problem.weight_rows(own.cls, 1, converted, &stride);
     const float norm = std::sqrt(kernels.dot(w, w, d));
     float p = 0;  // where the cosine is not this product
     if (norm > kNormEps && is_finite(norm))
-      kernels.intra(hyper, clamp_cosine(kernels.dot(samples.row(own.sample), w, d) / norm), &p);
-    shares.smallest = std::min(shares.smallest, p);
-    largest = std::max(largest, p / length(own.sample));
+      kernels.intra(rules.hyper, clamp_cosine(kernels.dot(samples.row(own.sample), w, d) / norm), &p);
+    weights[own.sample] = -p;
   }
-  shares.visible = static_cast<float>(largest * shortest);
-  return shares;
+  return weights;
 }
 
 // Where rows of ∂w are to be made, and for which upstream gradient.
@@ -258,14 +248,10 @@ ForwardTensors forward(const Tensor& x, const Tensor& w, const Tensor& target, c
   check(arena_words >= 0, "arena_words: expected a size, got ", arena_words);
   const Kernels& kernels = sface::kernels();
   Rules rules = make_rules(hyper, problem.d, {});
-  const bool far = !rules.screen && kernels.add_far;
-  const Samples samples(problem, kernels, {.fixed_point = rules.screen || far, .int8 = rules.int8});
-  if (!rules.screen && kernels.parts_bytes(problem.padded_d) > 0) {
-    OwnShares own = own_shares(problem, kernels, hyper, samples);
-    if (!far) own.visible = 0;
-    rules = make_rules(hyper, problem.d, own);
-  }
+  const Samples samples(problem, kernels, layouts_of(hyper, problem.d, kernels));
   const Call call{problem, kernels, rules, samples};
+  if (!rules.screen && kernels.parts_bytes(problem.padded_d) > 0)
+    rules = make_rules(hyper, problem.d, own_shares(problem, kernels, samples, target_weights(call).data()));
   std::optional<EarlyRows> early;
   if (early_grad) early.emplace(call, early_grad->grad, early_grad->rows, early_grad->upstream, early_grad->mean);
 

@@ -57,7 +57,7 @@ struct Segment {
   int64_t count;  // active pairs of two words each, or one of the codes below
 };
 constexpr int64_t kDenseStored = -1;  // the coefficients stand in the arena as a dense tile, one word each
-constexpr int64_t kRecompute = -2;    // the arena was full: the backward computes the tile again
+constexpr int64_t kRecompute = -2;    // the arena was full: the backward computes the block again
 constexpr int64_t kFar = -3;  // kFar − n: n active pairs as above, then the coefficients of far pairs, far_words a row
 
 // Words of a row of far coefficients: each holds those of two samples of a panel, i and i + 16, in 16 bits.
@@ -247,9 +247,6 @@ struct Kernels {
 
   // After the last block of a task: what its dense blocks added joins RowSums::grad.
   void (*flush_dense_grad)(const Group&, RowSums&, Workspace&);
-
-  // Coefficients of a block, again: tile[row][panels·panel] = sigmoid where kept, 0 elsewhere.
-  void (*recompute_tile)(const Rules&, const Group&, const Block&, Workspace&);
 
   // raw[rows][padded D] += (tile[rows][count] times u[count]) · x̂ of the group, with `columns` as pack_features leaves
   // them. Of the block it reads the number of rows, and fetches what `next` points to.

@@ -114,12 +114,30 @@ class SampleGrads {
   bool at_once_;
 };
 
-// Everything, per range of classes and sample, in rows of N padded to whole panels.
-struct Partials {
-  int64_t stride;
+// RowSums of samples, but for their gradients.
+struct SampleSums {
   std::vector<double> inter, dropped;
   std::vector<float> hardest;
   std::vector<int32_t> hardest_class, best, best_class;
+
+  explicit SampleSums(int64_t count)
+      : inter(count, 0.0),
+        dropped(count, 0.0),
+        hardest(count, -2.0f),
+        hardest_class(count, -1),
+        best(count, INT32_MIN),
+        best_class(count, -1) {}
+
+  // From this one on.
+  RowSums of(int64_t i) {
+    return {&inter[i], &dropped[i], &hardest[i], &hardest_class[i], &best[i], &best_class[i], nullptr, nullptr};
+  }
+};
+
+// Everything, per range of classes and sample, in rows of N padded to whole panels.
+struct Partials {
+  int64_t stride;
+  SampleSums samples;                   // [ranges][stride]
   std::vector<float> class_sum;         // [ranges][padded D]
   std::vector<uint8_t> classes_finite;  // [ranges] whether every row of w is
   std::vector<Tally> tallies;           // [ranges][groups]
@@ -127,12 +145,7 @@ struct Partials {
 
   Partials(const Problem& problem, const Kernels& kernels, bool need_grad)
       : stride(ceil_div(problem.n, kernels.panel_samples) * kernels.panel_samples),
-        inter(problem.ranges * stride, 0.0),
-        dropped(problem.ranges * stride, 0.0),
-        hardest(problem.ranges * stride, -2.0f),
-        hardest_class(problem.ranges * stride, -1),
-        best(problem.ranges * stride, INT32_MIN),
-        best_class(problem.ranges * stride, -1),
+        samples(problem.ranges * stride),
         class_sum(problem.ranges * problem.padded_d, 0.0f),
         classes_finite(problem.ranges, true),
         tallies(problem.ranges * problem.groups) {
@@ -140,10 +153,7 @@ struct Partials {
   }
 
   // Those of one range, from a sample on, but for its gradient.
-  RowSums sums(int64_t range, int64_t sample) {
-    const int64_t at = range * stride + sample;
-    return {&inter[at], &dropped[at], &hardest[at], &hardest_class[at], &best[at], &best_class[at], nullptr, nullptr};
-  }
+  RowSums sums(int64_t range, int64_t sample) { return samples.of(range * stride + sample); }
 };
 
 }  // namespace sface

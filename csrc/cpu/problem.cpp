@@ -213,6 +213,27 @@ void make_columns(const Group& group) {
   });
 }
 
+OwnShares own_shares(const Problem& problem, const Kernels& kernels, const Samples& samples,
+                     const float* target_weight) {
+  OwnShares shares{.smallest = 1};
+  double shortest = std::numeric_limits<double>::max(), largest = 0;
+  for (int64_t i = 0; i < problem.n; ++i) {
+    if (problem.ignored(i) || !samples.usable(i)) continue;
+    const float p = problem.codes()[i] >= 0 ? -target_weight[i] : 0;
+    const double length = std::max<double>(samples.norms[i], kNormEps);
+    shortest = std::min(shortest, length);
+    largest = std::fmax(largest, p / length);
+    shares.smallest = std::fmin(shares.smallest, p);
+  }
+  if (kernels.add_far) shares.visible = static_cast<float>(largest * shortest);
+  return shares;
+}
+
+Samples::Layouts layouts_of(const Hyper& hyper, int64_t d, const Kernels& kernels) {
+  const Rules rules = make_rules(hyper, d, {});
+  return {.fixed_point = rules.screen || kernels.add_far, .int8 = rules.int8};
+}
+
 Rules make_rules(const Hyper& hyper, int64_t d, const OwnShares& own) {
   Rules rules{};
   rules.hyper = hyper;

@@ -115,7 +115,12 @@ struct OwnShares {
   float visible = 0;   // the largest p_i / ‖x_i‖ times the smallest ‖x_i‖: what moves ∂x as much, in any row
 };
 
+// From −p_i / s of each sample.
+OwnShares own_shares(const Problem& problem, const Kernels& kernels, const Samples& samples,
+                     const float* target_weight);
 Rules make_rules(const Hyper& hyper, int64_t d, const OwnShares& own);
+// What a forward reads, whatever the own coefficients are.
+Samples::Layouts layouts_of(const Hyper& hyper, int64_t d, const Kernels& kernels);
 Workspace make_workspace(const Problem& problem, const Kernels& kernels);
 
 // body(begin, end) on PyTorch's threads, over parts of [0, count). An exception would lose its text on its way through

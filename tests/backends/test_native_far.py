@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sface_kernels.backends import native as backend
 from tests.support.checks import Judge, Result, assert_same, run
 from tests.support.problems import Problem, random_problem
 
@@ -62,6 +63,14 @@ def test_no_room_is_computed_again(has_far):
     found = records(problem, words=n * c // 2)
     assert (found == AGAIN).any() and ((found <= FAR).any() if has_far else (found == DENSE).any())
     assert not (records(problem) == AGAIN).any()
+
+
+@pytest.mark.parametrize("n", [31, 70, 300])
+def test_what_is_computed_again_is_the_same(native, monkeypatch, n):
+    problem = random_problem(n, C, D)
+    kept = run("native", problem, filter_eps=0.0)
+    monkeypatch.setattr(backend, "ARENA_WORDS", n * C // 3)
+    assert_same(run("native", problem, filter_eps=0.0), kept)
 
 
 def beside_a_far_block() -> Problem:

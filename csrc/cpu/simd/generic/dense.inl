@@ -1,11 +1,10 @@
 // Blocks of classes dense in active pairs: every pair by matrix products, its coefficient in a tile that stays in
 // cache. Included per instruction set, after the products.
 
-// Cosines in the tile become sigmoids where the entry is kept and 0 elsewhere; sums, where wanted, on the way.
+// Cosines in the tile become sigmoids where the entry is kept and 0 elsewhere, with the sums on the way.
 // Lanes that do not take part and own classes become 0 and count nowhere.
-template <bool kSums>
 inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Block& block, Workspace& work,
-                                RowSums* sums) {
+                                RowSums& sums) {
   constexpr int kAtOnce = 2 * kPanelVectors;  // classes
   constexpr float kNoClass = -4.0f;           // no cosine: marks own classes and rows past the last
   const int stride = group.panels * kPanel, padded_rows = (block.count + kAtOnce - 1) / kAtOnce * kAtOnce;
@@ -30,24 +29,20 @@ inline int64_t coefficient_tile(const Rules& rules, const Group& group, const Bl
         const I32 counted = lane_on & I32(found.v[r] > kNoClass + 1.0f);
         const I32 kept = counted & I32(weight.v[r] >= rules.keep_above);
         store(tile + (row + r) * stride + i, select(kept, weight.v[r], F32{}));
-        if constexpr (kSums) {
-          active += __builtin_popcount(bits(kept));
-          inter += select(counted, weight.v[r] * c.v[r], F32{});
-          dropped += select(counted & ~kept, weight.v[r], F32{});
-          const F32 other = select(counted, c.v[r], broadcast(-2.0f));
-          hardest_row = select(I32(other > hardest), broadcast_int(row + r), hardest_row);
-          hardest = select(I32(other > hardest), other, hardest);
-        }
+        active += __builtin_popcount(bits(kept));
+        inter += select(counted, weight.v[r] * c.v[r], F32{});
+        dropped += select(counted & ~kept, weight.v[r], F32{});
+        const F32 other = select(counted, c.v[r], broadcast(-2.0f));
+        hardest_row = select(I32(other > hardest), broadcast_int(row + r), hardest_row);
+        hardest = select(I32(other > hardest), other, hardest);
       }
     }
-    if constexpr (kSums) {
-      for (int lane = 0; lane < kLanes && i + lane < group.count; ++lane) {
-        sums->inter[i + lane] += inter[lane];
-        sums->dropped[i + lane] += dropped[lane];
-        if (hardest[lane] > sums->hardest[i + lane]) {
-          sums->hardest[i + lane] = hardest[lane];
-          sums->hardest_class[i + lane] = static_cast<int32_t>(block.first) + hardest_row[lane];
-        }
+    for (int lane = 0; lane < kLanes && i + lane < group.count; ++lane) {
+      sums.inter[i + lane] += inter[lane];
+      sums.dropped[i + lane] += dropped[lane];
+      if (hardest[lane] > sums.hardest[i + lane]) {
+        sums.hardest[i + lane] = hardest[lane];
+        sums.hardest_class[i + lane] = static_cast<int32_t>(block.first) + hardest_row[lane];
       }
     }
   }
@@ -68,10 +63,4 @@ void flush_dense_grad(const Group& group, RowSums& sums, Workspace& work) {
       axpy(1 / kDenseGradScale, work.dense_grad.data.get() + static_cast<int64_t>(k) * kGroupSamples + i * kPanel,
            grad + k, kPanel);
   }
-}
-
-void recompute_tile(const Rules& rules, const Group& group, const Block& block, Workspace& work) {
-  make_columns(group);
-  cosine_tile<false>(rules, group, block, work, nullptr);
-  coefficient_tile<false>(rules, group, block, work, nullptr);
 }

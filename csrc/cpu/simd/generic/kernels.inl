@@ -90,7 +90,7 @@ inline int64_t dense_block(const Rules& rules, const Group& group, const Block& 
     cosine_tile<false>(rules, group, block, work, &ahead);
   }
   task.tally.dense_pairs += pairs_in(group, block);
-  task.tally.active += coefficient_tile<true>(rules, group, block, work, &task.sums);
+  task.tally.active += coefficient_tile(rules, group, block, work, task.sums);
   if (task.sums.grad) add_unit_rows(group, block, work);
   const int64_t words = static_cast<int64_t>(block.count) * group.count;
   if (arena.used + words > arena.capacity) return kRecompute;
@@ -199,7 +199,6 @@ const Kernels kTable = {
     .pack_int8 = Int8::pack,
     .forward_block = forward_block,
     .flush_dense_grad = flush_dense_grad,
-    .recompute_tile = recompute_tile,
     .add_dense = add_dense,
     .pack_features = pack_features,
     .add_far = Far::add,
