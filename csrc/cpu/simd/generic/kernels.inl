@@ -168,7 +168,11 @@ int64_t forward_block(const Rules& rules, const Group& group, const Block& given
   const double most = rules.far ? Far::near_share(group.d) : kDenseShare;
   const int candidates = list_candidates(group, block, static_cast<int64_t>(most * pairs), work);
   if (candidates < 0) {
-    work.skip_screens = kBlindBlocks;
+    if (screening == Screening::kInt8) {
+      work.skip_int8 = kInt16Blocks;  // it may leave fewer
+    } else {
+      work.skip_screens = kBlindBlocks;
+    }
     return dense_block(rules, group, block, task, ahead, work);
   }
 
