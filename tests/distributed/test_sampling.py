@@ -60,7 +60,8 @@ def test_mean_over_every_subset_is_the_full_sum():
         torch.testing.assert_close(torch.autograd.grad(ahead.loss, w, upstream)[0], grads[1])
         undrawn = sorted(set(others.tolist()) - set(subset))
         assert not grads[1][undrawn].any() and grads[1][near].any(1).all()
-        assert (rows.stats.hardest <= whole.stats.hardest).all()
+        # products of other shapes may add in another order
+        assert (rows.stats.hardest <= whole.stats.hardest + 1e-14).all()
         compared = {*near.tolist(), *subset}
         among = cos.clone()
         among[:, [j for j in range(C) if j not in compared]] = -torch.inf

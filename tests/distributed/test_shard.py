@@ -42,21 +42,25 @@ def shards(problem, cuts, backend, labels=None, **options):
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_shards_add_up(case, geometry, cuts):
-    """Losses and gradients within the budget of the whole, with one more rounding a shard where partial sums are stored."""
+    """Losses and gradients within the budget of the whole, with one more rounding a shard where partial sums are stored.
+    In float64 the truth errs as the whole does, in the same places: there within the a-priori bound."""
     judge = cached_judge(GEOMETRIES[geometry], (N, C, D), case.dtype, case.weight_dtype, filter_eps=0.0)
     problem = judge.problem.to(case.device, case.dtype, case.weight_dtype)
     _, loss, grad_x, grad_w = shards(problem, cuts, case.backend, filter_eps=0.0)
     x, w = leaves(problem)
     whole = sface_loss(x, w, problem.labels, reduction="none", backend=case.backend, filter_eps=0.0)
     whole.backward(problem.upstream.to(whole.dtype))
-    for name, ours, theirs, exact in (
-        ("loss", loss, whole.detach(), judge.truth.row_loss),
-        ("grad_x", grad_x, x.grad, judge.truth.grad_x),
-        ("grad_w", grad_w, w.grad, judge.truth.grad_w),
+    worst = judge.truth.worst
+    for name, ours, theirs, exact, bound in (
+        ("loss", loss, whole.detach(), judge.truth.row_loss, worst.loss),
+        ("grad_x", grad_x, x.grad, judge.truth.grad_x, worst.x),
+        ("grad_w", grad_w, w.grad, judge.truth.grad_w, worst.w),
     ):
         error, own = (float((t.double().cpu() - exact).norm()) for t in (ours, theirs))
-        rounding = len(cuts) * torch.finfo(ours.dtype).eps * float(exact.norm())
-        assert error <= 2 * own + rounding, f"{name}: {error:.3g} where the whole errs by {own:.3g}"
+        allowed = 2 * own + len(cuts) * torch.finfo(ours.dtype).eps * float(exact.norm())
+        if case.dtype == torch.float64:
+            allowed += 2 * float(bound.norm())
+        assert error <= allowed, f"{name}: {error:.3g} where the whole errs by {own:.3g}"
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
