@@ -185,7 +185,7 @@ struct Workspace {
   std::vector<float> packed;         // [block][panel] a part of the unit rows for Σ g ŵ
   Uninitialised<float> dense_grad;   // [padded D / panel][group][panel] Σ g ŵ over the task's dense blocks
   bool has_dense_grad = false;
-  Uninitialised<uint8_t> parts;            // operands of products that take numbers apart, Kernels::parts_bytes of them
+  Uninitialised<uint8_t> parts;            // operands of products in bf16 parts or int16, Kernels::parts_bytes of them
   int pending = 0;                         // blocks among them whose Σ g ŵ is still to be added
   bool far = false, pending_far = true;    // whether all pairs of the block are, and of all those
   std::vector<float> scaled;               // [block][group] u_i g_ij / s

@@ -57,7 +57,7 @@ inline void gemm_panel(int rows, const typename Terms::Word* a, int64_t a_row, i
   if (r < rows) gemm_tail<Terms, kStripRows - 1>(rows - r, r, a, a_row, a_k, b, k, finish);
 }
 
-// c[r][0 … kPanel) (+)= the product. By itself: three callers' copies of all its loops took 2 to 5 % longer.
+// c[r][0 … kPanel) (+)= the product. By itself: three callers' copies of all its loops took up to 5 % longer.
 __attribute__((noinline)) void gemm_panel(int rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int k,
                                           float* c, int64_t c_row, bool accumulate) {
   gemm_panel<Floats>(
